@@ -1,0 +1,285 @@
+"""What is true of a graph: users, producers, constants, shapes.
+
+Facts are computed when asked for and hold until the graph changes; the pipeline makes new ones
+after every round of commits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Final, TypeAlias
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx.reference import ReferenceEvaluator
+
+from onnxnorm.module import Module, Node, Scope, Value, Weight, dense
+from onnxnorm.storage import Array, payload_size
+
+AnyValue: TypeAlias = Value | Weight
+_CONSTANT_LISTS: Final[dict[str, Any]] = {
+    "value_float": np.float32,
+    "value_floats": np.float32,
+    "value_int": np.int64,
+    "value_ints": np.int64,
+    "value_string": np.object_,
+    "value_strings": np.object_,
+}
+# Operators that move, repeat or relabel what they are given, without arithmetic, so that the
+# result does not depend on who computes it. Exporters write biases and statistics with them.
+_MOVES: Final = frozenset(
+    "Cast CastLike Concat ConstantOfShape Expand Flatten Gather Reshape Shape Slice Squeeze Tile"
+    " Transpose Unsqueeze".split()
+)
+_MOVED_LIMIT: Final = 256 << 20  # bytes; a larger result is not worth holding
+
+
+@dataclass(frozen=True)
+class Use:
+    """One place where a value is read: input `index` of `node`."""
+
+    node: Node
+    index: int
+
+
+@dataclass(frozen=True)
+class Type:
+    """What shape inference knows: an element type, and dims that are int, symbol or unknown."""
+
+    element: int
+    shape: tuple[int | str | None, ...] | None
+
+
+class Constant:
+    """A value known before the model runs; its array is read when asked for.
+
+    Attributes:
+        name: The value's name.
+        shape: Its dims.
+        source: The initializer or node output at the end of the chain of Identity nodes.
+    """
+
+    def __init__(self, name: str, source: AnyValue, content: Any, facts: Facts) -> None:
+        self.name = name
+        self.source = source
+        self._content = content  # TensorProto, or ndarray
+        self._facts = facts
+        is_proto = isinstance(content, onnx.TensorProto)
+        self.shape: tuple[int, ...] = tuple(content.dims) if is_proto else tuple(content.shape)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The element type, as numpy or ml_dtypes has it."""
+        if isinstance(self._content, onnx.TensorProto):
+            return onnx.helper.tensor_dtype_to_np_dtype(self._content.data_type)
+        return np.dtype(self._content.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored tensor."""
+        if isinstance(self._content, onnx.TensorProto):
+            return payload_size(self._content)
+        return int(self._content.nbytes)
+
+    def array(self) -> Array:
+        """The values; read-only, memory-mapped where the tensor is large."""
+        if isinstance(self._content, onnx.TensorProto):
+            return self._facts.module.stored.array(self._content)
+        array: Array = self._content
+        return array
+
+    def float64(self) -> NDArray[np.float64]:
+        """The values in double precision, each one exactly."""
+        return np.asarray(self.array(), dtype=np.float64)
+
+
+class Facts:
+    """Analyses of a module as it is now.
+
+    Args:
+        module: The module; it must not change while these facts are in use.
+    """
+
+    def __init__(self, module: Module) -> None:
+        self.module = module
+
+    # ** users and producers **
+
+    def uses(self, value: AnyValue) -> list[Use]:
+        """Every place that reads a value, in its scope and in the bodies inside it."""
+        seen: set[Node] = set()
+        out = []
+        for node in value.outputs:
+            if node not in seen:
+                seen.add(node)
+                out += [Use(node, i) for i, v in enumerate(node.inputs) if v is value]
+        return out
+
+    def producer(self, value: AnyValue) -> Node | None:
+        """The node that computes a value; None for inputs and initializers."""
+        node: Node | None = value.inputs[0] if value.inputs else None
+        return node
+
+    @cached_property
+    def _outputs(self) -> dict[AnyValue, Scope]:
+        return {v: scope for scope in self.module.scopes for v in scope.outputs}
+
+    def output_of(self, value: AnyValue) -> Scope | None:
+        """The scope whose output a value is, if any: such a value must keep its name."""
+        return self._outputs.get(value)
+
+    # ** constants **
+
+    def constant(self, value: AnyValue) -> Constant | None:
+        """A value as a constant, in every spelling; None for one that is not.
+
+        An initializer, a Constant node with any of its attributes, what the operators of
+        `_MOVES` make of constants, and an Identity of any of these. An initializer that is also
+        a graph input (IR version 4 and later) is not constant: the caller may replace it.
+        Neither is a Constant whose value is a function's parameter.
+        """
+        if value not in self._constants:
+            self._constants[value] = self._find_constant(value)
+        return self._constants[value]
+
+    @cached_property
+    def _constants(self) -> dict[AnyValue, Constant | None]:
+        return {}
+
+    def _find_constant(self, value: AnyValue) -> Constant | None:
+        at = value
+        while True:
+            if isinstance(at, Weight):
+                sparse = isinstance(at.proto, onnx.SparseTensorProto)
+                content: Any = at.values if sparse else at.proto
+                return Constant(value.name, at, content, self)
+            node = self.producer(at)
+            if node is None or node.domain != "":
+                return None
+            if node.op == "Identity" and len(node.inputs) == 1:
+                at = node.inputs[0]
+            else:
+                is_constant = node.op == "Constant"
+                content = self._constant_node(node) if is_constant else self._moved(node)
+                return None if content is None else Constant(value.name, at, content, self)
+
+    def _moved(self, node: Node) -> Array | None:
+        """The result of an operator that only moves or repeats constants, computed now."""
+        if node.op not in _MOVES or len(node.outputs) != 1 or node.bodies:
+            return None
+        if any(a.ref_attr_name for a in node.proto.attribute):
+            return None
+        proto = node.proto_now()
+        inputs = list(node.inputs)
+        if node.op == "Shape":
+            # The shape of a constant is known without its values.
+            of = self.constant(inputs[0])
+            start, end = node.attrs.get("start", 0), node.attrs.get("end")
+            return None if of is None else np.asarray(of.shape[start:end], dtype=np.int64)
+        if node.op == "CastLike":
+            # Only the type of the second input counts, and that may be known of any value.
+            like = self.type(inputs.pop())
+            if like is None or not like.element:
+                return None
+            proto = onnx.helper.make_node(
+                "Cast", [inputs[0].name], [node.outputs[0].name], to=like.element
+            )
+        given: dict[str, Array] = {}
+        for value in inputs:
+            constant = self.constant(value) if value.name else None
+            if value.name and constant is None:
+                return None
+            if constant is not None:
+                if constant.nbytes > _MOVED_LIMIT:
+                    return None
+                given[value.name] = constant.array()
+        try:
+            evaluator = ReferenceEvaluator(proto, opsets=dict(node.scope.opsets))
+            (result,) = evaluator.run(None, given)
+        except Exception:  # noqa: BLE001 - whatever the reference cannot do stays in the graph
+            return None
+        return result if isinstance(result, np.ndarray) and result.nbytes <= _MOVED_LIMIT else None
+
+    def _constant_node(self, node: Node) -> Any:
+        for attribute in node.proto.attribute:
+            if attribute.ref_attr_name:
+                return None
+            if attribute.name == "value":
+                return attribute.t
+            if attribute.name == "sparse_value":
+                return dense(attribute.sparse_tensor)
+            if attribute.name in _CONSTANT_LISTS:
+                dtype = _CONSTANT_LISTS[attribute.name]
+                return np.asarray(onnx.helper.get_attribute_value(attribute), dtype=dtype)
+        return None
+
+    def why_not_constant(self, value: AnyValue) -> str:
+        """The end of the sentence "'w' is not constant: ..."."""
+        node = self.producer(value)
+        while node is not None and node.op == "Identity" and node.domain == "":
+            value = node.inputs[0]
+            node = self.producer(value)
+        if node is not None:
+            return f"node '{node.label}' ({node.op}) computes it"
+        if isinstance(value, Value) and value.default is not None:
+            return "it is an initializer that callers may override, being a graph input too"
+        scope = value.scope
+        if scope is not None and scope.is_function:
+            return "it is a parameter of the function"
+        return "it is a graph input"
+
+    # ** types **
+
+    def type(self, value: AnyValue) -> Type | None:
+        """What shape inference says of a value; None where it says nothing.
+
+        Shapes are inferred on a copy without weights. Values of functions have no types: they
+        differ from call to call.
+        """
+        if isinstance(value, Weight):
+            constant = self.constant(value)
+            if constant is None:  # pragma: no cover - a Weight is always constant
+                return None
+            element = onnx.helper.np_dtype_to_tensor_dtype(constant.dtype)
+            return Type(int(element), constant.shape)
+        return self.types.get((value.scope.path if value.scope else "", value.name))
+
+    @cached_property
+    def types(self) -> dict[tuple[str, str], Type]:
+        """Inferred types by (scope path, value name), for the main graph and all bodies."""
+        model = self.module.export().small()
+        # Inference that fails leaves the types that the file itself states.
+        try:
+            model = onnx.shape_inference.infer_shapes(model)
+        except Exception:  # noqa: BLE001 - the C++ side raises several unrelated types
+            pass
+        found: dict[tuple[str, str], Type] = {}
+        self._collect(model.graph, self.module.main, found)
+        return found
+
+    def _collect(
+        self, graph: onnx.GraphProto, scope: Scope, found: dict[tuple[str, str], Type]
+    ) -> None:
+        for info in [*graph.value_info, *graph.output, *graph.input]:
+            if info.type.HasField("tensor_type"):
+                found[scope.path, info.name] = _type(info.type.tensor_type)
+        for node, proto in zip(scope.nodes, graph.node, strict=True):
+            for name, index, body in node.bodies:
+                for attribute in proto.attribute:
+                    if attribute.name == name:
+                        inner = attribute.g if index < 0 else attribute.graphs[index]
+                        self._collect(inner, body, found)
+
+
+def _type(proto: onnx.TypeProto.Tensor) -> Type:
+    if not proto.HasField("shape"):
+        return Type(proto.elem_type, None)
+    dims: list[int | str | None] = []
+    for dim in proto.shape.dim:
+        if dim.HasField("dim_value"):
+            dims.append(dim.dim_value)
+        else:
+            dims.append(dim.dim_param or None)
+    return Type(proto.elem_type, tuple(dims))

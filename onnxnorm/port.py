@@ -1,0 +1,163 @@
+"""A linear operator seen through its port: where its weight has the output feature axis.
+
+    y = W x + b        ->        s * y + t  =  (s * W) x + (s * b + t)        per output feature
+
+A port knows which input is the weight, which of its axes (and groups) make the output features,
+and where the bias goes. It owns every check on the weight: that it is known, that its dtype can
+hold the result, and that a copy of a shared one is not too large.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxnorm.facts import AnyValue, Constant, Facts
+from onnxnorm.module import Node
+from onnxnorm.storage import Array
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How an operator's weight lies.
+
+    Attributes:
+        output_axis: The weight axis of the output features, counted inside a group where
+            `split_groups`.
+        split_groups: Axis 0 is (group, features) merged, as in ConvTranspose: output feature
+            `g * features + j` has its weights at [g, :, j].
+    """
+
+    output_axis: int
+    split_groups: bool = False
+
+
+# The operators that have a port; weight is input 1 and bias input 2 of each.
+# Conv: W is (M, C / group, *kernel). ConvTranspose: W is (C, M / group, *kernel).
+LAYOUTS: Final = {"Conv": Layout(0), "ConvTranspose": Layout(1, split_groups=True)}
+_BLOCK: Final = 4 << 20  # bytes of float64 that are in the making at a time
+_WEIGHT: Final = 1
+_BIAS: Final = 2
+
+
+@dataclass(frozen=True)
+class Port:
+    """The port of one node.
+
+    Attributes:
+        node: The linear operator.
+        weight: Its weight.
+        bias: Its bias; None where it has none.
+        features: Number of output features.
+    """
+
+    node: Node
+    weight: Constant
+    bias: Constant | None
+    features: int
+    _layout: Layout
+    _groups: int
+    _weight_uses: int
+
+    @classmethod
+    def of(cls, node: Node, facts: Facts) -> Port | str:
+        """The port of a linear operator, or the reason why it has none that can be changed."""
+        layout = LAYOUTS.get(node.op)
+        if layout is None or node.domain != "":
+            return f"{node.op} is not a linear operator with a known weight layout"
+        weight = facts.constant(node.inputs[_WEIGHT])
+        if weight is None:
+            value = node.inputs[_WEIGHT]
+            return f"weight '{value.name}' is not constant: {facts.why_not_constant(value)}"
+        bias = None
+        given = node.inputs[_BIAS] if len(node.inputs) > _BIAS else None
+        if given is not None and given.name:
+            bias = facts.constant(given)
+            if bias is None:
+                return f"bias '{given.name}' is not constant: {facts.why_not_constant(given)}"
+        groups = int(node.attrs.get("group", 1))
+        if len(weight.shape) < 2 or groups < 1:
+            return f"weight '{weight.name}' of shape {list(weight.shape)} is not one of {node.op}"
+        features = weight.shape[layout.output_axis] * (groups if layout.split_groups else 1)
+        if layout.split_groups and weight.shape[0] % groups:
+            return f"weight '{weight.name}' has {weight.shape[0]} inputs for {groups} groups"
+        if bias is not None and bias.shape != (features,):
+            return f"bias '{bias.name}' has shape {list(bias.shape)} for {features} features"
+        return cls(node, weight, bias, features, layout, groups, _uses(node, facts))
+
+    @property
+    def shares_weight(self) -> bool:
+        """Whether others read this weight too, so that changing it means a copy."""
+        return self._weight_uses > 1
+
+    def scaled(self, scale: NDArray[np.float64]) -> Array:
+        """s * W in float64, rounded once to the weight's type; `scale` has one entry a feature."""
+        weight = self.weight.array()
+        out = np.empty_like(weight)
+        for rows in self._blocks(weight):
+            out[rows] = rounded(weight[rows].astype(np.float64) * self._rows(scale, rows), out.dtype)
+        return out
+
+    def fits(self, scale: NDArray[np.float64]) -> bool:
+        """Whether every entry of s * W is finite in the weight's type."""
+        weight = self.weight.array()
+        return all(
+            np.isfinite(
+                rounded(weight[rows].astype(np.float64) * self._rows(scale, rows), weight.dtype)
+                .astype(np.float64)
+            ).all()
+            for rows in self._blocks(weight)
+        )
+
+    def _blocks(self, weight: Array) -> Iterator[slice]:
+        """Runs of rows small enough that their float64 copies do not count."""
+        per_row = max(1, weight[:1].size * 8)
+        step = max(1, _BLOCK // per_row)
+        return (slice(at, at + step) for at in range(0, weight.shape[0], step))
+
+    def _rows(self, scale: NDArray[np.float64], rows: slice) -> NDArray[np.float64]:
+        """The factor of each weight entry in these rows, in a shape that broadcasts."""
+        inner = (1,) * (len(self.weight.shape) - 2)
+        if not self._layout.split_groups:
+            return scale[rows].reshape(-1, 1, *inner)
+        # Row c of (C, M / g, *kernel) belongs to group c // (C / g); feature (group, j) is there
+        # at [c, j].
+        group = np.arange(self.weight.shape[0])[rows] // (self.weight.shape[0] // self._groups)
+        return scale.reshape(self._groups, -1)[group].reshape(len(group), -1, *inner)
+
+    def shifted(self, scale: NDArray[np.float64], shift: NDArray[np.float64]) -> Array:
+        """s * b + t in float64, rounded once to the weight's type."""
+        bias = self.bias.float64() if self.bias is not None else np.zeros(self.features)
+        return rounded(bias * scale + shift, self.weight.dtype)
+
+    def inputs(self, weight: AnyValue, bias: AnyValue) -> list[AnyValue]:
+        """The node's inputs with another weight and bias."""
+        return [self.node.inputs[0], weight, bias]
+
+
+def rounded(array: NDArray[np.float64], dtype: np.dtype[Any]) -> Array:
+    """Round to `dtype`, once; what overflows becomes infinite and is for the caller to see."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        out: Array = array.astype(dtype)
+    return out
+
+
+def _uses(node: Node, facts: Facts) -> int:
+    """How many places read the stored tensor behind a node's weight, through Identity too."""
+    constant = facts.constant(node.inputs[_WEIGHT])
+    if constant is None:  # pragma: no cover - asked of constants only
+        return 0
+    total, frontier = 0, [constant.source]
+    while frontier:
+        value = frontier.pop()
+        total += facts.output_of(value) is not None
+        for use in facts.uses(value):
+            if use.node.op == "Identity" and use.node.domain == "":
+                frontier.append(use.node.outputs[0])
+            else:
+                total += 1
+    return total

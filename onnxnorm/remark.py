@@ -1,0 +1,58 @@
+"""What was done, and what was not and why: as values, the same for machines and for people."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+Outcome: TypeAlias = Literal["applied", "refused", "missed", "skipped", "rolled_back"]
+
+
+@dataclass(frozen=True)
+class Region:
+    """The part of a graph that one site replaced.
+
+    Attributes:
+        site: The site.
+        scope: The path of the scope it lies in; "" for the main graph.
+        inputs: Names of the run-time values it reads, in the model as given.
+        outputs: Names of the values it writes; they exist before and after.
+    """
+
+    site: str
+    scope: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Remark:
+    """One decision of one pass about one place.
+
+    Attributes:
+        outcome: `applied`; `refused`, when a side condition failed; `missed`, when the place only
+            resembles what the pass is for; `skipped`, on the user's wish; `rolled_back`, when the
+            outputs no longer agreed.
+        rule: The pass.
+        site: The stable name of the place: pass and anchor value.
+        at: The node that decided it, by its name in the model.
+        reason: Why it was not applied; "" for an applied one.
+        advice: What the user could change; "" where there is nothing.
+        removed: Labels of the nodes that went.
+        added: Labels of the nodes that came.
+        region: Where, for an applied one.
+        anchor: The output value of the place's root node.
+        error: The measured error that rolled it back, over its budget.
+    """
+
+    outcome: Outcome
+    rule: str
+    site: str
+    at: str = ""
+    reason: str = ""
+    advice: str = ""
+    removed: tuple[str, ...] = ()
+    added: tuple[str, ...] = ()
+    region: Region | None = None
+    anchor: str = ""
+    error: float | None = None

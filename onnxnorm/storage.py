@@ -1,0 +1,908 @@
+"""Models on disk, without their weights in memory.
+
+A model file is read as a *skeleton*: the protobuf message with every tensor payload of
+`INLINE_LIMIT` bytes or more replaced by a reference (source, offset, length). A payload is
+memory-mapped when somebody asks for its values, and copied by the kernel when the model is
+written, so the weights of a tensor that no pass touches never enter this process.
+
+The reference is itself valid ONNX: a tensor whose `data_location` is EXTERNAL and whose
+`external_data` holds one entry under `REFERENCE_KEY`. Shape inference runs on a skeleton as it is.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import mmap
+import os
+import shutil
+import tempfile
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, TypeAlias
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError
+from numpy.typing import NDArray
+from onnx import numpy_helper
+
+from onnxnorm.errors import ModelError, OutputError
+
+INLINE_LIMIT: Final = 1024  # bytes; smaller tensors (shapes, axes, epsilons) stay in the skeleton
+PROTOBUF_LIMIT: Final = 2**31 - 1  # no protobuf parser reads a larger message
+REFERENCE_KEY: Final = "onnxnorm:source"
+_ALIGNMENT: Final = 4096  # of large tensors in a data file, so that a page never holds two of them
+
+Array: TypeAlias = NDArray[Any]
+_Piece: TypeAlias = "bytes | _Range"
+
+# Which fields of which message can hold a tensor payload, by field number in onnx.proto.
+_CHILDREN: Final[dict[str, dict[int, str]]] = {
+    "model": {7: "graph", 20: "training", 25: "function"},
+    "training": {1: "graph", 2: "graph"},
+    "function": {7: "node", 11: "attribute"},
+    "graph": {1: "node", 5: "tensor"},
+    "node": {5: "attribute"},
+    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph"},
+    "tensor": {},
+}
+_RAW_DATA: Final = 9
+_EXTERNAL_DATA: Final = 13
+_DATA_LOCATION: Final = 14
+
+
+@dataclass(frozen=True)
+class _Range:
+    """A run of bytes in one of the sources."""
+
+    source: int
+    offset: int
+    length: int
+
+
+class _File:
+    """A file that payloads are read from: kept open, so that it may be replaced meanwhile."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        self.size = os.fstat(self.descriptor).st_size
+
+    def view(self, offset: int, length: int) -> memoryview:
+        # One mapping a view: its pages leave this process when the last array on it does.
+        if length == 0:
+            return memoryview(b"")
+        before = offset % mmap.ALLOCATIONGRANULARITY
+        mapped = mmap.mmap(
+            self.descriptor, before + length, access=mmap.ACCESS_READ, offset=offset - before
+        )
+        return memoryview(mapped)[before:]
+
+    def __del__(self) -> None:
+        with suppress(OSError, AttributeError):
+            os.close(self.descriptor)
+
+
+class _Spill(_File):
+    """Where new payloads wait for the model to be written: a file that nobody else sees."""
+
+    def __init__(self) -> None:
+        with tempfile.TemporaryFile(prefix="onnxnorm-") as file:
+            self.descriptor = os.dup(file.fileno())
+        self.path = Path("the file of new weights")
+        self.size = 0
+
+    def append(self, array: Array) -> int:
+        """Write an array's bytes; returns their offset."""
+        offset = self.size
+        view = memoryview(np.ascontiguousarray(array)).cast("B")
+        while view:
+            done = os.pwrite(self.descriptor, view, self.size)
+            view = view[done:]
+            self.size += done
+        return offset
+
+
+class _Memory:
+    """The payload of one tensor of a model that was handed over in memory."""
+
+    def __init__(self, tensor: onnx.TensorProto) -> None:
+        self.tensor = tensor  # protobuf hands out a copy of the bytes: ask for it only when needed
+
+    def view(self, offset: int, length: int) -> memoryview:
+        return memoryview(self.tensor.raw_data)[offset : offset + length]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A model as read: its skeleton, and where its payloads are.
+
+    Attributes:
+        proto: The skeleton. Treat it as read-only.
+        path: The file it came from; None for a model handed over in memory.
+    """
+
+    proto: onnx.ModelProto
+    path: Path | None = None
+    _sources: list[_File | _Memory] = field(default_factory=list, repr=False)
+    _files: dict[str, _File] = field(default_factory=dict, repr=False)  # external data by location
+    _as_read: bytes | None = field(default=None, repr=False)
+
+    def array(self, tensor: onnx.TensorProto) -> Array:
+        """Values of a tensor of this model, memory-mapped and read-only where they are large.
+
+        bfloat16, float8, float4, int4 and int2 come as the types of ml_dtypes.
+
+        Raises:
+            ModelError: The tensor's data are missing or of the wrong size.
+        """
+        payload = self._payload(tensor)
+        if payload is None:
+            if tensor.HasField("raw_data") and len(tensor.raw_data) != payload_size(tensor):
+                raise _wrong_size(tensor, len(tensor.raw_data))
+            try:
+                return numpy_helper.to_array(tensor)
+            except (ValueError, TypeError, KeyError) as error:
+                raise ModelError(
+                    f"tensor '{tensor.name}' cannot be read: {error}",
+                    "Export the model again; its data do not match its shape and type.",
+                ) from error
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        if _bits(tensor.data_type) < 8:
+            packed = onnx.TensorProto(
+                data_type=tensor.data_type, dims=tensor.dims, raw_data=bytes(payload)
+            )
+            return numpy_helper.to_array(packed)
+        flat: Array = np.frombuffer(payload, dtype=dtype)
+        return flat.reshape(tuple(tensor.dims))
+
+    def _payload(self, tensor: onnx.TensorProto) -> memoryview | None:
+        """The bytes behind a tensor that lives outside the skeleton; None for one inside it."""
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            return None
+        run = self._range(tensor)
+        if isinstance(run, tuple):
+            file, offset, length = run
+            return file.view(offset, length)
+        return self._sources[run.source].view(run.offset, run.length)
+
+    def _range(self, tensor: onnx.TensorProto) -> _Range | tuple[_File, int, int]:
+        reference = _reference(tensor)
+        if reference is not None:
+            return reference
+        location, offset, _ = _external(tensor)
+        return self._files[location], offset, payload_size(tensor)
+
+    def keep(self, name: str, array: Array) -> onnx.TensorProto:
+        """A tensor with these values, held outside memory where they are large.
+
+        Memory so follows the largest changed tensor and not their sum.
+        """
+        if array.nbytes < INLINE_LIMIT or _bits(onnx.helper.np_dtype_to_tensor_dtype(array.dtype)) < 8:
+            return numpy_helper.from_array(np.ascontiguousarray(array), name)
+        tensor = onnx.TensorProto(
+            name=name,
+            dims=array.shape,
+            data_type=onnx.helper.np_dtype_to_tensor_dtype(array.dtype),
+        )
+        source = next((i for i, s in enumerate(self._sources) if isinstance(s, _Spill)), None)
+        if source is None:
+            source = len(self._sources)
+            self._sources.append(_Spill())
+        spill = self._sources[source]
+        assert isinstance(spill, _Spill)
+        with _writing(Path(tempfile.gettempdir())):
+            offset = spill.append(array.view(np.uint8) if array.ndim else array)
+        _refer(tensor, _Range(source, offset, array.nbytes))
+        return tensor
+
+    def with_proto(self, proto: onnx.ModelProto) -> Stored:
+        """Another skeleton over the same payloads: what a transformation gives."""
+        return Stored(proto, self.path, self._sources, self._files, self._as_read)
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether the skeleton is, byte for byte, the one that was read."""
+        return self._as_read is not None and self.proto.SerializeToString() == self._as_read
+
+    @property
+    def external_locations(self) -> tuple[str, ...]:
+        """The data files that the model as read refers to, relative to its folder."""
+        return tuple(self._files)
+
+    def small(self) -> onnx.ModelProto:
+        """A copy for analyses: external payloads below `INLINE_LIMIT` are brought inside.
+
+        Shape inference needs the values of small tensors (a Reshape's shape) wherever they are.
+        """
+        copy = onnx.ModelProto()
+        copy.CopyFrom(self.proto)
+        for tensor in tensors(copy):
+            if (
+                tensor.data_location == onnx.TensorProto.EXTERNAL
+                and _reference(tensor) is None
+                and payload_size(tensor) < INLINE_LIMIT
+            ):
+                payload = self._payload(tensor)
+                del tensor.external_data[:]
+                tensor.ClearField("data_location")
+                tensor.raw_data = bytes(payload or b"")
+        return copy
+
+    def complete(self) -> onnx.ModelProto:
+        """The whole model in memory, payloads included; external data stay external.
+
+        Raises:
+            ModelError: It is larger than a protobuf message can be.
+        """
+        pieces = list(_splice(self.proto.SerializeToString()))
+        if sum(len(p) if isinstance(p, bytes) else p.length for p in pieces) > PROTOBUF_LIMIT:
+            raise ModelError(
+                "the model is larger than 2 GB and cannot be one protobuf message",
+                "Save it to a file instead; its weights then go into a data file beside it.",
+            )
+        whole = b"".join(
+            p if isinstance(p, bytes) else self._sources[p.source].view(p.offset, p.length)
+            for p in pieces
+        )
+        return onnx.ModelProto.FromString(whole)
+
+
+# ** reading **
+
+
+def load(path: str | Path) -> Stored:
+    """Read a model file as a skeleton over memory-mapped payloads.
+
+    Raises:
+        ModelError: The file is missing, is no ONNX model, is truncated, or refers to external
+            data that are missing, too short, or outside the model's folder.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise ModelError(f"{path} is a folder", "Name the .onnx file inside it.")
+        if path.exists() and not path.is_file():
+            raise ModelError(f"{path} is not a regular file", "Save the model to a file first.")
+        file = _File(path)
+    except FileNotFoundError:
+        raise ModelError(f"{path} does not exist", "Check the path.") from None
+    except OSError as error:
+        raise ModelError(
+            f"{path} cannot be read: {error.strerror}", "Check the file's permissions."
+        ) from error
+    if file.size == 0:
+        raise ModelError(f"{path} is empty", "Export or download the model again.")
+    skeleton = _parse(file, path)
+    stored = Stored(skeleton, path, [file], {}, skeleton.SerializeToString())
+    for tensor in tensors(skeleton):
+        if tensor.data_location == onnx.TensorProto.EXTERNAL and _reference(tensor) is None:
+            _open_external(stored, tensor, path.parent)
+    return stored
+
+
+def from_proto(model: onnx.ModelProto) -> Stored:
+    """Take a model from memory; `model` is neither changed nor copied as a whole.
+
+    Tensors with external data are looked for relative to the working directory, as onnx does.
+
+    Raises:
+        ModelError: As `load` does.
+    """
+    if not model.HasField("graph"):
+        raise ModelError("the model has no graph", "Pass a complete onnx.ModelProto.")
+    sources: list[_File | _Memory] = []
+    skeleton = onnx.ModelProto()
+    for descriptor, value in model.ListFields():
+        if descriptor.name != "graph":
+            _assign(skeleton, descriptor.name, value)
+    skeleton.graph.SetInParent()
+    for descriptor, value in model.graph.ListFields():
+        if descriptor.name == "initializer":
+            for tensor in value:
+                if tensor.HasField("raw_data") and len(tensor.raw_data) >= INLINE_LIMIT:
+                    light = skeleton.graph.initializer.add()
+                    for tensor_field, content in tensor.ListFields():
+                        if tensor_field.name != "raw_data":
+                            _assign(light, tensor_field.name, content)
+                    _refer(light, _Range(len(sources), 0, len(tensor.raw_data)))
+                    sources.append(_Memory(tensor))
+                else:
+                    skeleton.graph.initializer.add().CopyFrom(tensor)
+        else:
+            _assign(skeleton.graph, descriptor.name, value)
+    stored = Stored(skeleton, None, sources, {}, None)
+    for tensor in tensors(skeleton):
+        if tensor.data_location == onnx.TensorProto.EXTERNAL and _reference(tensor) is None:
+            _open_external(stored, tensor, Path())
+    return stored
+
+
+def tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Every dense tensor of a model: initializers and attributes, in all graphs and functions."""
+    graphs = [model.graph]
+    for info in model.training_info:
+        graphs += [info.initialization, info.algorithm]
+    nodes: list[Iterable[onnx.NodeProto]] = [f.node for f in model.functions]
+    attributes: list[Iterable[onnx.AttributeProto]] = [f.attribute_proto for f in model.functions]
+    while graphs or nodes or attributes:
+        if graphs:
+            graph = graphs.pop()
+            yield from graph.initializer
+            nodes.append(graph.node)
+        elif nodes:
+            attributes += [node.attribute for node in nodes.pop() if node.attribute]
+        else:
+            for attribute in attributes.pop():
+                if attribute.HasField("t"):
+                    yield attribute.t
+                yield from attribute.tensors
+                if attribute.HasField("g"):
+                    graphs.append(attribute.g)
+                graphs += attribute.graphs
+
+
+def payload_size(tensor: onnx.TensorProto) -> int:
+    """Bytes that a tensor of this shape and type has: ceil(prod(dims) * bits / 8)."""
+    count = math.prod(tensor.dims)
+    if any(dim < 0 for dim in tensor.dims):
+        raise ModelError(
+            f"tensor '{tensor.name}' has a negative dimension: {list(tensor.dims)}",
+            "Export the model again; a stored tensor has a shape of whole numbers.",
+        )
+    try:
+        return (count * _bits(tensor.data_type) + 7) // 8
+    except (ValueError, KeyError) as error:
+        raise ModelError(
+            f"tensor '{tensor.name}' has the unknown element type {tensor.data_type}",
+            "Export the model again, or update onnx: the type may be newer than the installed one.",
+        ) from error
+
+
+def _bits(data_type: int) -> int:
+    name = onnx.TensorProto.DataType.Name(data_type)
+    if name.endswith("INT4") or name == "FLOAT4E2M1":
+        return 4
+    if name.endswith("INT2"):
+        return 2
+    return int(onnx.helper.tensor_dtype_to_np_dtype(data_type).itemsize) * 8
+
+
+def _parse(file: _File, path: Path) -> onnx.ModelProto:
+    view = file.view(0, file.size)
+    try:
+        skeleton = onnx.ModelProto.FromString(_strip(view, "model", 0))
+    except (DecodeError, _WireError) as error:
+        # A model starts with its ir_version (field 1, a varint): a file that does is broken,
+        # any other is something else.
+        broken = bytes(view[:1]) == b"\x08" and file.size > 16
+        what = f"{path} is a truncated or damaged ONNX model" if broken else None
+        raise ModelError(
+            f"{what or f'{path} is not an ONNX model'}: {error}",
+            "Export or download it again." if broken else "Give a file that holds an ONNX model.",
+        ) from error
+    if not skeleton.HasField("graph") or not (skeleton.ir_version or skeleton.opset_import):
+        raise ModelError(
+            f"{path} is not an ONNX model: it holds no graph",
+            "Give a file that holds an ONNX model.",
+        )
+    return skeleton
+
+
+def _open_external(stored: Stored, tensor: onnx.TensorProto, folder: Path) -> None:
+    """Check one tensor's external data and keep its file open."""
+    location, offset, length = _external(tensor)
+    if not location:
+        raise ModelError(
+            f"tensor '{tensor.name}' has external data without a location",
+            "Export the model again.",
+        )
+    if location not in stored._files:
+        inside = folder.resolve()
+        target = (folder / location).resolve()
+        if Path(location).is_absolute() or not target.is_relative_to(inside):
+            raise ModelError(
+                f"tensor '{tensor.name}' keeps its data outside the model's folder: {location}",
+                "Copy the data file into the model's folder and refer to it by its name.",
+            )
+        try:
+            if not target.is_file():
+                raise FileNotFoundError
+            stored._files[location] = _File(target)
+        except FileNotFoundError:
+            raise ModelError(
+                f"external data file {folder / location} of tensor '{tensor.name}' does not exist",
+                "Put the data file back beside the model, under this name.",
+            ) from None
+        except OSError as error:
+            raise ModelError(
+                f"external data file {folder / location} cannot be read: {error.strerror}",
+                "Check the file's permissions.",
+            ) from error
+    expected = payload_size(tensor)
+    if length is not None and length != expected:
+        raise _wrong_size(tensor, length)
+    have = stored._files[location].size
+    if offset < 0 or offset + expected > have:
+        raise ModelError(
+            f"external data file {folder / location} is too short for tensor '{tensor.name}':"
+            f" it needs bytes {offset} to {offset + expected}, the file has {have}",
+            "Copy the data file again; it is truncated or belongs to another model.",
+        )
+
+
+def _wrong_size(tensor: onnx.TensorProto, have: int) -> ModelError:
+    return ModelError(
+        f"tensor '{tensor.name}' of shape {list(tensor.dims)} needs {payload_size(tensor)} bytes,"
+        f" its data have {have}",
+        "Export the model again; its data do not match its shape and type.",
+    )
+
+
+def _external(tensor: onnx.TensorProto) -> tuple[str, int, int | None]:
+    """Location, offset and length of an external tensor, as the file states them."""
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    try:
+        length = int(entries["length"]) if "length" in entries else None
+        return entries.get("location", ""), int(entries.get("offset", "0") or 0), length
+    except ValueError as error:
+        raise ModelError(
+            f"tensor '{tensor.name}' has external data with a malformed offset or length",
+            "Export the model again.",
+        ) from error
+
+
+def _reference(tensor: onnx.TensorProto) -> _Range | None:
+    """The reference that stands for a tensor's payload, where it has one."""
+    for entry in tensor.external_data:
+        if entry.key == REFERENCE_KEY:
+            source, offset, length = map(int, entry.value.split(":"))
+            return _Range(source, offset, length)
+    return None
+
+
+def _refer(tensor: onnx.TensorProto, run: _Range) -> None:
+    entry = tensor.external_data.add()
+    entry.key, entry.value = REFERENCE_KEY, f"{run.source}:{run.offset}:{run.length}"
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+
+
+def _assign(message: Any, name: str, value: Any) -> None:
+    """Copy one field's value into the same field of another message."""
+    target = getattr(message, name)
+    if hasattr(target, "MergeFrom"):
+        target.MergeFrom(value)
+    elif hasattr(target, "CopyFrom"):  # pragma: no cover - messages have MergeFrom too
+        target.CopyFrom(value)
+    else:
+        setattr(message, name, value)
+
+
+# ** the wire format: where the payloads are **
+
+
+class _WireError(Exception):
+    """The bytes do not follow the protobuf encoding."""
+
+
+def _varint(data: Any, at: int) -> tuple[int, int]:
+    result = shift = 0
+    try:
+        while True:
+            byte = data[at]
+            at += 1
+            result |= (byte & 0x7F) << shift
+            if byte < 0x80:
+                return result, at
+            shift += 7
+            if shift > 63:
+                raise _WireError("a number is too long")
+    except IndexError:
+        raise _WireError("it ends inside a number") from None
+
+
+def _records(data: Any, end: int, at: int = 0) -> Iterator[tuple[int, int, int, int]]:
+    """Fields of a message as (number, start of the record, start of the value, end)."""
+    while at < end:
+        start = at
+        tag, at = _varint(data, at)
+        wire = tag & 7
+        if wire == 2:
+            length, value = _varint(data, at)
+            at = value + length
+        elif wire == 0:
+            value = at
+            _, at = _varint(data, at)
+        elif wire in (1, 5):
+            value = at
+            at += 8 if wire == 1 else 4
+        else:
+            raise _WireError(f"unknown wire type {wire}")
+        if at > end:
+            raise _WireError(f"a field says it ends at byte {at}, the data end at byte {end}")
+        yield tag >> 3 if wire == 2 else -(tag >> 3), start, value, at
+
+
+def _encode_varint(number: int) -> bytes:
+    out = bytearray()
+    while number > 0x7F:
+        out.append(number & 0x7F | 0x80)
+        number >>= 7
+    out.append(number)
+    return bytes(out)
+
+
+def _header(number: int, length: int) -> bytes:
+    return _encode_varint(number << 3 | 2) + _encode_varint(length)
+
+
+def _strip(view: memoryview, kind: str, base: int) -> bytes:
+    """The message at `view` without large payloads; `base` is its offset in the file."""
+    children = _CHILDREN[kind]
+    out: list[bytes | memoryview] = []
+    payload: _Range | None = None
+    external = False
+    for number, start, value, end in _records(view, len(view)):
+        if kind == "tensor":
+            if number == _RAW_DATA and end - value >= INLINE_LIMIT:
+                payload = _Range(0, base + value, end - value)
+                continue
+            external = external or number == _EXTERNAL_DATA
+        elif number in children and end - value >= INLINE_LIMIT:
+            inner = _strip(view[value:end], children[number], base + value)
+            out += [_header(number, len(inner)), inner]
+            continue
+        out.append(view[start:end])
+    if payload is not None:
+        if external:
+            raise _WireError("a tensor has its data both inside and outside the file")
+        reference = onnx.TensorProto()
+        _refer(reference, payload)
+        out.append(reference.SerializeToString())
+    return b"".join(out)
+
+
+def _splice(skeleton: bytes) -> Iterator[_Piece]:
+    """The file that a skeleton stands for: bytes of ours, and runs of bytes of the sources."""
+    marks: list[int] = []
+    key = REFERENCE_KEY.encode()
+    at = skeleton.find(key)
+    while at >= 0:
+        marks.append(at)
+        at = skeleton.find(key, at + 1)
+
+    def marked(start: int, end: int) -> bool:
+        i = bisect_left(marks, start)
+        return i < len(marks) and marks[i] < end
+
+    def tensor(start: int, end: int) -> list[_Piece]:
+        reference = _reference(onnx.TensorProto.FromString(skeleton[start:end]))
+        if reference is None:  # the key occurs in a name or a doc string
+            return [skeleton[start:end]]
+        before: list[bytes] = []
+        after: list[bytes] = []
+        for number, record, _, stop in _records(skeleton, end, start):
+            if abs(number) not in (_EXTERNAL_DATA, _DATA_LOCATION):
+                (before if abs(number) < _RAW_DATA else after).append(skeleton[record:stop])
+        head = b"".join(before) + _header(_RAW_DATA, reference.length)
+        return [head, reference, b"".join(after)]
+
+    def message(start: int, end: int, kind: str) -> list[_Piece]:
+        if not marked(start, end):
+            return [skeleton[start:end]]
+        if kind == "tensor":
+            return tensor(start, end)
+        out: list[_Piece] = []
+        for number, record, value, stop in _records(skeleton, end, start):
+            child = _CHILDREN[kind].get(number)
+            if child is None or not marked(value, stop):
+                out.append(skeleton[record:stop])
+                continue
+            inner = message(value, stop, child)
+            out += [_header(number, _length(inner)), *inner]
+        return out
+
+    pending: list[bytes] = []
+    for piece in message(0, len(skeleton), "model"):
+        if isinstance(piece, bytes):
+            pending.append(piece)
+        else:
+            yield b"".join(pending)
+            pending.clear()
+            yield piece
+    yield b"".join(pending)
+
+
+def _length(pieces: Iterable[_Piece]) -> int:
+    return sum(len(p) if isinstance(p, bytes) else p.length for p in pieces)
+
+
+# ** writing **
+
+
+class Staged:
+    """A model written to a hidden folder beside its destination, not yet in place.
+
+    Use it as a context manager: `commit()` moves the files to their places by renaming them, and
+    leaving the context removes whatever was not moved. Until `commit` nothing at the destination
+    has changed.
+
+    Attributes:
+        model: The staged .onnx file, with its data files beside it; it can be run.
+    """
+
+    def __init__(self, stored: Stored, target: Path | None) -> None:
+        self._target = target
+        self._folder = _staging_folder(target)
+        self._moved: list[Path] = []
+        try:
+            self.model = self._folder / (target.name if target else "model.onnx")
+            with _writing(target or self.model):
+                self._write(stored)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Staged:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Remove the staging folder and all that is still in it."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def commit(self) -> tuple[Path, ...]:
+        """Move the model and its data files into place; returns the paths written.
+
+        Every existing file that is replaced is linked aside first and put back when a later
+        move fails, so an existing output stays whole.
+
+        Raises:
+            OutputError: A file could not be moved; the destination is as it was.
+        """
+        if self._target is None:
+            raise ValueError("a model staged without a target has no place to go")
+        folder = self._target.parent
+        staged = sorted(
+            (p for p in self._folder.rglob("*") if p.is_file()), key=lambda p: p == self.model
+        )  # the model last: whoever sees the new model finds its data
+        backups = self._folder / ".replaced"
+        undo: list[tuple[Path, Path | None]] = []
+        written = []
+        with _writing(self._target):
+            backups.mkdir()
+            try:
+                for number, source in enumerate(staged):
+                    place = folder / source.relative_to(self._folder)
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    backup: Path | None = None
+                    if place.exists() and place.is_file():
+                        backup = backups / str(number)
+                        os.link(place, backup)
+                        shutil.copymode(place, source)
+                    undo.append((place, backup))
+                    source.replace(place)
+                    written.append(place)
+            except BaseException:
+                for place, backup in reversed(undo):
+                    if backup is not None:
+                        backup.replace(place)
+                    elif place in written:
+                        place.unlink()
+                raise
+        return tuple(reversed(written))
+
+    def _write(self, stored: Stored) -> None:
+        if stored.unchanged and stored.path is not None:
+            if not stored._files or self._can_keep_locations(stored):
+                self._copy_whole(stored)
+                return
+        skeleton = stored.proto.SerializeToString()
+        pieces = list(_splice(skeleton))
+        if stored._files or _length(pieces) > PROTOBUF_LIMIT:
+            self._write_external(stored)
+        else:
+            with self.model.open("wb") as out:
+                for piece in pieces:
+                    _emit(out.fileno(), piece, stored)
+
+    def _can_keep_locations(self, stored: Stored) -> bool:
+        """Whether the data files may go under their own names into the target's folder.
+
+        Not when a file of that name is there already, unless the output that is being replaced
+        is the one that refers to it: another model may live on it.
+        """
+        if self._target is None:
+            return True
+        taken = [p for p in stored._files if (self._target.parent / p).exists()]
+        if not taken:
+            return True
+        if stored.path is not None and _same_folder(self._target.parent, stored.path.parent):
+            return False
+        try:
+            return set(taken) <= set(load(self._target).external_locations)
+        except ModelError:
+            return False
+
+    def _copy_whole(self, stored: Stored) -> None:
+        assert stored.path is not None
+        files: list[tuple[_File | _Memory, Path]] = [(stored._sources[0], self.model)]
+        for location, file in stored._files.items():
+            files.append((file, self._folder / location))
+        for source, place in files:
+            assert isinstance(source, _File)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with place.open("wb") as out:
+                _copy(source, 0, source.size, out.fileno())
+
+    def _write_external(self, stored: Stored) -> None:
+        """Every payload of `INLINE_LIMIT` bytes or more into one data file beside the model."""
+        proto = onnx.ModelProto()
+        proto.CopyFrom(stored.proto)
+        data = self.model.with_name(self.model.name + ".data")
+        at = 0
+        with data.open("wb") as out:
+            for tensor in tensors(proto):
+                if not (external := tensor.data_location == onnx.TensorProto.EXTERNAL) and not (
+                    tensor.HasField("raw_data") and len(tensor.raw_data) >= INLINE_LIMIT
+                ):
+                    continue
+                size = payload_size(tensor)
+                aligned = -(-at // _ALIGNMENT) * _ALIGNMENT if size >= _ALIGNMENT else at
+                if aligned > at:
+                    os.lseek(out.fileno(), aligned, os.SEEK_SET)  # a hole, not zeros
+                    at = aligned
+                if external:
+                    run = stored._range(tensor)
+                    if isinstance(run, tuple):
+                        _copy(*run, out.fileno())
+                    else:
+                        _emit(out.fileno(), run, stored)
+                else:
+                    _emit(out.fileno(), tensor.raw_data, stored)
+                    tensor.ClearField("raw_data")
+                del tensor.external_data[:]
+                for key, value in (("location", data.name), ("offset", at), ("length", size)):
+                    entry = tensor.external_data.add()
+                    entry.key, entry.value = key, str(value)
+                tensor.data_location = onnx.TensorProto.EXTERNAL
+                at += size
+            out.truncate(at)
+        skeleton = proto.SerializeToString()
+        if len(skeleton) > PROTOBUF_LIMIT:
+            raise OutputError(
+                "the graph alone, without its weights, is larger than 2 GB",
+                "Such a model cannot be one ONNX file; split it.",
+            )
+        self.model.write_bytes(skeleton)
+        if at == 0:
+            data.unlink()
+
+
+class _writing:  # noqa: N801 - reads as a clause: with _writing(path)
+    """Turn operating system errors into `OutputError`."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if isinstance(error, OSError):
+            raise write_error(self.target, error) from error
+
+
+def write_error(target: Path, error: OSError) -> OutputError:
+    """The two lines for an operating system error met while writing `target`."""
+    hints = {
+        errno.ENOSPC: "Free some space or write to another disk.",
+        errno.EDQUOT: "Free some space or write to another disk.",
+        errno.EFBIG: "Raise the limit on file sizes or write to another disk.",
+        errno.EACCES: "Write to a folder that you may write to.",
+        errno.EPERM: "Write to a folder that you may write to.",
+        errno.EROFS: "Write to a folder that you may write to.",
+        errno.ENOENT: "Create the folder first.",
+        errno.ENOTDIR: "Create the folder first.",
+        errno.EISDIR: "Give a file name, not a folder.",
+        errno.ENAMETOOLONG: "Give a shorter name.",
+    }
+    hint = hints.get(error.errno or 0, "Write to another place.")
+    return OutputError(f"{target} cannot be written: {error.strerror or error}", hint)
+
+
+def _staging_folder(target: Path | None) -> Path:
+    if target is None:
+        return Path(tempfile.mkdtemp(prefix="onnxnorm-"))
+    with _writing(target):
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        if not target.parent.is_dir():
+            raise FileNotFoundError(errno.ENOENT, f"the folder {target.parent} does not exist")
+        return Path(tempfile.mkdtemp(prefix=f".{target.name[:80]}.", dir=target.parent))
+
+
+def _same_folder(a: Path, b: Path) -> bool:
+    return a.resolve() == b.resolve()
+
+
+def _emit(out: int, piece: _Piece, stored: Stored) -> None:
+    if isinstance(piece, bytes):
+        view = memoryview(piece)
+        while view:
+            view = view[os.write(out, view) :]
+        return
+    source = stored._sources[piece.source]
+    if isinstance(source, _File):
+        _copy(source, piece.offset, piece.length, out)
+    else:
+        _emit(out, bytes(source.view(piece.offset, piece.length)), stored)
+
+
+def _copy(source: _File, offset: int, length: int, out: int) -> None:
+    """Copy a run of bytes from file to file inside the kernel where it can."""
+    end = offset + length
+    if hasattr(os, "copy_file_range"):
+        try:
+            while offset < end:
+                done = os.copy_file_range(source.descriptor, out, end - offset, offset)
+                if done == 0:
+                    break
+                offset += done
+        except OSError as error:
+            # These say that this pair of file systems cannot do it, not that the copy failed.
+            if error.errno not in (
+                errno.EXDEV,
+                errno.EINVAL,
+                errno.ENOSYS,
+                errno.EOPNOTSUPP,
+                errno.EBADF,
+                errno.EPERM,
+            ):
+                raise
+    if hasattr(os, "sendfile"):
+        try:
+            while offset < end:
+                done = os.sendfile(out, source.descriptor, offset, end - offset)
+                if done == 0:
+                    break
+                offset += done
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSOCK):
+                raise
+    step = 8 << 20
+    while offset < end:
+        view = source.view(offset, min(step, end - offset))
+        if not view:
+            raise OSError(errno.EIO, f"{source.path} became shorter while it was read")
+        offset += os.write(out, view)
+
+
+def save(stored: Stored, path: str | Path) -> tuple[Path, ...]:
+    """Write a model atomically; returns the files written, the model first.
+
+    The weights stay in the model file below 2 GB and go to `<name>.data` beside it above, or
+    where the input kept them in a data file.
+
+    Raises:
+        OutputError: It could not be written; nothing at `path` has changed.
+    """
+    with Staged(stored, Path(path)) as staged:
+        return staged.commit()

@@ -1,0 +1,19 @@
+"""The catalogue of passes: one readable table of names.
+
+Importing this package imports no pass; `onnxnorm.registry` imports one when it is asked for.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+if __name__ != "onnxnorm.passes":  # a second copy would have its own classes
+    raise ImportError("import onnxnorm.passes, not passes")
+
+# name -> "module:class", in the order in which the passes run
+PASSES: Final[dict[str, str]] = {
+    "fold-batchnorm": "onnxnorm.passes.fold_batchnorm:FoldBatchnorm",
+}
+
+# What `optimize` runs when it is not told otherwise: passes that are equal over the reals.
+DEFAULT: Final[tuple[str, ...]] = ("fold-batchnorm",)
