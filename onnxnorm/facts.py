@@ -13,7 +13,6 @@ from typing import Any, Final, TypeAlias
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx.reference import ReferenceEvaluator
 
 from onnxnorm.module import Module, Node, Scope, Value, Weight, dense
 from onnxnorm.storage import Array, payload_size
@@ -195,6 +194,8 @@ class Facts:
                 if constant.nbytes > _MOVED_LIMIT:
                     return None
                 given[value.name] = constant.array()
+        from onnx.reference import ReferenceEvaluator  # slow to import, and rarely needed
+
         try:
             evaluator = ReferenceEvaluator(proto, opsets=dict(node.scope.opsets))
             (result,) = evaluator.run(None, given)

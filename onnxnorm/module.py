@@ -172,6 +172,7 @@ class Scope:
             function, as "<domain>.<name>/".
         graph: The graphsurgeon graph.
         opsets: Domain to version, as imported here.
+        owner: The node whose body this is; None for the main graph and for functions.
         parent: The scope around a body; None for the main graph and for functions.
         touched: Whether an edit has changed this scope or one inside it.
     """
@@ -181,13 +182,14 @@ class Scope:
         module: Module,
         path: str,
         proto: onnx.GraphProto | onnx.FunctionProto,
-        parent: Scope | None,
+        owner: Node | None,
         opsets: Mapping[str, int],
     ) -> None:
         self.module = module
         self.path = path
         self.proto = proto
-        self.parent = parent
+        self.owner = owner
+        self.parent: Scope | None = None if owner is None else owner.scope
         self.opsets = opsets
         self.graph = gs.Graph(name=proto.name)
         self.values: dict[str, Value | Weight] = {}
@@ -287,7 +289,7 @@ class Scope:
         suffix = "" if index < 0 else str(index)
         first = next((v.name for v in node.outputs if v.name), node.name)
         scope = Scope(
-            self.module, f"{self.path}{first}/{attribute}{suffix}/", body, self, self.opsets
+            self.module, f"{self.path}{first}/{attribute}{suffix}/", body, node, self.opsets
         )
         node.bodies.append((attribute, index, scope))
         if index < 0:

@@ -10,17 +10,17 @@ Outcome: TypeAlias = Literal["applied", "refused", "missed", "skipped", "rolled_
 
 @dataclass(frozen=True)
 class Region:
-    """The part of a graph that one site replaced.
+    """The part of the main graph that one site changed.
+
+    A site in the body of a control-flow node changes the whole node.
 
     Attributes:
-        site: The site.
-        scope: The path of the scope it lies in; "" for the main graph.
-        inputs: Names of the run-time values it reads, in the model as given.
-        outputs: Names of the values it writes; they exist before and after.
+        site: The site's id.
+        inputs: Names of the run-time values it reads; they exist before and after.
+        outputs: Names of the values it computes; they exist before and after.
     """
 
     site: str
-    scope: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
 
@@ -40,7 +40,7 @@ class Remark:
         advice: What the user could change; "" where there is nothing.
         removed: Labels of the nodes that went.
         added: Labels of the nodes that came.
-        region: Where, for an applied one.
+        region: Where, for an applied one; None in a function, which may be called anywhere.
         anchor: The output value of the place's root node.
         error: The measured error that rolled it back, over its budget.
     """

@@ -16,7 +16,7 @@ import onnx
 
 from onnxnorm.facts import AnyValue, Facts
 from onnxnorm.matcher import Match, Mismatch, match
-from onnxnorm.module import Module, Node, Scope, Value, Weight
+from onnxnorm.module import Module, Node, Scope, Value, Weight, reads
 from onnxnorm.pattern import Op
 from onnxnorm.remark import Region, Remark
 from onnxnorm.storage import Array
@@ -311,19 +311,22 @@ class Rewriter:
             node.outputs.clear()
         return gone
 
-    def _region(self, plan: Plan) -> Region:
-        inside = {v for node in plan.nodes for v in node.outputs}
+    def _region(self, plan: Plan) -> Region | None:
+        nodes, scope, outputs = plan.nodes, plan.root.scope, plan.root.outputs
+        while scope.owner is not None:
+            nodes, outputs = (scope.owner,), scope.owner.outputs
+            scope = scope.owner.scope
+        if scope.is_function:
+            return None
+        inside = {v for node in nodes for v in node.outputs}
         outside: dict[str, None] = {}
-        for node in plan.nodes:
-            for value in node.inputs:
-                if value.name and value not in inside and self.facts.constant(value) is None:
-                    outside[value.name] = None
-        return Region(
-            self._site,
-            plan.root.scope.path,
-            tuple(outside),
-            tuple(v.name for v in plan.root.outputs if v.name),
-        )
+        for node in nodes:
+            for value in reads(node):
+                local = value.scope is not scope
+                if value.name and value not in inside and not local:
+                    if self.facts.constant(value) is None:
+                        outside[value.name] = None
+        return Region(self._site, tuple(outside), tuple(v.name for v in outputs if v.name))
 
 
 def _was(node: Node, anchor: AnyValue) -> str:

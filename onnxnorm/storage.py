@@ -906,3 +906,55 @@ def save(stored: Stored, path: str | Path) -> tuple[Path, ...]:
     """
     with Staged(stored, Path(path)) as staged:
         return staged.commit()
+
+
+def check_target(target: Path) -> None:
+    """Find out whether something can be written at `target`, before any work is done for it.
+
+    Raises:
+        OutputError: It is a folder, or its folder is missing or not writable.
+    """
+    folder = _staging_folder(target)
+    folder.rmdir()
+
+
+def total_bytes(stored: Stored) -> int:
+    """Bytes of a model with all its payloads, wherever they are."""
+    pieces = _length(_splice(stored.proto.SerializeToString()))
+    outside = (
+        payload_size(t)
+        for t in tensors(stored.proto)
+        if t.data_location == onnx.TensorProto.EXTERNAL and _reference(t) is None
+    )
+    return pieces + sum(outside)
+
+
+def checker_complaint(stored: Stored) -> str | None:
+    """What onnx.checker, with shape inference, has against a model; None if nothing.
+
+    The payloads stay where they are: a weight of the main graph is shown to the checker as an
+    input of its type. Source: onnx.checker.check_model(full_check=True).
+    """
+    copy = stored.small()
+    inputs = {i.name for i in copy.graph.input}
+    light = []
+    for tensor in copy.graph.initializer:
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            light.append(tensor)
+        elif tensor.name not in inputs:
+            info = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+            copy.graph.input.append(info)
+    kept = [onnx.TensorProto.FromString(t.SerializeToString()) for t in light]
+    del copy.graph.initializer[:]
+    copy.graph.initializer.extend(kept)
+    for tensor in tensors(copy):
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            size = payload_size(tensor)
+            del tensor.external_data[:]
+            tensor.ClearField("data_location")
+            tensor.raw_data = bytes(size)
+    try:
+        onnx.checker.check_model(copy, full_check=True)
+    except Exception as error:  # noqa: BLE001 - the C++ side raises several unrelated types
+        return " ".join(str(error).split())
+    return None

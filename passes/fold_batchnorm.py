@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxnorm.matcher import Match
+from onnxnorm.norms import training_reason
 from onnxnorm.pattern import const, maybe, op, var
 from onnxnorm.port import Port
 from onnxnorm.rewrite import Refusal, RewritePass, Rewriter
@@ -92,21 +93,9 @@ def _affine(m: Match) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
 
 
 def _refuse_training(m: Match) -> Refusal | None:
-    """BatchNormalization says in four ways, by opset, that its statistics are not constant."""
     node = m.node("batchnorm")
-    opset = node.scope.opsets[""]
-    if opset >= 14:
-        training = m.attr("batchnorm", "training_mode", 0) != 0
-        said = "training_mode is set"
-    elif opset >= 7:
-        training = any(v.name for v in node.outputs[1:])
-        said = "it has further outputs, which means training"
-    else:
-        training = m.attr("batchnorm", "is_test", 0) == 0
-        said = "is_test is not set"
-    if training:
-        reason = f"{said}: its statistics come from the batch"
+    if reason := training_reason(node):
         return Refusal(reason, at="batchnorm", advice=_EVAL_MODE)
-    if opset < 9 and m.attr("batchnorm", "spatial", 1) == 0:
+    if node.scope.opsets[""] < 9 and m.attr("batchnorm", "spatial", 1) == 0:
         return Refusal("spatial is 0: it has statistics for every position", at="batchnorm")
     return None

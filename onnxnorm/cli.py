@@ -1,0 +1,314 @@
+"""The command line: `onnxnorm optimize | inspect | compare | passes`.
+
+Results go to stdout, progress and errors to stderr. Exit codes: 0 done; 1 the outputs do not
+agree or could not be compared, and nothing was written; 2 wrong usage or bad input.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, Final, NoReturn, TypeAlias
+
+import click
+from rich.console import Console
+
+from onnxnorm import api
+from onnxnorm.errors import OnnxNormError, UsageError
+from onnxnorm.registry import catalogue, default_passes, options
+from onnxnorm.report import Progress, Report, render_inspect, render_terminal, report_form
+from onnxnorm.storage import Stored
+
+_Command: TypeAlias = Callable[..., Any]
+_INTERRUPTED: Final = 130
+_MODEL: Final = click.Path(path_type=Path)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="onnxnorm")
+def cli() -> None:
+    """Find every normalization in an ONNX model, rewrite it to the cheapest equal one, prove it."""
+
+
+def _options(*decorators: Callable[[_Command], _Command]) -> Callable[[_Command], _Command]:
+    def apply(command: _Command) -> _Command:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return apply
+
+
+def _shapes(_: click.Context, __: click.Parameter, values: Sequence[str]) -> dict[str, Any]:
+    """Parse `name:1,3,224,224`; names may hold colons, shapes do not."""
+    shapes = {}
+    for value in values:
+        name, colon, dims = value.rpartition(":")
+        try:
+            shapes[name] = tuple(int(d) for d in dims.split(",")) if dims else ()
+        except ValueError:
+            name = ""
+        if not colon or not name or any(d < 0 for d in shapes.get(name, ())):
+            raise click.BadParameter(f"'{value}' is not name:1,3,224,224")
+    return shapes
+
+
+_measuring = _options(
+    click.option(
+        "--provider",
+        type=click.Choice(["auto", "cpu", "cuda"]),
+        default="auto",
+        show_default=True,
+        help="Where onnxruntime runs the models.",
+    ),
+    click.option("--threads", type=click.IntRange(1), help="Threads for latency.  [onnxruntime's]"),
+    click.option("--inputs", type=_MODEL, metavar="DATA.npz", help="Your own inputs."),
+    click.option(
+        "--input-shape",
+        "input_shapes",
+        multiple=True,
+        callback=_shapes,
+        metavar="NAME:1,3,224,224",
+        help="Shape of an input; may be repeated.",
+    ),
+    click.option("--seed", type=int, default=0, show_default=True, help="Of the random inputs."),
+    click.option("--no-parity", is_flag=True, help="Do not compare the outputs."),
+    click.option("--no-latency", is_flag=True, help="Do not measure."),
+    click.option(
+        "--time-budget",
+        type=click.FloatRange(min=0, min_open=True),
+        default=api.TIME_BUDGET,
+        show_default=True,
+        metavar="SECONDS",
+        help="For parity, and as many for latency.",
+    ),
+)
+_output = _options(
+    click.option(
+        "--report",
+        "reports",
+        multiple=True,
+        type=_MODEL,
+        metavar="FILE.md|.json",
+        help="Write the report; may be repeated.",
+    ),
+    click.option("--json", "as_json", is_flag=True, help="Print the report as JSON."),
+    click.option("-v", "--verbose", is_flag=True, help="Print every row."),
+    click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors."),
+)
+
+
+@cli.command()
+@click.argument("source", metavar="IN.onnx", type=_MODEL)
+@click.argument("target", metavar="[OUT.onnx]", type=_MODEL, required=False)
+@click.option(
+    "--passes",
+    metavar="A,B{opt=1}",
+    help="What to run, in order; 'none' runs nothing.  [the default list]",
+)
+@click.option("--only", multiple=True, metavar="SITE", help="Restrict the passes to this site.")
+@click.option("--skip", multiple=True, metavar="SITE", help="Leave this site as it is.")
+@click.option("--in-place", is_flag=True, help="Replace the input.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done; run and write nothing.")
+@click.option("--time-passes", is_flag=True, help="Print the time each pass took.")
+@click.option(
+    "--print-after", metavar="PASS|all", help="Print the graph after a pass that changed it."
+)
+@_measuring
+@_output
+def optimize(
+    source: Path,
+    target: Path | None,
+    reports: Sequence[Path],
+    *,
+    as_json: bool,
+    verbose: bool,
+    quiet: bool,
+    time_passes: bool,
+    print_after: str | None,
+    no_parity: bool,
+    no_latency: bool,
+    **given: Any,
+) -> None:
+    """Rewrite the normalizations of IN.onnx and write OUT.onnx, if its outputs agree."""
+    if target is None and not (given["in_place"] or given["dry_run"]):
+        raise UsageError(
+            "there is no OUT.onnx to write", "Name it, or give --in-place or --dry-run."
+        )
+    _check_reports(reports)
+    if print_after not in (None, "all", *catalogue()):
+        raise UsageError(
+            f"--print-after names '{print_after}', which is no pass",
+            "`onnxnorm passes` lists them; 'all' prints after each.",
+        )
+
+    def after_pass(name: str, stored: Stored) -> None:
+        if print_after in ("all", name):
+            from onnx import printer
+
+            click.echo(f"// after {name}\n{printer.to_text(stored.proto.graph)}", err=True)
+
+    with Progress(quiet=quiet) as progress:
+        result = api.optimize(
+            source,
+            target,
+            parity=not no_parity,
+            latency=not no_latency,
+            progress=progress,
+            after_pass=after_pass if print_after else None,
+            **given,
+        )
+    _show(
+        result.report, reports, as_json=as_json, verbose=verbose, quiet=quiet, timed=time_passes
+    )
+
+
+@cli.command()
+@click.argument("source", metavar="MODEL.onnx", type=_MODEL)
+@click.option("--passes", metavar="A,B{opt=1}", help="What would run.  [the default list]")
+@_output
+def inspect(
+    source: Path,
+    passes: str | None,
+    reports: Sequence[Path],
+    *,
+    as_json: bool,
+    verbose: bool,
+    quiet: bool,
+) -> None:
+    """List every normalization of MODEL.onnx, what would be done, and what is in the way."""
+    _check_reports(reports)
+    report = api.inspect(source, passes=passes)
+    _show(report, reports, as_json=as_json, verbose=verbose, quiet=quiet)
+
+
+@cli.command()
+@click.argument("first", metavar="A.onnx", type=_MODEL)
+@click.argument("second", metavar="B.onnx", type=_MODEL)
+@_measuring
+@_output
+def compare(
+    first: Path,
+    second: Path,
+    reports: Sequence[Path],
+    *,
+    as_json: bool,
+    verbose: bool,
+    quiet: bool,
+    no_parity: bool,
+    no_latency: bool,
+    **given: Any,
+) -> None:
+    """Compare the outputs and the latency of any two models; A is the one to trust."""
+    _check_reports(reports)
+    with Progress(quiet=quiet) as progress:
+        report = api.compare(
+            first,
+            second,
+            parity=not no_parity,
+            latency=not no_latency,
+            progress=progress,
+            **given,
+        )
+    _show(report, reports, as_json=as_json, verbose=verbose, quiet=quiet)
+    if report.parity is not None and not report.parity["passed"]:
+        sys.exit(1)
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print the catalogue as JSON.")
+def passes(*, as_json: bool) -> None:
+    """List the passes: what each does, and its options."""
+    default = default_passes()
+    rows = [
+        {
+            "name": name,
+            "summary": kind.summary,
+            "equation": kind.equation,
+            "default": name in default,
+            "approximate": kind.approximate,
+            "options": {
+                key: {"type": type_, "default": value}
+                for key, (type_, value) in options(kind).items()
+            },
+        }
+        for name, kind in catalogue().items()
+    ]
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+        return
+    for row in rows:
+        on = "on by default" if row["default"] else "off unless asked for"
+        click.echo(f"{row['name']}  ({on})\n    {row['summary']}\n    {row['equation']}")
+        for key, option in row["options"].items():
+            click.echo(f"    {key}={option['default']}  ({option['type']})")
+
+
+def _check_reports(reports: Sequence[Path]) -> None:
+    """Refuse a report that cannot be written before any work is done for it."""
+    for path in reports:
+        report_form(path)
+        if not path.absolute().parent.is_dir():
+            raise UsageError(
+                f"the folder of the report {path} does not exist", "Create the folder first."
+            )
+
+
+def _show(
+    report: Report,
+    reports: Sequence[Path],
+    *,
+    as_json: bool,
+    verbose: bool,
+    quiet: bool,
+    timed: bool = False,
+) -> None:
+    for path in reports:
+        report.write(path)
+    data = report.to_json()
+    if as_json:
+        click.echo(json.dumps(data, indent=2, ensure_ascii=False))
+    elif not quiet:
+        console = Console(soft_wrap=False)
+        if report.command == "inspect":
+            render_inspect(data, console, verbose=verbose)
+        else:
+            render_terminal(data, console, verbose=verbose, time_passes=timed)
+        for path in reports:
+            console.print(f"report: {path}", highlight=False, markup=False, soft_wrap=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        code = cli.main(args=arguments, prog_name="onnxnorm", standalone_mode=False)
+    except OnnxNormError as error:
+        _fail(error.what, error.hint, error.exit_code)
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx is not None else "onnxnorm"
+        _fail(error.format_message(), f"`{command} --help` shows the options.", 2)
+    except click.ClickException as error:
+        _fail(error.format_message(), "`onnxnorm --help` shows how to use it.", 2)
+    except (KeyboardInterrupt, click.Abort):
+        _fail("interrupted", "Nothing was written.", _INTERRUPTED)
+    except MemoryError:
+        _fail("there is not enough memory", "Close other programs, or use a larger machine.", 2)
+    except BrokenPipeError:
+        # Whoever read our output has seen enough; the interpreter must not complain at exit.
+        sys.stdout = None  # type: ignore[assignment]
+        sys.exit(0)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(what: str, hint: str, code: int) -> NoReturn:
+    click.echo(f"error: {' '.join(what.split())}\n{' '.join(hint.split())}", err=True)
+    sys.exit(code)
+
+
+def _terminate(_: int, __: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt  # so that temporary files are removed on the way out

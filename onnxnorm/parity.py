@@ -1,0 +1,1137 @@
+"""Do two models agree? As closely as the original agrees with itself in float64.
+
+    error(run) = |run - truth|            truth: the original in float64
+    accept     :  error(candidate) <= 2 error(original) + 4 ulp(max |truth|)
+
+as maximum and as root mean square over all inputs together, per output, with the runtime's
+optimizations off; and again with all of them on, level against level. Nothing in it is chosen:
+the original's own error in its own precision is the measure, and a correct rewrite rounds about
+as often as the original did. Models that round to integers inside, and float64 models, whose
+error is no larger than the truth's own, are given the error of the original with every weight and
+input one ulp away as well: that is what a rounding may do to them.
+
+NaN and infinity stay where they were. Integers, booleans and strings agree, except at ties that
+the truth shows to be ties (`onnxnorm.decisions`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, TypeAlias
+
+import ml_dtypes
+import numpy as np
+import onnx
+
+from onnxnorm import storage, variants
+from onnxnorm.decisions import Decision, trace
+from onnxnorm.errors import OnnxNormError, ParityError, RuntimeRejection
+from onnxnorm.feeds import Feed, candidates, smaller
+from onnxnorm.float64 import Array, is_float_dtype
+from onnxnorm.session import Session, open_session
+from onnxnorm.truth import Cost, Evaluator, OutOfTime, Unevaluable, estimate, infer_shapes
+
+Progress: TypeAlias = Callable[[str, float | None], None]
+
+DEFAULT_BUDGET_SECONDS: Final = 60.0
+_TRUTH_SHARE: Final = 0.5  # of the time budget; the rest is for the runs in onnxruntime
+_RESPONSES: Final = 3  # runs of the original one ulp away, where roundings flip
+_QUANTIZES: Final = frozenset(
+    {
+        "QuantizeLinear",
+        "DynamicQuantizeLinear",
+        "QLinearConv",
+        "QLinearMatMul",
+        "QLinearAdd",
+        "QLinearMul",
+        "ConvInteger",
+        "MatMulInteger",
+        "MatMulIntegerToFloat",
+        "DynamicQuantizeMatMul",
+        "DynamicQuantizeLSTM",
+        "QAttention",
+        "QGemm",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Region:
+    """A part of a model that a site changed.
+
+    Attributes:
+        site: The site's id.
+        inputs: Names of values, present in both models, that the part reads.
+        outputs: Names of values, present in both models, that it computes.
+    """
+
+    site: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Level:
+    """One output at one optimization level; errors are in the output's own unit.
+
+    Attributes:
+        error: Largest distance of the candidate from the truth.
+        baseline_error: The same of the original.
+        budget: What `error` may be.
+        error_rms: Root mean square distance of the candidate, and so on.
+        baseline_error_rms: The same of the original.
+        budget_rms: What `error_rms` may be.
+        error_ulp: `error` in ulp of the output's dtype at the largest magnitude of the truth.
+        baseline_error_ulp: The same of the original.
+        cosine: Cosine of the angle between candidate and truth; None for other than floats.
+        argmax_agreement: Share of rows whose largest element is where the truth's is; None for
+            an output that does not look like logits.
+        reason: Why it failed; None when it passed.
+    """
+
+    error: float
+    baseline_error: float
+    budget: float
+    error_rms: float
+    baseline_error_rms: float
+    budget_rms: float
+    error_ulp: float
+    baseline_error_ulp: float
+    cosine: float | None
+    argmax_agreement: float | None
+    reason: str | None
+
+    @property
+    def passed(self) -> bool:
+        """Whether the output agrees at this level."""
+        return self.reason is None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the numbers; what is not finite becomes null."""
+        names = (
+            "error",
+            "baseline_error",
+            "budget",
+            "error_rms",
+            "baseline_error_rms",
+            "budget_rms",
+            "error_ulp",
+            "baseline_error_ulp",
+            "cosine",
+            "argmax_agreement",
+        )
+        values = {name: _finite(getattr(self, name)) for name in names}
+        return {**values, "passed": self.passed, "reason": self.reason}
+
+
+@dataclass(frozen=True)
+class OutputParity:
+    """One output of the models.
+
+    Attributes:
+        name: Its name; elements of a sequence as name[0], of a map as name[key].
+        dtype: The original's numpy dtype.
+        unoptimized: With the runtime's optimizations off.
+        optimized: With all of them on; None when the original cannot be loaded so.
+    """
+
+    name: str
+    dtype: str
+    unoptimized: Level
+    optimized: Level | None
+
+    @property
+    def passed(self) -> bool:
+        """Whether the output agrees at both levels."""
+        return self.unoptimized.passed and (self.optimized is None or self.optimized.passed)
+
+    @property
+    def reason(self) -> str | None:
+        """Why it failed, at the first level that did."""
+        if not self.unoptimized.passed:
+            return self.unoptimized.reason
+        if self.optimized is not None and not self.optimized.passed:
+            return f"with the runtime's optimizations on: {self.optimized.reason}"
+        return None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report's form: the unoptimized numbers flat, the others under `optimized`."""
+        return {
+            "name": self.name,
+            "dtype": self.dtype,
+            **self.unoptimized.to_json(),
+            "passed": self.passed,
+            "reason": self.reason,
+            "optimized": None if self.optimized is None else self.optimized.to_json(),
+        }
+
+
+@dataclass(frozen=True)
+class ParityResult:
+    """Whether a candidate agrees with the original, and by what numbers.
+
+    Attributes:
+        passed: Every output passed.
+        outputs: One entry per output of the original.
+        truth: Which precision the truth has, and of what part of the model.
+        notes: What the reader should know: fall-backs, mis-fusions, randomness.
+        inputs: One line per run.
+        seconds: Time that this check took, the truth included when it was computed for it.
+    """
+
+    passed: bool
+    outputs: tuple[OutputParity, ...]
+    truth: str
+    notes: tuple[str, ...]
+    inputs: tuple[str, ...]
+    seconds: float
+
+    @property
+    def failure(self) -> str | None:
+        """One line about the first output that failed; None when all passed."""
+        for output in self.outputs:
+            if not output.passed:
+                return f"output '{output.name}': {output.reason}"
+        return None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report's `parity` object."""
+        return {
+            "passed": self.passed,
+            "truth": self.truth,
+            "notes": list(self.notes),
+            "inputs": list(self.inputs),
+            "seconds": self.seconds,
+            "outputs": [output.to_json() for output in self.outputs],
+        }
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def ulp(scale: float, dtype: np.dtype[Any]) -> float:
+    """ulp(s) = 2^floor(log2 s) * epsilon(dtype), and the smallest subnormal at and near 0.
+
+    Args:
+        scale: A magnitude, at least 0. Beyond the dtype's largest it counts as the largest.
+        dtype: A floating-point dtype, those of ml_dtypes included.
+    """
+    info: Any = ml_dtypes.finfo(dtype)
+    scale = min(scale, float(info.max))
+    smallest = float(info.smallest_subnormal)
+    if not scale > 0.0:
+        return smallest
+    return max(math.ldexp(float(info.eps), math.frexp(scale)[1] - 1), smallest)
+
+
+# --- errors of one output over all inputs ------------------------------------------------------
+
+
+@dataclass
+class _Error:
+    """Distance from the truth, accumulated over inputs."""
+
+    largest: float = 0.0
+    squares: float = 0.0
+    count: int = 0
+    scale: float = 0.0
+    dot: float = 0.0
+    norm_run: float = 0.0
+    norm_truth: float = 0.0
+    rows: int = 0
+    rows_agree: int = 0
+
+    @property
+    def rms(self) -> float:
+        return math.sqrt(self.squares / self.count) if self.count else 0.0
+
+    @property
+    def cosine(self) -> float:
+        norm = math.sqrt(self.norm_run) * math.sqrt(self.norm_truth)
+        if norm == 0.0:
+            return 1.0 if self.norm_run == self.norm_truth else 0.0
+        return max(-1.0, min(1.0, self.dot / norm))
+
+    @property
+    def argmax_agreement(self) -> float | None:
+        return self.rows_agree / self.rows if self.rows else None
+
+    def add(self, truth: Array, run: Array) -> None:
+        """Take in one run; elements where either is not finite are left to the caller."""
+        t = np.asarray(truth, dtype=np.float64)
+        r = np.asarray(run).astype(np.float64)
+        finite = np.isfinite(t) & np.isfinite(r)
+        if not finite.all():
+            t, r = np.where(finite, t, 0.0), np.where(finite, r, 0.0)
+        if t.size == 0:
+            return
+        distance = np.abs(r - t)
+        self.largest = max(self.largest, float(distance.max()))
+        self.squares += float(np.sum(distance * distance))
+        self.count += int(finite.sum())
+        self.scale = max(self.scale, float(np.abs(t).max()))
+        self.dot += float(np.sum(t * r))
+        self.norm_run += float(np.sum(r * r))
+        self.norm_truth += float(np.sum(t * t))
+        if t.ndim in {2, 3} and t.shape[-1] > 1:  # (batch, [position,] classes)
+            self.rows += t.size // t.shape[-1]
+            self.rows_agree += int(np.sum(t.argmax(-1) == r.argmax(-1)))
+
+
+@dataclass(frozen=True)
+class _Allowance:
+    """The original's error at one level, the largest of all the runs that count for it."""
+
+    largest: float
+    rms: float
+
+    def widened(self, error: _Error) -> _Allowance:
+        return _Allowance(max(self.largest, error.largest), max(self.rms, error.rms))
+
+
+def _leaves(outputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arrays of all outputs: sequences and maps element by element."""
+    found: dict[str, Any] = {}
+
+    def add(name: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, item in value.items():
+                add(f"{name}[{key}]", item)
+        elif isinstance(value, list):
+            found[f"{name}.length"] = np.array(len(value), dtype=np.int64)
+            for index, item in enumerate(value):
+                add(f"{name}[{index}]", item)
+        else:
+            found[name] = None if value is None else np.asarray(value)
+
+    for name, value in outputs.items():
+        add(name, value)
+    return found
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, np.ndarray) and is_float_dtype(value.dtype)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Tell whether two values are equal bit for bit, NaN equal to NaN."""
+    if a is None or b is None:
+        return a is b
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if _is_real(a):
+        return bool(np.array_equal(a.astype(np.float64), b.astype(np.float64), equal_nan=True))
+    return bool(np.array_equal(a, b))
+
+
+def _misplaced(truth: Array, baseline: Array, run: Array) -> int:
+    """Count the elements that are NaN or infinite where the original's are not, or the reverse.
+
+    A finite element where the original overflowed and the truth did not is no fault: it is
+    measured like any other.
+    """
+    b, r = baseline.astype(np.float64), run.astype(np.float64)
+    same = (np.isnan(b) & np.isnan(r)) | (b == r)
+    rescued = np.isfinite(truth) & np.isfinite(r)
+    odd = ~np.isfinite(b) | ~np.isfinite(r)
+    exact = ~np.isfinite(truth) & ((np.isnan(truth) & np.isnan(r)) | (truth == r))
+    return int(np.sum(odd & ~same & ~rescued & ~exact))
+
+
+# --- one model and what its runs are measured against ------------------------------------------
+
+
+Outputs: TypeAlias = list[dict[str, Any]]  # leaves, per feed
+
+
+@dataclass
+class _Reference:
+    """The truth of one model, its own runs, and what they allow a candidate."""
+
+    feeds: list[Feed]
+    truths: Outputs
+    runs: dict[bool, Outputs]
+    allowances: dict[bool, dict[str, _Allowance]]
+    scales: dict[str, float]
+    precision: str
+    notes: list[str]
+    draws: list[dict[str, Array]]
+    names: tuple[str, ...]
+    decisions: dict[str, Decision] = field(default_factory=dict)
+    decided: list[dict[str, Any]] = field(default_factory=list)
+    real_budgets: dict[str, float] = field(default_factory=dict)
+    misfused: frozenset[str] = frozenset()
+    evaluator: Evaluator | None = None
+
+    def budget(self, name: str, optimized: bool, dtype: np.dtype[Any]) -> tuple[float, float]:
+        """Return the budgets of an output: maximum and root mean square."""
+        level = optimized and name not in self.misfused and True in self.runs
+        allowed = self.allowances[level][name]
+        room = 4.0 * ulp(self.scales[name], dtype)
+        return 2.0 * allowed.largest + room, 2.0 * allowed.rms + room
+
+
+class ParityChecker:
+    """Checks candidates against one original, whose truth and own errors are computed once.
+
+    Use it as a context manager, or call `close`: it holds the truth and may hold temporary files.
+    """
+
+    def __init__(
+        self,
+        original: Path,
+        *,
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
+        seed: int = 0,
+        inputs: Path | None = None,
+        count: int = 8,
+        provider: str = "cpu",
+        budget_seconds: float = DEFAULT_BUDGET_SECONDS,
+        memory_bytes: int | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Prepare to check; nothing runs before it is needed.
+
+        Args:
+            original: The model, its external data beside it.
+            shapes: Concrete shapes of some inputs.
+            seed: Seeds inputs and random operators.
+            inputs: The user's own inputs, an .npz file.
+            count: Samples.
+            provider: Where candidates and original run.
+            budget_seconds: Time that one check may take, preparation included. Fewer samples are
+                taken rather than more time, and a model that is too large is checked by regions.
+            memory_bytes: Memory the truth may use; half of what is free by default.
+            progress: Called with what is going on and the share done.
+        """
+        self._path = Path(original)
+        self._shapes = dict(shapes or {})
+        self._seed = seed
+        self._inputs = inputs
+        self._count = count
+        self._provider = provider
+        self._seconds = budget_seconds
+        self._memory = _free_memory() // 2 if memory_bytes is None else memory_bytes
+        self._progress = progress
+        self._stored: storage.Stored | None = None
+        self._reference: _Reference | None = None
+        self._regions: dict[Region, _Reference] = {}
+        self._too_large: str | None = None
+
+    def __enter__(self) -> ParityChecker:  # noqa: PYI034  (Self needs Python 3.11)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Forget the truth and free what it holds."""
+        for reference in (self._reference, *self._regions.values()):
+            if reference is not None and reference.evaluator is not None:
+                reference.evaluator.close()
+        self._reference = None
+        self._regions.clear()
+
+    @property
+    def feeds(self) -> tuple[Feed, ...]:
+        """Inputs that the original accepts, one per run; they also serve a latency measurement.
+
+        Raises:
+            ParityError: onnxruntime cannot run the model.
+        """
+        if self._reference is not None and not self._reference.draws:
+            return tuple(self._reference.feeds)
+        _, runs = self._first_runs(self._original())
+        return tuple(feed for feed, _ in runs)
+
+    def check(self, candidate: Path, regions: Sequence[Region] = ()) -> ParityResult:
+        """Compare a candidate with the original.
+
+        Args:
+            candidate: The other model.
+            regions: What was changed, for a model that is too large to be checked whole.
+
+        Raises:
+            ParityError: The original cannot be run, or no part of it could be checked.
+        """
+        start = time.monotonic()
+        reference = self._whole(start, have_regions=bool(regions))
+        if reference is not None:
+            self._tell("parity: candidate", None)
+            outputs, notes = self._judge(reference, Path(candidate))
+            return _result(
+                outputs, reference.precision, [*reference.notes, *notes], reference.feeds, start
+            )
+        return self._by_regions(Path(candidate), regions, start)
+
+    # --- preparation ---------------------------------------------------------------------------
+
+    def _tell(self, what: str, share: float | None) -> None:
+        if self._progress is not None:
+            self._progress(what, share)
+
+    def _original(self) -> storage.Stored:
+        if self._stored is None:
+            self._stored = storage.load(self._path)
+        return self._stored
+
+    def _whole(self, start: float, *, have_regions: bool) -> _Reference | None:
+        """Return the reference of the whole model, None where it has to be checked by regions."""
+        if self._reference is not None or self._too_large is not None:
+            return self._reference
+        stored = self._original()
+        deadline = start + self._seconds * _TRUTH_SHARE
+        try:
+            self._reference = self._prepare(
+                stored, self._path, deadline, must_fit=have_regions, count=self._count
+            )
+        except _TooLarge as error:
+            self._too_large = str(error)
+        return self._reference
+
+    def _first_runs(
+        self, stored: storage.Stored, path: Path | None = None
+    ) -> tuple[list[str], list[tuple[Feed, dict[str, Any]]]]:
+        """Find inputs that the model accepts, and run it on them with optimizations off."""
+        path = self._path if path is None else path
+        whole = path == self._path
+        best: list[tuple[Feed, dict[str, Any]]] = []
+        notes: list[str] = []
+        refusal: OnnxNormError | None = None
+        with self._opened(path) as session:
+            choices = candidates(
+                stored.proto,
+                shapes=self._shapes if whole else None,
+                seed=self._seed,
+                count=self._count,
+                arrays=self._inputs if whole else None,
+            )
+            for number, feeds in enumerate(choices):
+                runs: list[tuple[Feed, dict[str, Any]]] = []
+                for position, feed in enumerate(feeds):
+                    self._tell("parity: original", position / len(feeds))
+                    try:
+                        runs.append((feed, _leaves(session.run(feed.values))))
+                    except RuntimeRejection as error:
+                        refusal = refusal or error
+                        if not runs and position:
+                            break
+                if sum(f.samples for f, _ in runs) > sum(f.samples for f, _ in best):
+                    best = runs
+                    notes = (
+                        [f"the model rejected other inputs; it ran on: {feeds[0].description}"]
+                        if number
+                        else []
+                    )
+                if len(runs) == len(feeds):
+                    break
+        if not best:
+            what = refusal.what if refusal is not None else "it has no inputs that could be tried"
+            raise ParityError(
+                f"parity could not be checked: {what}",
+                "Give inputs it accepts with --inputs or --input-shape, or use --no-parity to "
+                "optimize without this check.",
+            )
+        return notes, best
+
+    @contextlib.contextmanager
+    def _opened(self, path: Path) -> Iterator[Session]:
+        try:
+            session = open_session(path, provider=self._provider, optimize=False)
+        except RuntimeRejection as error:
+            raise ParityError(
+                f"parity could not be checked: {error.what}",
+                "Use --no-parity to optimize without this check.",
+            ) from error
+        with session:
+            yield session
+
+    def _prepare(
+        self, stored: storage.Stored, path: Path, deadline: float, *, must_fit: bool, count: int
+    ) -> _Reference:
+        """Compute truth, runs and allowances of a model."""
+        notes: list[str] = []
+        plan = self._affordable(stored, deadline, must_fit=must_fit)
+        found, first = self._first_runs(stored, path)
+        notes += found
+        feeds = [feed for feed, _ in first]
+        taken, remark = plan(feeds)
+        if remark:
+            notes.append(remark)
+        draws, drawn = self._draws(stored, path, taken)
+        notes += drawn
+        with contextlib.ExitStack() as stack:
+            if draws:
+                stored = variants.frozen(stored, draws[0])
+                path = stack.enter_context(storage.Staged(stored, None)).model
+                nodes = variants.random_nodes(self._original())
+                taken = [
+                    Feed({**feed.values, **draw}, feed.description, feed.samples)
+                    for feed, draw in zip(taken, draws, strict=True)
+                ]
+                del nodes
+            return self._measure(stored, path, taken, deadline, notes, draws, must_fit=must_fit)
+
+    def _affordable(
+        self, stored: storage.Stored, deadline: float, *, must_fit: bool
+    ) -> Callable[[list[Feed]], tuple[list[Feed], str]]:
+        """Return what chooses the feeds that fit into the time and memory that are left."""
+
+        def shapes_of(feed: Feed) -> dict[str, tuple[int, ...]]:
+            return {n: v.shape for n, v in feed.values.items() if isinstance(v, np.ndarray)}
+
+        def cost_of(feed: Feed) -> Cost:
+            return estimate(stored, shapes_of(feed))
+
+        first = next(
+            candidates(
+                stored.proto, shapes=self._shapes, seed=self._seed, count=self._count,
+                arrays=self._inputs,
+            )
+        ) if stored is self._stored else []  # fmt: skip
+        if first:
+            least = cost_of(smaller(first[0]))
+            weight = max(
+                (storage.payload_size(t) for t in storage.tensors(stored.proto)), default=0
+            )
+            if least.peak_bytes > self._memory:
+                raise _TooLarge(
+                    f"a float64 copy needs {least.peak_bytes / 2**30:.1f} GiB of memory"
+                )
+            del weight
+            if must_fit and least.seconds() > self._seconds * _TRUTH_SHARE:
+                raise _TooLarge(f"a float64 run takes about {least.seconds():.0f} s")
+
+        def choose(feeds: list[Feed]) -> tuple[list[Feed], str]:
+            taken: list[Feed] = []
+            room = max(deadline - time.monotonic(), 0.0)
+            total = sum(feed.samples for feed in feeds)
+            for feed in feeds:
+                cost = cost_of(feed)
+                small = smaller(feed)
+                while feed.samples > 1 and (
+                    cost.peak_bytes > self._memory or cost.seconds() > room
+                ):
+                    if feed is small:
+                        break
+                    feed = small
+                    cost = cost_of(feed)
+                if taken and cost.seconds() > room:
+                    break
+                room -= cost.seconds()
+                taken.append(feed)
+            used = sum(feed.samples for feed in taken)
+            if used < total:
+                return taken, f"{used} of {total} samples fit into the time budget"
+            return taken, ""
+
+        return choose
+
+    def _draws(
+        self, stored: storage.Stored, path: Path, feeds: Sequence[Feed]
+    ) -> tuple[list[dict[str, Array]], list[str]]:
+        """Draw every random value once per feed, for all models alike."""
+        notes = []
+        hidden = variants.hidden_random_nodes(stored)
+        if hidden:
+            notes.append(
+                f"{hidden} random operators in nested graphs or functions draw anew in each run"
+            )
+        nodes = variants.random_nodes(stored)
+        if not nodes:
+            return [], notes
+        wanted = [name for node in nodes for name in (node.output, *node.inputs)]
+        graph = stored.proto.graph
+        given = {value.name for value in graph.input} | {t.name for t in graph.initializer}
+        weights = {tensor.name: tensor for tensor in graph.initializer}
+        exposed = variants.exposing(stored, [name for name in wanted if name not in given])
+        draws = []
+        with storage.Staged(exposed, None) as staged, self._opened(staged.model) as session:
+            for index, feed in enumerate(feeds):
+                values = {**feed.values, **session.run(feed.values)}
+                values |= {n: stored.array(weights[n]) for n in wanted if n in weights}
+                draws.append(
+                    {
+                        variants.frozen_feed_name(node): node.draw(
+                            np.asarray(values[node.output]),
+                            [np.asarray(values[name]) for name in node.inputs],
+                            (self._seed, index),
+                        )
+                        for node in nodes
+                    }
+                )
+        notes.append(f"{len(nodes)} random operators were given the same values on both sides")
+        return draws, notes
+
+    def _measure(
+        self,
+        stored: storage.Stored,
+        path: Path,
+        feeds: list[Feed],
+        deadline: float,
+        notes: list[str],
+        draws: list[dict[str, Array]],
+        *,
+        must_fit: bool,
+    ) -> _Reference:
+        shapes = {n: v.shape for n, v in feeds[0].values.items() if isinstance(v, np.ndarray)}
+        types = infer_shapes(stored, shapes)
+        names = tuple(output.name for output in stored.proto.graph.output)
+        decisions = {
+            name: found for name in names if (found := trace(stored.proto, name, types)) is not None
+        }
+        needs = [n for d in decisions.values() for n in d.needs]
+        reals = tuple(dict.fromkeys(n for d in decisions.values() for n in d.budgeted))
+        evaluator = Evaluator(stored)
+        truths: Outputs = []
+        decided: list[dict[str, Any]] = []
+        for position, feed in enumerate(feeds):
+            self._tell("parity: float64 truth", position / len(feeds))
+            limit = deadline if must_fit or position else math.inf
+            try:
+                values = evaluator.run(feed.values, keep=tuple(dict.fromkeys(needs)),
+                                       deadline=limit)  # fmt: skip
+            except OutOfTime:
+                if position == 0:
+                    evaluator.close()
+                    raise _TooLarge("a float64 run does not end within the time budget") from None
+                left = sum(f.samples for f in feeds)
+                feeds = feeds[:position]
+                used = sum(f.samples for f in feeds)
+                notes.append(f"{used} of {left} samples fit into the time budget")
+                break
+            except Unevaluable as error:
+                evaluator.close()
+                raise ParityError(
+                    f"parity could not be checked: {error.what}",
+                    "Use --no-parity to optimize without this check.",
+                ) from error
+            except MemoryError:
+                evaluator.close()
+                raise _TooLarge("a float64 run does not fit into memory") from None
+            truths.append(_leaves({name: values[name] for name in names}))
+            decided.append({name: values[name] for name in dict.fromkeys(needs)})
+        reference = _Reference(
+            feeds, truths, {}, {}, {}, evaluator.precision, notes, draws, names, decisions, decided,
+            evaluator=evaluator,
+        )  # fmt: skip
+        self._allow(reference, stored, path, reals)
+        return reference
+
+    def _allow(
+        self, reference: _Reference, stored: storage.Stored, path: Path, reals: Sequence[str]
+    ) -> None:
+        """Run the original at both levels and work out what it allows a candidate."""
+        feeds, notes = reference.feeds, reference.notes
+        responds = _quantizes(stored.proto) or any(
+            isinstance(v, np.ndarray) and v.dtype == np.float64
+            for v in self._run(path, feeds[:1], optimize=False)[0].values()
+        )
+        exposed = [n for n in reals if n not in reference.names and n not in feeds[0].values]
+        for optimize in (False, True):
+            self._tell(f"parity: original, optimizations {'on' if optimize else 'off'}", None)
+            try:
+                runs = self._run(path, feeds, optimize=optimize)
+            except RuntimeRejection as error:
+                if not optimize:
+                    raise ParityError(
+                        f"parity could not be checked: {error.what}",
+                        "Use --no-parity to optimize without this check.",
+                    ) from error
+                notes.append(f"with its optimizations on, the runtime fails on the original: "
+                             f"{error.what}")  # fmt: skip
+                continue
+            reference.runs[optimize] = runs
+            allowances = {}
+            for name in runs[0]:
+                error = _error(name, reference.truths, runs)
+                reference.scales.setdefault(name, error.scale)
+                allowances[name] = _Allowance(error.largest, error.rms)
+            if not optimize:
+                self._note_randomness(reference, path, runs, allowances)
+            if responds:
+                self._respond(reference, stored, optimize, allowances)
+            reference.allowances[optimize] = allowances
+        if responds:
+            notes.append(
+                "budgets include the original's own response to a one-ulp change of its weights "
+                "and inputs"
+            )
+        elif True in reference.runs:
+            self._find_misfusions(reference)
+        if reals:
+            self._budget_reals(reference, stored, path, exposed, reals)
+
+    def _note_randomness(
+        self,
+        reference: _Reference,
+        path: Path,
+        runs: Outputs,
+        allowances: dict[str, _Allowance],
+    ) -> None:
+        again = self._run(path, reference.feeds[:1], optimize=False)
+        differing = [name for name in runs[0] if not _same(runs[0][name], again[0].get(name))]
+        if not differing:
+            return
+        reference.notes.append(
+            f"two runs of the original differ by themselves in: {', '.join(differing)}"
+        )
+        for name in differing:
+            if name in again[0]:
+                error = _error(name, reference.truths[:1], again)
+                allowances[name] = allowances[name].widened(error)
+
+    def _respond(
+        self,
+        reference: _Reference,
+        stored: storage.Stored,
+        optimize: bool,
+        allowances: dict[str, _Allowance],
+    ) -> None:
+        """Widen the allowances by what a one-ulp change does to the original."""
+        for number in range(_RESPONSES):
+            seed = self._seed + number
+            rng = np.random.default_rng([seed, 1])
+            moved = [
+                Feed(
+                    {
+                        name: variants.nudge(value, rng) if isinstance(value, np.ndarray) else value
+                        for name, value in feed.values.items()
+                    },
+                    feed.description,
+                    feed.samples,
+                )
+                for feed in reference.feeds
+            ]
+            with storage.Staged(variants.nudged(stored, seed), None) as staged:
+                runs = self._run(staged.model, moved, optimize=optimize)
+            for name in allowances:
+                if all(name in run for run in runs):
+                    error = _error(name, reference.truths, runs)
+                    allowances[name] = allowances[name].widened(error)
+
+    def _find_misfusions(self, reference: _Reference) -> None:
+        """Name the outputs where the runtime's fusions lose more than half of the digits."""
+        found = []
+        for name, fused in reference.allowances[True].items():
+            value = reference.runs[False][0][name]
+            if not _is_real(value):
+                continue
+            scale = reference.scales[name]
+            unfused = max(reference.allowances[False][name].largest, ulp(scale, value.dtype))
+            if scale > 0 and fused.largest > math.sqrt(unfused / scale) * scale:
+                found.append(name)
+                reference.notes.append(
+                    f"the runtime mis-fuses the original: with its optimizations on, '{name}' is "
+                    f"off by {fused.largest:.2g} instead of {unfused:.2g}; the unfused run is the "
+                    "baseline"
+                )
+        reference.misfused = frozenset(found)
+
+    def _budget_reals(
+        self,
+        reference: _Reference,
+        stored: storage.Stored,
+        path: Path,
+        exposed: Sequence[str],
+        reals: Sequence[str],
+    ) -> None:
+        """Work out the budgets of the values that integer outputs were decided on."""
+        with contextlib.ExitStack() as stack:
+            if exposed:
+                copy = storage.Staged(variants.exposing(stored, exposed), None)
+                path = stack.enter_context(copy).model
+            runs = self._run(path, reference.feeds, optimize=False)
+        for name in reals:
+            if name not in runs[0] or not _is_real(runs[0][name]):
+                continue
+            error = _error(name, [{name: d[name]} for d in reference.decided], runs)
+            room = 4.0 * ulp(error.scale, runs[0][name].dtype)
+            reference.real_budgets[name] = 2.0 * error.largest + room
+
+    def _run(self, path: Path, feeds: Sequence[Feed], *, optimize: bool) -> Outputs:
+        """Run a model on every feed; values it has no input for are left out."""
+        outputs = []
+        with open_session(path, provider=self._provider, optimize=optimize) as session:
+            wanted = {value.name for value in session.inputs}
+            for feed in feeds:
+                values = {n: v for n, v in feed.values.items() if n in wanted}
+                outputs.append(_leaves(session.run(values)))
+        return outputs
+
+    # --- judgement -----------------------------------------------------------------------------
+
+    def _judge(
+        self, reference: _Reference, candidate: Path, part: Region | None = None
+    ) -> tuple[list[OutputParity], list[str]]:
+        notes: list[str] = []
+        with contextlib.ExitStack() as stack:
+            if reference.draws:
+                copy = variants.frozen(storage.load(candidate), reference.draws[0])
+                left = len(variants.random_nodes(copy))
+                if left:
+                    notes.append(f"{left} random operators of the candidate have no counterpart")
+                candidate = stack.enter_context(storage.Staged(copy, None)).model
+            levels: dict[bool, dict[str, Level]] = {}
+            for optimize in (False, True):
+                try:
+                    runs = self._run(candidate, reference.feeds, optimize=optimize)
+                except RuntimeRejection as error:
+                    if optimize and True not in reference.runs:
+                        continue
+                    reason = f"onnxruntime rejects the candidate: {error.what}"
+                    levels[optimize] = dict.fromkeys(reference.runs[False][0], _failed(reason))
+                    continue
+                levels[optimize] = {
+                    name: self._level(reference, name, runs, optimize, notes)
+                    for name in reference.runs[False][0]
+                }
+        outputs = []
+        for name, value in reference.runs[False][0].items():
+            outputs.append(
+                OutputParity(
+                    name if part is None else f"{name}",
+                    "none" if value is None else str(value.dtype),
+                    levels[False][name],
+                    levels.get(True, {}).get(name),
+                )
+            )
+        return outputs, list(dict.fromkeys(notes))
+
+    def _level(
+        self, reference: _Reference, name: str, runs: Outputs, optimize: bool, notes: list[str]
+    ) -> Level:
+        own = optimize and name not in reference.misfused and True in reference.runs
+        baseline = reference.runs[own]
+        reason = self._mismatch(reference, name, runs, baseline)
+        if reason is not None:
+            return _failed(reason)
+        sample = baseline[0][name]
+        if not _is_real(sample):
+            return self._exact_level(reference, name, runs, baseline)
+        error = _error(name, reference.truths, runs)
+        allowed = reference.allowances[own][name]
+        budget, budget_rms = reference.budget(name, optimize, sample.dtype)
+        unit = ulp(reference.scales[name], sample.dtype)
+        if error.largest > budget:
+            reason = f"error {error.largest:.3g} exceeds the budget {budget:.3g}"
+        elif error.rms > budget_rms:
+            reason = f"rms error {error.rms:.3g} exceeds the budget {budget_rms:.3g}"
+        if reason is not None and optimize and name in reference.misfused:
+            same = _error(name, reference.runs[True], runs)
+            if same.largest <= budget and same.rms <= budget_rms:
+                reason = None
+                notes.append(f"the runtime mis-fuses both models alike in '{name}'")
+        return Level(
+            error.largest,
+            allowed.largest,
+            budget,
+            error.rms,
+            allowed.rms,
+            budget_rms,
+            error.largest / unit,
+            allowed.largest / unit,
+            error.cosine,
+            error.argmax_agreement,
+            reason,
+        )
+
+    def _mismatch(
+        self, reference: _Reference, name: str, runs: Outputs, baseline: Outputs
+    ) -> str | None:
+        """Return what is wrong with an output apart from its numbers."""
+        for truth, run, other in zip(reference.truths, runs, baseline, strict=True):
+            if name not in run:
+                return "the candidate has no such output"
+            if name not in other:
+                return "the original has it on some inputs only"
+            mine, theirs = run[name], other[name]
+            if mine is None or theirs is None:
+                if mine is not theirs:
+                    return "it is absent in one of the models"
+                continue
+            if mine.dtype.kind not in "OSU" and mine.dtype != theirs.dtype:
+                return f"its dtype is {mine.dtype}, the original's {theirs.dtype}"
+            if mine.shape != theirs.shape and name not in reference.decisions:
+                return f"its shape is {list(mine.shape)}, the original's {list(theirs.shape)}"
+            if _is_real(mine):
+                exact = truth.get(name)
+                exact = theirs.astype(np.float64) if exact is None else exact
+                if exact.shape != mine.shape:
+                    return f"its shape is {list(mine.shape)}, the truth's {list(exact.shape)}"
+                odd = _misplaced(exact, theirs, mine)
+                if odd:
+                    return f"{odd} elements are NaN or infinite in one of the models only"
+        return None
+
+    def _exact_level(
+        self, reference: _Reference, name: str, runs: Outputs, baseline: Outputs
+    ) -> Level:
+        """Judge integers, booleans and strings: equal, or tied in the truth."""
+        decision = reference.decisions.get(name)
+        worst, squares, count, differing = 0.0, 0.0, 0, 0
+        tied = True
+        allowed = reference.allowances[False].get(name, _Allowance(0.0, 0.0))
+        for index, (run, other) in enumerate(zip(runs, baseline, strict=True)):
+            mine, theirs = run[name], other[name]
+            if mine is None or _same(mine, theirs):
+                count += 0 if mine is None else mine.size
+                continue
+            truth = reference.truths[index].get(name)
+            if mine.shape == theirs.shape:
+                unequal = np.asarray(mine != theirs)
+                count += mine.size
+                differing += int(unequal.sum())
+                if mine.dtype.kind in "iu":
+                    gap = np.abs(mine.astype(np.float64) - theirs.astype(np.float64))
+                    worst = max(worst, float(gap.max()))
+                    squares += float(np.sum(gap * gap))
+                else:
+                    worst, squares = 1.0, squares + float(unequal.sum())
+            else:
+                worst, differing = math.inf, differing + 1
+            tied = tied and self._tied(reference, decision, index, truth, mine)
+        rms = math.sqrt(squares / count) if count else 0.0
+        quantized = (
+            runs[0][name] is not None
+            and runs[0][name].dtype.kind in "iu"
+            and allowed.largest > 0.0
+            and worst <= 2.0 * allowed.largest
+            and rms <= 2.0 * allowed.rms
+        )
+        reason = None
+        if differing and not tied and not quantized:
+            reason = f"{differing} elements differ where the truth shows no tie"
+        return Level(worst, 0.0, 0.0, rms, 0.0, 0.0, worst, 0.0, None, None, reason)
+
+    def _tied(
+        self,
+        reference: _Reference,
+        decision: Decision | None,
+        index: int,
+        truth: Any,
+        run: Array,
+    ) -> bool:
+        if decision is None or truth is None or reference.evaluator is None:
+            return False
+        return decision.ties(
+            truth, run, reference.decided[index], reference.real_budgets, reference.evaluator
+        )
+
+    # --- by regions ----------------------------------------------------------------------------
+
+    def _by_regions(self, candidate: Path, regions: Sequence[Region], start: float) -> ParityResult:
+        """Check the parts of a model around what changed."""
+        distinct = list(dict.fromkeys(r for r in regions if r.inputs and r.outputs))
+        if not distinct:
+            raise ParityError(
+                f"parity could not be checked: {self._too_large}, and nothing says which part of "
+                "the model changed",
+                "Give smaller inputs with --input-shape, or use --no-parity.",
+            )
+        stored = self._original()
+        other = storage.load(candidate)
+        feed = smaller(
+            next(candidates(stored.proto, shapes=self._shapes, seed=self._seed, count=self._count,
+                            arrays=self._inputs))
+        )  # fmt: skip
+        shapes = {n: v.shape for n, v in feed.values.items() if isinstance(v, np.ndarray)}
+        types = infer_shapes(stored, shapes)
+        outputs: list[OutputParity] = []
+        notes: list[str] = []
+        feeds: list[Feed] = []
+        precision = "float64"
+        for number, region in enumerate(distinct):
+            self._tell("parity: regions", number / len(distinct))
+            left = self._seconds - (time.monotonic() - start)
+            share = max(left, 1.0) / (len(distinct) - number)
+            reference = self._regions.get(region)
+            if reference is None:
+                part = variants.extracted(stored, region.inputs, region.outputs, types)
+                with storage.Staged(part, None) as staged:
+                    deadline = time.monotonic() + share * _TRUTH_SHARE
+                    reference = self._prepare(
+                        part, staged.model, deadline, must_fit=False, count=self._count
+                    )
+                self._regions[region] = reference
+            changed = variants.extracted(other, region.inputs, region.outputs, types)
+            with storage.Staged(changed, None) as staged:
+                found, remarks = self._judge(reference, staged.model, region)
+            outputs += found
+            notes += [f"{region.site}: {note}" for note in [*reference.notes, *remarks]]
+            feeds += reference.feeds[: 1 if number else None]
+            if reference.precision != "float64":
+                precision = reference.precision
+        count = len(distinct)
+        truth = (
+            f"{precision}, of the {count} {'region' if count == 1 else 'regions'} that changed "
+            f"({self._too_large})"
+        )
+        return _result(outputs, truth, notes, feeds, start)
+
+
+class _TooLarge(Exception):
+    """The whole model does not fit into the time or memory for the float64 truth."""
+
+
+def _result(
+    outputs: Sequence[OutputParity],
+    truth: str,
+    notes: Sequence[str],
+    feeds: Sequence[Feed],
+    start: float,
+) -> ParityResult:
+    return ParityResult(
+        all(output.passed for output in outputs),
+        tuple(outputs),
+        truth,
+        tuple(dict.fromkeys(notes)),
+        tuple(feed.description for feed in feeds),
+        time.monotonic() - start,
+    )
+
+
+def _failed(reason: str) -> Level:
+    nan = math.nan
+    return Level(nan, nan, nan, nan, nan, nan, nan, nan, None, None, reason)
+
+
+def _error(name: str, truths: Outputs, runs: Outputs) -> _Error:
+    """Accumulate the distance of an output from the truth over all runs."""
+    total = _Error()
+    for truth, run in zip(truths, runs, strict=True):
+        exact, value = truth.get(name), run.get(name)
+        if exact is None or value is None or exact.shape != value.shape:
+            continue
+        if value.dtype.kind in "OSU" or exact.dtype.kind in "OSU":
+            continue
+        total.add(exact, value)
+    return total
+
+
+def _quantizes(model: onnx.ModelProto) -> bool:
+    return any(node.op_type in _QUANTIZES for node in variants.all_nodes(model))
+
+
+def _free_memory() -> int:
+    """Return the bytes of memory that are available, 8 GiB where the system does not tell."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, AttributeError):
+        return 8 << 30
