@@ -516,9 +516,9 @@ class _Pace:
         return _Plan(1, max(1, samples), loop, self.wake)
 
     def learn(self, fresh: bool, plan: _Plan, opening: float, turning: float) -> None:
-        """Take over what a trial really took."""
-        self.open[fresh] = opening
-        self.stretch = min(4.0, max(0.5, self.stretch * turning / self.turns_seconds(plan)))
+        """Take over what a trial really took; half of it, for a busy moment passes."""
+        self.open[fresh] = math.sqrt(self.open[fresh] * opening)
+        self.stretch *= math.sqrt(max(turning, 1e-9) / self.turns_seconds(plan))
 
 
 @dataclass
@@ -619,8 +619,8 @@ def _trial(
         with contextlib.ExitStack() as stack:
             seats: dict[str, _Seat] = {}
             for role in group:
-                seat = _Here(spec, role, feeds) if stored is None else _Apart(spec, role, stored)
-                seats[role] = stack.enter_context(contextlib.closing(seat))
+                seats[role] = _sit(spec, role, feeds, stored)
+                stack.callback(seats[role].close)
             for seat in seats.values():
                 seat.wait()
             start = clock()
@@ -631,6 +631,10 @@ def _trial(
             turning += clock() - start
     pace.learn(stored is not None, plan, clock() - began - turning, turning)
     return Trial(stored is not None, *(tuple(times[role]) for role in _ROLES))
+
+
+def _sit(spec: _Spec, role: str, feeds: Mapping[str, Any], stored: Path | None) -> _Seat:
+    return _Here(spec, role, feeds) if stored is None else _Apart(spec, role, stored)
 
 
 class _Seat(Protocol):
@@ -865,7 +869,8 @@ def _save_feeds(feeds: Mapping[str, Any], folder: Path) -> Path:
             if array.dtype.kind == "O":
                 array = array.astype(str)
             elif array.dtype.isbuiltin == 2:  # a type that numpy only knows from elsewhere
-                array = np.ascontiguousarray(array).view(f"u{array.dtype.itemsize}")
+                carrier = np.ascontiguousarray(array).view(f"u{array.dtype.itemsize}")
+                array = carrier.reshape(array.shape)
             keys.append(f"a{len(arrays)}")
             arrays[keys[-1]] = array
         form = "list" if isinstance(value, list | tuple) else "none" if value is None else "array"
