@@ -607,7 +607,9 @@ def _norm_rows(norms: Sequence[Norm], remarks: Sequence[Remark]) -> list[dict[st
                 "nodes": [norm.node.label],
                 "recognised": norm.recognised,
                 "action": action,
-                "into": done.added[-1].partition(" ")[0] if done is not None and done.added else None,
+                "into": done.added[-1].partition(" ")[0]
+                if done is not None and done.added
+                else None,
                 "reason": reason,
                 "at": done.at if done is not None else None,
                 "advice": (done.advice or None) if done is not None else None,

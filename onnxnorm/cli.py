@@ -162,9 +162,7 @@ def optimize(
             after_pass=after_pass if print_after else None,
             **given,
         )
-    _show(
-        result.report, reports, as_json=as_json, verbose=verbose, quiet=quiet, timed=time_passes
-    )
+    _show(result.report, reports, as_json=as_json, verbose=verbose, quiet=quiet, timed=time_passes)
 
 
 @cli.command()
@@ -224,7 +222,7 @@ def compare(
 def passes(*, as_json: bool) -> None:
     """List the passes: what each does, and its options."""
     default = default_passes()
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "name": name,
             "summary": kind.summary,
@@ -300,7 +298,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         _fail("there is not enough memory", "Close other programs, or use a larger machine.", 2)
     except BrokenPipeError:
         # Whoever read our output has seen enough; the interpreter must not complain at exit.
-        sys.stdout = None  # type: ignore[assignment]
+        sys.stdout = None
         sys.exit(0)
     sys.exit(code if isinstance(code, int) else 0)
 

@@ -6,6 +6,7 @@ after every round of commits.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final, TypeAlias
@@ -29,8 +30,22 @@ _CONSTANT_LISTS: Final[dict[str, Any]] = {
 # Operators that move, repeat or relabel what they are given, without arithmetic, so that the
 # result does not depend on who computes it. Exporters write biases and statistics with them.
 _MOVES: Final = frozenset(
-    "Cast CastLike Concat ConstantOfShape Expand Flatten Gather Reshape Shape Slice Squeeze Tile"
-    " Transpose Unsqueeze".split()
+    {
+        "Cast",
+        "CastLike",
+        "Concat",
+        "ConstantOfShape",
+        "Expand",
+        "Flatten",
+        "Gather",
+        "Reshape",
+        "Shape",
+        "Slice",
+        "Squeeze",
+        "Tile",
+        "Transpose",
+        "Unsqueeze",
+    }
 )
 _MOVED_LIMIT: Final = 256 << 20  # bytes; a larger result is not worth holding
 
@@ -72,7 +87,7 @@ class Constant:
     def dtype(self) -> np.dtype[Any]:
         """The element type, as numpy or ml_dtypes has it."""
         if isinstance(self._content, onnx.TensorProto):
-            return onnx.helper.tensor_dtype_to_np_dtype(self._content.data_type)
+            return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(self._content.data_type))
         return np.dtype(self._content.dtype)
 
     @property
@@ -199,7 +214,7 @@ class Facts:
         try:
             evaluator = ReferenceEvaluator(proto, opsets=dict(node.scope.opsets))
             (result,) = evaluator.run(None, given)
-        except Exception:  # noqa: BLE001 - whatever the reference cannot do stays in the graph
+        except Exception:
             return None
         return result if isinstance(result, np.ndarray) and result.nbytes <= _MOVED_LIMIT else None
 
@@ -251,11 +266,10 @@ class Facts:
     def types(self) -> dict[tuple[str, str], Type]:
         """Inferred types by (scope path, value name), for the main graph and all bodies."""
         model = self.module.export().small()
-        # Inference that fails leaves the types that the file itself states.
-        try:
+        # Inference that fails leaves the types that the file itself states; the C++ side raises
+        # several unrelated types.
+        with suppress(Exception):
             model = onnx.shape_inference.infer_shapes(model)
-        except Exception:  # noqa: BLE001 - the C++ side raises several unrelated types
-            pass
         found: dict[tuple[str, str], Type] = {}
         self._collect(model.graph, self.module.main, found)
         return found

@@ -394,7 +394,8 @@ def _build(
                 ]
                 values[entry.name] = items
             else:
-                values[entry.name] = _value(entry, shape, rows, kinds, recipe, limits, rng, sample)
+                value = _value(entry, shape, rows, kinds, recipe, limits, rng, sample)
+                values[entry.name] = np.asarray(value)  # numpy's generators give bare scalars
         feeds.append(Feed(values, _describe(recipe, kinds, inputs, values), samples))
         sample += samples
     return feeds
@@ -709,5 +710,6 @@ def smaller(feed: Feed) -> Feed:
     """Return the first sample of a batched feed, for when time is short."""
     if feed.samples <= 1:
         return feed
-    values = {name: value[:1] for name, value in feed.values.items()}
+    # Scalars have no batch axis; every other input of a batched feed has it first.
+    values = {name: value[:1] if np.ndim(value) else value for name, value in feed.values.items()}
     return replace(feed, values=values, samples=1)

@@ -359,8 +359,7 @@ class Scope:
         proto.input.extend(i for i in self.proto.input if i.name in alive)
         if self.module.proto.ir_version < 4:
             proto.input.extend(
-                onnx.helper.make_tensor_value_info(t.name, t.data_type, list(t.dims))
-                for t in fresh
+                onnx.helper.make_tensor_value_info(t.name, t.data_type, list(t.dims)) for t in fresh
             )
         proto.quantization_annotation.extend(
             q for q in self.proto.quantization_annotation if q.tensor_name in alive

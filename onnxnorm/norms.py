@@ -62,7 +62,7 @@ def training_reason(node: Node) -> str | None:
 def find_norms(facts: Facts) -> Iterator[Norm]:
     """Every normalization operator of a model, in graph order, the main graph first."""
     for node in facts.module.nodes():
-        row = _ROWS.get((node.domain, node.op))
+        row = _ROWS.get((node.domain or "", node.op))
         if row is None or not node.inputs or not node.outputs:
             continue
         if node.op == "LpNormalization" and node.attrs.get("p", 2) != 2:
@@ -126,12 +126,12 @@ def _last(node: Node, rank: int | None) -> Axes:
     return (rank - 1,) if rank else (-1,)
 
 
+_Row: TypeAlias = "tuple[str, Callable[[Node, int | None], Axes], float | None]"
 _CONTRIB: Final = "com.microsoft"
 
 # (domain, operator) -> kind, axes, default epsilon; from the operators' schemas. onnxruntime
 # keeps SimplifiedLayerNormalization in ONNX's own domain.
-_ROWS: Final[dict[tuple[str, str], tuple[str, Callable[[Node, int | None], Axes], float | None]]]
-_ROWS = {
+_ROWS: Final[dict[tuple[str, str], _Row]] = {
     ("", "BatchNormalization"): ("batch_norm", _all_but_channels, 1e-5),
     ("", "LayerNormalization"): ("layer_norm", _from_axis(-1), 1e-5),
     ("", "RMSNormalization"): ("rms_norm", _from_axis(-1), 1e-5),

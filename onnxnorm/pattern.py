@@ -1,6 +1,7 @@
 """Patterns: immutable values that describe a piece of graph, inputs in schema order.
 
-    op("Add", op("Mul", var("x"), const("scale")), const("shift"))   prints as   Add(Mul(x, scale), shift)
+    op("Add", op("Mul", var("x"), const("scale")), const("shift"))
+        prints as   Add(Mul(x, scale), shift)
 
 A pattern holds structure only; what must be true beyond it is a pass's `check`.
 """

@@ -132,9 +132,7 @@ class Pipeline:
             self._check_sites()
         rest = [remark for remarks in final.values() for remark in remarks]
         after = sum(1 for _ in module.nodes())
-        return Run(
-            module.export(), (*applied, *rest), tuple(statistics.values()), (before, after)
-        )
+        return Run(module.export(), (*applied, *rest), tuple(statistics.values()), (before, after))
 
     def _fixed_point(
         self,
@@ -146,6 +144,7 @@ class Pipeline:
     ) -> tuple[list[Remark], list[Remark]]:
         """One pass until it has nothing to do: what it applied, and what it refused at the end."""
         applied: list[Remark] = []
+        skipped: dict[str, Remark] = {}  # over all rounds: a later one may swallow the place
         for _ in range(ROUNDS):
             facts = Facts(module)
             rewriter = Rewriter(module, facts)
@@ -154,7 +153,9 @@ class Pipeline:
             waiting = False
             for plan in list(rule.plan(facts)):
                 remark = self._verdict(rule, plan, deny, allow)
-                if remark is not None:
+                if remark is not None and remark.outcome == "skipped":
+                    skipped[remark.site] = remark
+                elif remark is not None:
                     rest.append(remark)
                 elif isinstance(plan, Plan):
                     if claimed.intersection(plan.nodes):
@@ -170,7 +171,7 @@ class Pipeline:
             if rewriter.log:
                 verifier.check(rule.name)
             elif not waiting:
-                return applied, rest
+                return applied, [*rest, *skipped.values()]
         raise VerificationError(
             f"{rule.name} still changes the graph after {ROUNDS} rounds",
             f"This is a defect of {rule.name}; please report it with the model.",
@@ -220,6 +221,4 @@ class Pipeline:
 
 
 def _because(remark: Remark, reason: str) -> Remark:
-    return Remark(
-        remark.outcome, remark.rule, remark.site, remark.at, reason, anchor=remark.anchor
-    )
+    return Remark(remark.outcome, remark.rule, remark.site, remark.at, reason, anchor=remark.anchor)

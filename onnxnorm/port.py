@@ -95,11 +95,13 @@ class Port:
         return self._weight_uses > 1
 
     def scaled(self, scale: NDArray[np.float64]) -> Array:
-        """s * W in float64, rounded once to the weight's type; `scale` has one entry a feature."""
+        """S * W in float64, rounded once to the weight's type; `scale` has one entry a feature."""
         weight = self.weight.array()
         out = np.empty_like(weight)
         for rows in self._blocks(weight):
-            out[rows] = rounded(weight[rows].astype(np.float64) * self._rows(scale, rows), out.dtype)
+            out[rows] = rounded(
+                weight[rows].astype(np.float64) * self._rows(scale, rows), out.dtype
+            )
         return out
 
     def fits(self, scale: NDArray[np.float64]) -> bool:
@@ -107,8 +109,9 @@ class Port:
         weight = self.weight.array()
         return all(
             np.isfinite(
-                rounded(weight[rows].astype(np.float64) * self._rows(scale, rows), weight.dtype)
-                .astype(np.float64)
+                rounded(
+                    weight[rows].astype(np.float64) * self._rows(scale, rows), weight.dtype
+                ).astype(np.float64)
             ).all()
             for rows in self._blocks(weight)
         )
@@ -130,7 +133,7 @@ class Port:
         return scale.reshape(self._groups, -1)[group].reshape(len(group), -1, *inner)
 
     def shifted(self, scale: NDArray[np.float64], shift: NDArray[np.float64]) -> Array:
-        """s * b + t in float64, rounded once to the weight's type."""
+        """S * b + t in float64, rounded once to the weight's type."""
         bias = self.bias.float64() if self.bias is not None else np.zeros(self.features)
         return rounded(bias * scale + shift, self.weight.dtype)
 

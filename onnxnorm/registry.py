@@ -1,9 +1,9 @@
 """Passes by name, imported when they are asked for.
 
-    fold-batchnorm                      the pass with its defaults
-    fold-batchnorm{max_copy_mb=64}      with an option
-    a,b{x=1,y=true}                     several, in this order
-    default, none                       the default list, the empty list
+fold-batchnorm                      the pass with its defaults
+fold-batchnorm{max_copy_mb=64}      with an option
+a,b{x=1,y=true}                     several, in this order
+default, none                       the default list, the empty list
 """
 
 from __future__ import annotations
@@ -88,7 +88,8 @@ def _make(name: str, given: str) -> Pass:
         near = get_close_matches(name, PASSES, n=1)
         hint = f"Did you mean {near[0]}? " if near else ""
         raise UsageError(
-            f"there is no pass '{name}'", f"{hint}`onnxnorm passes` lists them: {', '.join(PASSES)}."
+            f"there is no pass '{name}'",
+            f"{hint}`onnxnorm passes` lists them: {', '.join(PASSES)}.",
         )
     kind = _load(PASSES[name])
     known = options(kind)
@@ -109,7 +110,8 @@ def _convert(name: str, key: str, value: str, kind: str) -> Any:
         return {"int": int, "float": float, "str": str}[kind](value)
     except (ValueError, KeyError):
         raise UsageError(
-            f"'{value}' is not a value for {name}'s option {key}", f"It takes a value of type {kind}."
+            f"'{value}' is not a value for {name}'s option {key}",
+            f"It takes a value of type {kind}.",
         ) from None
 
 

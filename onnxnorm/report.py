@@ -41,6 +41,7 @@ Json: TypeAlias = Mapping[str, Any]
 _MARKDOWN_ROWS: Final = 100
 _OUTPUTS_SHOWN: Final = 5
 _PLACES_SHOWN: Final = 3
+_ACTION_WIDTH: Final = 26
 
 _KINDS: Final[Mapping[str, str]] = {
     "layer_norm": "layer normalization",
@@ -472,8 +473,9 @@ def _grouped(rows: Iterable[Json]) -> list[_Group]:
 
 def _place(row: Json) -> tuple[str, str | None]:
     """Return where a row is, and what stands in the way there."""
-    where = row.get("output") or row["site"].partition(":")[2] or row["site"]
-    return str(where), row.get("at")
+    if "output" in row:
+        return row["output"], row.get("at")
+    return row["site"].partition(":")[2] or row["site"], row.get("at")
 
 
 def _refused(report: Json) -> list[_Group]:
@@ -489,9 +491,23 @@ def _skipped(report: Json) -> list[_Group]:
 
 def _near_misses(report: Json) -> list[_Group]:
     norms = [norm for norm in report["norms"] if not norm["recognised"]]
-    told = {norm["site"] for norm in norms}
+    told = {norm["site"] for norm in report["norms"]}
     sites = [site for site in report["sites"] if site["action"] == "missed"]
     return _grouped([*norms, *(site for site in sites if site["site"] not in told)])
+
+
+def _left_alone(report: Json) -> list[_Group]:
+    skipped = {site["site"] for site in report["sites"] if site["action"] == "skipped"}
+    norms = [n for n in report["norms"] if n["recognised"] and n["action"] in {"none", "kept"}]
+    return _grouped(n for n in norms if n["reason"] and n["site"] not in skipped)
+
+
+_REASONS: Final[Mapping[str, Callable[[Json], list[_Group]]]] = {
+    "Refused": _refused,
+    "Left as they were": _left_alone,
+    "Near misses, not recognised": _near_misses,
+    "Skipped": _skipped,
+}
 
 
 def _taken_back(report: Json) -> list[tuple[str, str]]:
@@ -552,7 +568,7 @@ def _what(norm: Json) -> str:
         return "near miss"
     text = _ACTIONS.get(norm["action"], norm["action"])
     into = norm.get("into") if norm["action"] in _CHANGING else None
-    return f"{text} into {into}" if into else text
+    return f"{text} into {_plain(into)}" if into else text
 
 
 def _norm_cells(norm: Json) -> list[str]:
@@ -576,9 +592,17 @@ _PARITY_TITLES: Final = ("output", "opt.", "error", "original", "cosine", "argma
 
 
 def _judgements(output: Json) -> list[tuple[str, Json]]:
-    """Return the comparisons of one output, each under the state of the runtime's optimizer."""
+    """Return the comparisons of one output, each under the state of the runtime's optimizer.
+
+    An output's own `passed` and `reason` speak of both comparisons; here each has its own.
+    """
     optimized = output.get("optimized")
-    return [("off", output), *([("on", optimized)] if optimized else [])]
+    if optimized is None:
+        return [("off", output)]
+    both, on = output.get("reason") or "", optimized.get("reason") or ""
+    only_on = not optimized["passed"] and (not on or (both != on and both.endswith(on)))
+    own = {"passed": True, "reason": None} if only_on else {}
+    return [("off", {**output, **own}), ("on", optimized)]
 
 
 def _budget_used(output: Json) -> float | None:
@@ -603,8 +627,7 @@ def _used(measures: Json) -> float | None:
 def _worst_first(parity: Json) -> list[Json]:
     def badness(output: Json) -> tuple[bool, float]:
         used = _budget_used(output)
-        failed = any(not measures["passed"] for _, measures in _judgements(output))
-        return not failed, -(0.0 if used is None else used)
+        return output["passed"], -(0.0 if used is None else used)
 
     return sorted(parity["outputs"], key=badness)
 
@@ -618,7 +641,7 @@ def _parity_cells(name: str, optimizer: str, measures: Json) -> list[str]:
         optimizer,
         _error_cell(measures, ""),
         _error_cell(measures, "baseline_"),
-        "-" if cosine is None else f"{cosine:.7f}",
+        "-" if cosine is None else f"{min(1.0, max(-1.0, cosine)):.7f}",
         "-" if agreement is None else _percent(agreement),
         share if measures["passed"] else f"{share} FAILED",
     ]
@@ -1037,11 +1060,8 @@ def _print_passes(page: _Page, report: Json, *, verbose: bool, time_passes: bool
 
 
 def _print_reasons(page: _Page, report: Json, *, verbose: bool) -> None:
-    for title, groups in (
-        ("Refused", _refused(report)),
-        ("Near misses, not recognised", _near_misses(report)),
-        ("Skipped", _skipped(report)),
-    ):
+    for title, groups_of in _REASONS.items():
+        groups = groups_of(report)
         if groups:
             page.heading(title)
             page.groups(groups, everything=verbose)
@@ -1071,6 +1091,8 @@ def _print_norm_rows(page: _Page, report: Json, *, verbose: bool) -> None:
     def details(number: int) -> None:
         norm = norms[number]
         lines = []
+        if cells[number][-1] != _what(norm):
+            lines.append(f"into {norm['into']}")
         if norm["reason"]:
             at = f" (at {norm['at']})" if norm.get("at") else ""
             lines.append(f"{norm['reason']}{at}")
@@ -1087,7 +1109,11 @@ def _print_norm_rows(page: _Page, report: Json, *, verbose: bool) -> None:
     titles = list(_NORM_TITLES)
     if _planned(report):
         titles[-1] = "would be"
-    page.table(titles, [_norm_cells(norm) for norm in norms], flexible=3, below=details)
+    cells = [_norm_cells(norm) for norm in norms]
+    for row, norm in zip(cells, norms, strict=True):
+        if cell_len(row[-1]) > _ACTION_WIDTH:
+            row[-1] = _ACTIONS[norm["action"]]
+    page.table(titles, cells, flexible=3, below=details)
 
 
 def _print_parity(page: _Page, report: Json, *, verbose: bool) -> None:
@@ -1272,11 +1298,8 @@ def _summary_table(report: Json) -> str:
 
 def _markdown_lists(report: Json) -> list[tuple[str, list[str]]]:
     lists = []
-    for title, groups in (
-        ("Refused", _refused(report)),
-        ("Near misses, not recognised", _near_misses(report)),
-        ("Skipped", _skipped(report)),
-    ):
+    for title, groups_of in _REASONS.items():
+        groups = groups_of(report)
         number = sum(len(group.places) for group in groups)
         lists.append((f"{title} ({number})", [_markdown_group(group) for group in groups]))
     back = [f"{_code(site)}: {_prose(effect)}" for site, effect in _taken_back(report)]

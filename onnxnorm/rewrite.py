@@ -114,9 +114,7 @@ class RewritePass(Pass):
                 continue
             found = match(self.pattern, node, facts)
             if isinstance(found, Mismatch):
-                yield Refusal(
-                    found.reason, found.node.label, node=node, missed=found.structural
-                )
+                yield Refusal(found.reason, found.node.label, node=node, missed=found.structural)
             elif refusal := self.check(found):
                 at = found.nodes[refusal.at].label if refusal.at in found.nodes else refusal.at
                 yield replace(refusal, at=at or node.label, node=node)
@@ -238,6 +236,7 @@ class Rewriter:
         assert plan is not None, "begin() starts a site"
         root, scope = plan.root, plan.root.scope
         anchor = root.outputs[0]
+        gone = [_described(root)]
         region = self._region(plan)
         freed = [v for node in plan.nodes for v in node.inputs]
         root.outputs.clear()
@@ -256,14 +255,14 @@ class Rewriter:
         self._dead.add(root)
         scope.touch()
         self._scopes[scope] = None
-        gone = [root, *self._sweep([*freed, *(v for n in plan.nodes for v in n.outputs)])]
+        gone += self._sweep([*freed, *(v for n in plan.nodes for v in n.outputs)])
         remark = Remark(
             "applied",
             self._rule,
             self._site,
-            at=root.label,
-            removed=tuple(f"{n.op} {n.label}" if n is not root else _was(n, anchor) for n in gone),
-            added=tuple(f"{n.op} {n.label}" for n in made),
+            at=gone[0].partition(" ")[2],
+            removed=tuple(gone),
+            added=tuple(_described(n) for n in made),
             region=region,
             anchor=anchor.name,
         )
@@ -281,8 +280,8 @@ class Rewriter:
                     nodes.append(node)
             scope.graph.nodes[:] = nodes
 
-    def _sweep(self, candidates: list[AnyValue]) -> list[Node]:
-        """Remove what computed these values where nobody reads them now."""
+    def _sweep(self, candidates: list[AnyValue]) -> list[str]:
+        """Remove what computed these values where nobody reads them now; says what went."""
         gone = []
         while candidates:
             value = candidates.pop()
@@ -306,7 +305,7 @@ class Rewriter:
             self._dead.add(node)
             self._scopes[node.scope] = None
             node.scope.touch()
-            gone.append(node)
+            gone.append(_described(node))
             node.inputs.clear()
             node.outputs.clear()
         return gone
@@ -323,12 +322,11 @@ class Rewriter:
         for node in nodes:
             for value in reads(node):
                 local = value.scope is not scope
-                if value.name and value not in inside and not local:
-                    if self.facts.constant(value) is None:
-                        outside[value.name] = None
+                skip = not value.name or value in inside or local
+                if not skip and self.facts.constant(value) is None:
+                    outside[value.name] = None
         return Region(self._site, tuple(outside), tuple(v.name for v in outputs if v.name))
 
 
-def _was(node: Node, anchor: AnyValue) -> str:
-    """The label of a node whose outputs have been taken from it."""
-    return f"{node.op} {node.name or anchor.name}"
+def _described(node: Node) -> str:
+    return f"{node.op} {node.label}"

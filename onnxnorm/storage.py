@@ -183,7 +183,10 @@ class Stored:
 
         Memory so follows the largest changed tensor and not their sum.
         """
-        if array.nbytes < INLINE_LIMIT or _bits(onnx.helper.np_dtype_to_tensor_dtype(array.dtype)) < 8:
+        if (
+            array.nbytes < INLINE_LIMIT
+            or _bits(onnx.helper.np_dtype_to_tensor_dtype(array.dtype)) < 8
+        ):
             return numpy_helper.from_array(np.ascontiguousarray(array), name)
         tensor = onnx.TensorProto(
             name=name,
@@ -955,6 +958,6 @@ def checker_complaint(stored: Stored) -> str | None:
             tensor.raw_data = bytes(size)
     try:
         onnx.checker.check_model(copy, full_check=True)
-    except Exception as error:  # noqa: BLE001 - the C++ side raises several unrelated types
+    except Exception as error:
         return " ".join(str(error).split())
     return None

@@ -150,18 +150,18 @@ def frozen(stored: storage.Stored, draws: Mapping[str, Array]) -> storage.Stored
 
     Args:
         stored: The model.
-        draws: One draw of each value, for its dtype; names that no random node of this model
-            produces are ignored.
+        draws: One draw of each, for its dtype, by the name of the input that will carry it
+            (`frozen_feed_name`); names of no random node of this model are ignored.
     """
     proto = _copy(stored)
     nodes: list[onnx.NodeProto] = []
     for node in proto.graph.node:
         name = node.output[0] if node.output else ""
-        if name not in draws or (node.op_type not in RANDOM and node.op_type != "Dropout"):
+        given = f"{name}_kept" if node.op_type == "Dropout" else name
+        if given not in draws or node.op_type not in {*RANDOM, "Dropout"}:
             nodes.append(node)
             continue
-        like = draws[name]
-        given = name if node.op_type in RANDOM else f"{name}_kept"
+        like = draws[given]
         elem_type = onnx.helper.np_dtype_to_tensor_dtype(like.dtype)
         proto.graph.input.append(
             onnx.helper.make_tensor_value_info(given, elem_type, [None] * like.ndim)

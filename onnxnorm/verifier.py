@@ -88,14 +88,15 @@ class Verifier:
             raise _broken(rule, scope, f"'{late.name}' is read before it is computed")
 
     def _schema(self, rule: str, node: Node) -> None:
-        version = node.scope.opsets.get(node.domain)
+        domain = node.domain or ""
+        version = node.scope.opsets.get(domain)
         if version is None:
             raise _broken(rule, node.scope, f"{node.op} is of a domain that is not imported")
-        if not onnx.defs.has(node.op, version, node.domain):
-            if node.domain == "":
+        if not onnx.defs.has(node.op, version, domain):
+            if domain == "":
                 raise _broken(rule, node.scope, f"{node.op} does not exist in opset {version}")
             return
-        schema = onnx.defs.get_schema(node.op, version, node.domain)
+        schema = onnx.defs.get_schema(node.op, version, domain)
         if not schema.min_input <= len(node.inputs) <= schema.max_input:
             raise _broken(rule, node.scope, f"{node.op} takes no {len(node.inputs)} inputs")
         for name in node.attrs:
@@ -146,10 +147,11 @@ def _first_unsorted(scope: Scope) -> AnyValue | None:
         frontier = [node]
         while frontier:
             at = frontier.pop()
-            for value in at.inputs:
-                producer = value.inputs[0] if value.inputs else None
+            late: AnyValue
+            for late in at.inputs:
+                producer = late.inputs[0] if late.inputs else None
                 if producer is not None and producer.scope is scope and producer not in done:
-                    return value
+                    return late
             for _, _, body in at.bodies:
                 frontier += body.nodes
         done.add(node)

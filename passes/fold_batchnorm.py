@@ -68,7 +68,9 @@ class FoldBatchnorm(RewritePass):
         if not np.isfinite(scale).all():
             return Refusal("gamma / sqrt(variance + epsilon) is not finite", at="batchnorm")
         if not np.isfinite(shift).all():
-            return Refusal("beta - mean * gamma / sqrt(variance + epsilon) is not finite", at="batchnorm")
+            return Refusal(
+                "beta - mean * gamma / sqrt(variance + epsilon) is not finite", at="batchnorm"
+            )
         bias = port.shifted(scale, shift).astype(np.float64)
         if not (np.isfinite(bias).all() and port.fits(scale)):
             return Refusal(f"the folded weight is not finite in {port.weight.dtype}", at="conv")

@@ -1,0 +1,170 @@
+"""The rewriter: staging, names, what is swept away, and where new nodes stand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper, parser
+
+from onnxnorm import storage
+from onnxnorm.facts import Facts
+from onnxnorm.pipeline import Pipeline, Run
+from onnxnorm.rewrite import Pass, Plan, Rewriter
+from onnxnorm.storage import INLINE_LIMIT
+
+MODEL = """
+<ir_version: 8, opset_import: ["" : 17]>
+main (float[2] x) => (float[2] y) <float[2] w = {1.0, 2.0}, float[2] unused = {3.0, 4.0}>
+{
+   a = Identity (w)
+   m = Mul (x, a)
+   y = Neg (m)
+}
+"""
+
+
+@dataclass(frozen=True)
+class At(Pass):
+    """Do `change` once at the node that computes `target`."""
+
+    target: str
+    change: Callable[[Plan, Rewriter], None]
+    name: ClassVar = "at"
+    summary: ClassVar = "a pass of these tests"
+    equation: ClassVar = "whatever the test says"
+
+    def plan(self, facts: Facts) -> Iterator[Plan]:
+        for node in facts.module.nodes():
+            if node.outputs[0].name == self.target and not node.site:
+                yield Plan(node, (node,), None)
+
+    def apply(self, plan: Plan, rw: Rewriter) -> None:
+        self.change(plan, rw)
+
+
+def change(target: str, how: Callable[[Plan, Rewriter], None], source: str = MODEL) -> Run:
+    stored = storage.from_proto(parser.parse_model(source))
+    return Pipeline([At(target, how)]).run(stored)
+
+
+def ops(graph: onnx.GraphProto) -> list[str]:
+    return [f"{n.op_type}({', '.join(n.input)})->{','.join(n.output)}" for n in graph.node]
+
+
+def test_the_root_goes_with_all_that_only_it_needed_and_nothing_else() -> None:
+    done = change("m", lambda plan, rw: rw.replace("Abs", [plan.root.inputs[0]]))
+    graph = done.stored.proto.graph
+    assert ops(graph) == ["Abs(x)->m", "Neg(m)->y"]
+    assert [t.name for t in graph.initializer] == ["unused"], "what was unused before stays"
+    (remark,) = done.applied
+    assert remark.removed == ("Mul m", "Identity a")
+
+
+def test_new_nodes_stand_where_the_root_stood_in_the_order_of_staging() -> None:
+    def two(plan: Plan, rw: Rewriter) -> None:
+        inner = rw.add("Abs", [plan.root.inputs[0]], "abs")
+        rw.replace("Mul", [inner, rw.constant("scale", np.full(2, 5.0, np.float32))])
+
+    done = change("m", two)
+    assert ops(done.stored.proto.graph) == [
+        "Abs(x)->m_abs",
+        "Mul(m_abs, m_scale)->m",
+        "Neg(m)->y",
+    ]
+    assert [n.metadata_props[0].value for n in done.stored.proto.graph.node[:2]] == ["at:m"] * 2
+    assert not done.stored.proto.graph.node[2].metadata_props
+
+
+def test_fresh_names_avoid_every_name_of_every_scope() -> None:
+    source = MODEL.replace("a = Identity (w)", "m_abs = Identity (w)\n a = Identity (m_abs)")
+
+    def add(plan: Plan, rw: Rewriter) -> None:
+        rw.replace("Abs", [rw.add("Abs", [plan.root.inputs[0]], "abs")])
+
+    done = change("m", add, source)
+    assert ops(done.stored.proto.graph) == ["Abs(x)->m_abs_1", "Abs(m_abs_1)->m", "Neg(m)->y"]
+
+
+def test_absent_inputs_are_empty_names_and_trailing_ones_are_dropped() -> None:
+    def clip(plan: Plan, rw: Rewriter) -> None:
+        high = rw.constant("high", np.float32(3.0).reshape(()))
+        rw.replace("Clip", [plan.root.inputs[0], None, high])
+
+    assert ops(change("m", clip).stored.proto.graph)[0] == "Clip(x, , m_high)->m"
+    only = change("m", lambda plan, rw: rw.replace("Clip", [plan.root.inputs[0], None, None]))
+    assert ops(only.stored.proto.graph)[0] == "Clip(x)->m"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int64", "bool"])
+@pytest.mark.parametrize("count", [0, 1, INLINE_LIMIT])
+def test_constants_keep_their_values_wherever_they_are_held(dtype: str, count: int) -> None:
+    values = (np.arange(count) % 7).astype(dtype)
+    kept = {}
+
+    def hold(plan: Plan, rw: Rewriter) -> None:
+        kept["name"] = rw.constant("c", values).name
+        rw.replace("Abs", [plan.root.inputs[0]])
+
+    done = change("m", hold)
+    (tensor,) = (t for t in done.stored.proto.graph.initializer if t.name == kept["name"])
+    np.testing.assert_array_equal(done.stored.array(tensor), values)
+    whole = done.stored.complete()
+    (tensor,) = (t for t in whole.graph.initializer if t.name == kept["name"])
+    np.testing.assert_array_equal(numpy_helper.to_array(tensor), values)
+
+
+def test_large_constants_are_held_outside_the_skeleton() -> None:
+    def hold(plan: Plan, rw: Rewriter) -> None:
+        large = rw.constant("large", np.ones((64, INLINE_LIMIT), np.float32))
+        ends = [rw.constant(role, np.array([at])) for role, at in (("start", 0), ("end", 2))]
+        flat = rw.add("Reshape", [large, rw.constant("shape", np.array([-1]))], "flat")
+        rw.replace("Slice", [flat, *ends])
+
+    done = change("y", hold)
+    assert len(done.stored.proto.SerializeToString()) < 2 * INLINE_LIMIT
+    assert storage.total_bytes(done.stored) > 256 * INLINE_LIMIT
+
+
+def test_in_a_function_constants_are_nodes() -> None:
+    source = """
+    <ir_version: 9, opset_import: ["" : 17, "local" : 1]>
+    main (float[2] x) => (float[2] y) { y = local.Block (x) }
+    <domain: "local", opset_import: ["" : 17]> Block (x) => (r) { r = Neg (x) }
+    """
+
+    def scale(plan: Plan, rw: Rewriter) -> None:
+        large = rw.constant("scale", np.ones(INLINE_LIMIT, np.float32))
+        rw.replace("Mul", [plan.root.inputs[0], large])
+
+    done = change("r", scale, source)
+    (function,) = done.stored.complete().functions
+    assert [n.op_type for n in function.node] == ["Constant", "Mul"]
+    assert numpy_helper.to_array(function.node[0].attribute[0].t).shape == (INLINE_LIMIT,)
+    (remark,) = done.applied
+    assert remark.site == "at:local.Block/r"
+    assert remark.region is None, "a function may be called anywhere"
+
+
+def test_a_site_in_a_body_changes_the_whole_control_flow_node() -> None:
+    source = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    main (bool flag, float[2] x, float[2] u) => (float[2] y) <float[2] w = {1.0, 2.0}>
+    {
+       y = If (flag) <
+         then_branch = a () => (float[2] p) { q = Mul (x, w)
+                                              p = Neg (q) },
+         else_branch = b () => (float[2] p) { p = Neg (u) }
+       >
+    }
+    """
+    done = change("q", lambda plan, rw: rw.replace("Abs", [plan.root.inputs[0]]), source)
+    (remark,) = done.applied
+    assert remark.site == "at:y/then_branch/q"
+    assert remark.region is not None
+    assert (remark.region.inputs, remark.region.outputs) == (("flag", "x", "u"), ("y",))
+    assert [t.name for t in done.stored.proto.graph.initializer] == [], "the outer weight went"
