@@ -8,11 +8,29 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
-from onnxnorm.api import Result, compare, inspect, optimize
-from onnxnorm.errors import OnnxNormError
-from onnxnorm.report import Report
+if TYPE_CHECKING:
+    from onnxnorm.api import Result as Result
+    from onnxnorm.api import compare as compare
+    from onnxnorm.api import inspect as inspect
+    from onnxnorm.api import optimize as optimize
+    from onnxnorm.errors import OnnxNormError as OnnxNormError
+    from onnxnorm.report import Report as Report
 
 __version__ = version("onnxnorm")
 __all__ = ["OnnxNormError", "Report", "Result", "compare", "inspect", "optimize"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for: a process that only measures need not import the compiler."""
+    homes = {"OnnxNormError": "errors", "Report": "report"}
+    if name not in __all__:
+        raise AttributeError(f"module 'onnxnorm' has no attribute '{name}'")
+    return getattr(import_module(f"onnxnorm.{homes.get(name, 'api')}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -32,7 +33,7 @@ from onnxnorm.rewrite import Pass
 from onnxnorm.storage import Staged, Stored
 
 if TYPE_CHECKING:
-    from onnxnorm.parity import ParityChecker, ParityResult
+    from onnxnorm.parity import Level, ParityChecker, ParityResult
 
 Progress: TypeAlias = Callable[[str, "float | None"], None]
 Model: TypeAlias = Any  # path, ModelProto, onnx_ir.Model, or what torch.onnx.export returns
@@ -362,12 +363,12 @@ def _prove(
         return Staged(of.stored, target)
 
     while True:
-        candidate = stage(run)
-        result = checker.check(candidate.model, _regions(run))
-        if result.passed:
-            staging.callback(candidate.close)
-            break
-        candidate.close()
+        with ExitStack() as undecided:
+            candidate = undecided.enter_context(stage(run))
+            result = checker.check(candidate.model, _regions(run))
+            if result.passed:
+                staging.push(undecided.pop_all())
+                break
         if not run.applied:
             raise ParityError(
                 f"the outputs do not agree although nothing was changed: {_worst(result)[0]}",
@@ -427,30 +428,30 @@ def _regions(run: Run) -> tuple[Region, ...]:
 
 def _worst(result: ParityResult) -> tuple[str, float | None]:
     """The failed output that is furthest off, in words, and its error over its budget."""
-    failed = [o for o in result.to_json()["outputs"] if not o["passed"]]
-
-    def excess(output: Mapping[str, Any]) -> float:
-        error, budget = output.get("error"), output.get("budget")
-        return error / budget if error and budget else 0.0
-
+    failed = [
+        (_excess(level), f"output '{output.name}': {output.reason}")
+        for output in result.outputs
+        for level in (output.unoptimized, output.optimized)
+        if level is not None and not level.passed
+    ]
     if not failed:
         return "; ".join(result.notes) or "the check failed", None
-    worst = max(failed, key=excess)
-    if worst.get("error") is not None and worst.get("budget"):
-        said = (
-            f"output '{worst['name']}' is {worst['error']:.3g} from the truth,"
-            f" its budget is {worst['budget']:.3g}"
-        )
-    else:
-        said = f"output '{worst['name']}': {worst.get('reason') or 'it differs'}"
-    return said, excess(worst) or None
+    excess, said = max(failed)
+    return said, excess or None
+
+
+def _excess(level: Level) -> float:
+    """max(error / budget, error_rms / budget_rms); 0 where there are no such numbers."""
+    pairs = ((level.error, level.budget), (level.error_rms, level.budget_rms))
+    shares = [error / budget for error, budget in pairs if budget > 0]
+    return max((share for share in shares if math.isfinite(share)), default=0.0)
 
 
 def _leave(
     session: _Measuring, found: dict[str, Any], *, parity: bool, warnings: list[str]
 ) -> None:
     """Nothing was changed: show that onnxruntime runs the model, and measure nothing."""
-    found["latency_skipped"] = f"nothing was changed: {_UNCHANGED}"
+    found["latency_skipped"] = "nothing was changed"
     if not parity:
         found["parity_skipped"] = "--no-parity was given"
         return
@@ -466,7 +467,7 @@ def _leave(
                 "baseline_error": None,
                 "budget": None,
                 "passed": True,
-                "reason": _UNCHANGED,
+                "reason": None,
             }
             for output in session.stored.proto.graph.output
         ],
@@ -488,7 +489,7 @@ def _time(
     if not asked:
         found["latency_skipped"] = "--no-latency was given"
     elif not run.applied:
-        found["latency_skipped"] = f"nothing was changed: {_UNCHANGED}"
+        found["latency_skipped"] = "nothing was changed"
     else:
         try:
             found["latency"] = session.measure(candidate.model)
@@ -552,9 +553,14 @@ def _saved(write: Callable[[Path], object], model: Model) -> Iterator[Stored]:
 def _target(stored: Stored, output: str | Path | None, *, in_place: bool) -> Path | None:
     """Where to write, checked before any work is done."""
     if output is None:
-        if in_place and stored.path is not None:
-            return stored.path
-        return None
+        if not in_place:
+            return None
+        if stored.path is None:
+            raise UsageError(
+                "--in-place was given for a model in memory, which has no file",
+                "Name an output, or pass the path of the model.",
+            )
+        output = stored.path
     target = Path(output)
     same = stored.path is not None and target.exists() and target.samefile(stored.path)
     if same and not in_place:

@@ -7,6 +7,7 @@ agree or could not be compared, and nothing was written; 2 wrong usage or bad in
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -20,18 +21,27 @@ from rich.console import Console
 from onnxnorm import api
 from onnxnorm.errors import OnnxNormError, UsageError
 from onnxnorm.registry import catalogue, default_passes, options
-from onnxnorm.report import Progress, Report, render_inspect, render_terminal, report_form
-from onnxnorm.storage import Stored
+from onnxnorm.report import Report, report_form
+from onnxnorm.report_terminal import Progress, render_inspect, render_terminal
+from onnxnorm.storage import Stored, check_target
 
 _Command: TypeAlias = Callable[..., Any]
+_NAME: Final = "onnxnorm"
+_COMPLETION: Final = "_ONNXNORM_COMPLETE"  # set by the shell that asks for completions
 _INTERRUPTED: Final = 130
 _MODEL: Final = click.Path(path_type=Path)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    invoke_without_command=True,
+)
 @click.version_option(package_name="onnxnorm")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Find every normalization in an ONNX model, rewrite it to the cheapest equal one, prove it."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 def _options(*decorators: Callable[[_Command], _Command]) -> Callable[[_Command], _Command]:
@@ -139,7 +149,7 @@ def optimize(
         raise UsageError(
             "there is no OUT.onnx to write", "Name it, or give --in-place or --dry-run."
         )
-    _check_reports(reports)
+    _check_reports(reports, source, target)
     if print_after not in (None, "all", *catalogue()):
         raise UsageError(
             f"--print-after names '{print_after}', which is no pass",
@@ -179,7 +189,7 @@ def inspect(
     quiet: bool,
 ) -> None:
     """List every normalization of MODEL.onnx, what would be done, and what is in the way."""
-    _check_reports(reports)
+    _check_reports(reports, source)
     report = api.inspect(source, passes=passes)
     _show(report, reports, as_json=as_json, verbose=verbose, quiet=quiet)
 
@@ -202,7 +212,7 @@ def compare(
     **given: Any,
 ) -> None:
     """Compare the outputs and the latency of any two models; A is the one to trust."""
-    _check_reports(reports)
+    _check_reports(reports, first, second)
     with Progress(quiet=quiet) as progress:
         report = api.compare(
             first,
@@ -246,14 +256,16 @@ def passes(*, as_json: bool) -> None:
             click.echo(f"    {key}={option['default']}  ({option['type']})")
 
 
-def _check_reports(reports: Sequence[Path]) -> None:
+def _check_reports(reports: Sequence[Path], *models: Path | None) -> None:
     """Refuse a report that cannot be written before any work is done for it."""
+    taken = {os.path.realpath(model) for model in models if model is not None}
     for path in reports:
         report_form(path)
-        if not path.absolute().parent.is_dir():
+        if os.path.realpath(path) in taken:
             raise UsageError(
-                f"the folder of the report {path} does not exist", "Create the folder first."
+                f"the report {path} would replace the model", "Give the report another name."
             )
+        check_target(path)
 
 
 def _show(
@@ -282,25 +294,50 @@ def _show(
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit."""
-    signal.signal(signal.SIGTERM, _terminate)
+    if _COMPLETION in os.environ:
+        cli.main(prog_name=_NAME)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    before = signal.signal(signal.SIGTERM, _terminate)
+    code = 0
     try:
-        code = cli.main(args=arguments, prog_name="onnxnorm", standalone_mode=False)
+        # Not cli.main: it prints lines of its own, and makes 1 of a broken pipe, which is our code
+        # for outputs that do not agree.
+        with cli.make_context(_NAME, given) as context:
+            cli.invoke(context)
+        if sys.stdout is not None:  # it is None where the caller closed it
+            sys.stdout.flush()
+    except click.exceptions.Exit as done:
+        code = done.exit_code
     except OnnxNormError as error:
         _fail(error.what, error.hint, error.exit_code)
     except click.UsageError as error:
-        command = error.ctx.command_path if error.ctx is not None else "onnxnorm"
+        command = error.ctx.command_path if error.ctx is not None else _NAME
         _fail(error.format_message(), f"`{command} --help` shows the options.", 2)
     except click.ClickException as error:
         _fail(error.format_message(), "`onnxnorm --help` shows how to use it.", 2)
     except (KeyboardInterrupt, click.Abort):
-        _fail("interrupted", "Nothing was written.", _INTERRUPTED)
+        _fail("interrupted", "No unfinished model was left behind.", _INTERRUPTED)
     except MemoryError:
         _fail("there is not enough memory", "Close other programs, or use a larger machine.", 2)
     except BrokenPipeError:
-        # Whoever read our output has seen enough; the interpreter must not complain at exit.
-        sys.stdout = None
-        sys.exit(0)
-    sys.exit(code if isinstance(code, int) else 0)
+        _leave_stdout()
+        sys.exit(0)  # whoever read our output has seen enough
+    except OSError as error:
+        _leave_stdout()
+        what = f"{error.filename}: " if error.filename else "standard output or a temporary file: "
+        _fail(
+            f"{what}{error.strerror or error}",
+            "Free some space, or point TMPDIR and the output to another disk.",
+            2,
+        )
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    sys.exit(code)
+
+
+def _leave_stdout() -> None:
+    # What it still holds cannot be written: the interpreter must not try again at exit.
+    sys.stdout = None
 
 
 def _fail(what: str, hint: str, code: int) -> NoReturn:

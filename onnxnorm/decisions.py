@@ -106,7 +106,8 @@ class Decision:
             return False
         mask = np.asarray(values[self.node.input[0]])
         other = np.zeros(mask.shape, dtype=np.bool_)
-        if any(np.any((r < 0) | (r >= n)) for r, n in zip(run, mask.shape, strict=True)):
+        sizes: tuple[int, ...] = mask.shape
+        if any(np.any((r < 0) | (r >= n)) for r, n in zip(run, sizes, strict=True)):
             return False
         other[tuple(run)] = True
         mask = mask.astype(np.bool_)
@@ -147,7 +148,7 @@ class Decision:
             owner = np.arange(index.size).reshape(index.shape)
             moved = np.moveaxis(owner, axis, -1)
             row_of = np.empty(index.size, dtype=np.int64)
-            row_of[moved.reshape(-1)] = np.repeat(np.arange(rows.shape[0]), moved.shape[-1])
+            row_of[moved.reshape(-1)] = np.arange(index.size) // index.shape[axis]
             row = row_of[where]
         else:
             row = where

@@ -6,6 +6,9 @@ after every round of commits.
 
 from __future__ import annotations
 
+import math
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -47,6 +50,7 @@ _MOVES: Final = frozenset(
         "Unsqueeze",
     }
 )
+_FORWARDS: Final = _MOVES | {"Identity"}
 _MOVED_LIMIT: Final = 256 << 20  # bytes; a larger result is not worth holding
 
 
@@ -86,16 +90,21 @@ class Constant:
     @property
     def dtype(self) -> np.dtype[Any]:
         """The element type, as numpy or ml_dtypes has it."""
+        dtype: np.dtype[Any]
         if isinstance(self._content, onnx.TensorProto):
-            return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(self._content.data_type))
-        return np.dtype(self._content.dtype)
+            dtype = onnx.helper.tensor_dtype_to_np_dtype(self._content.data_type)
+        else:
+            dtype = self._content.dtype
+        return dtype
 
     @property
     def nbytes(self) -> int:
         """Bytes of the stored tensor."""
-        if isinstance(self._content, onnx.TensorProto):
-            return payload_size(self._content)
-        return int(self._content.nbytes)
+        if not isinstance(self._content, onnx.TensorProto):
+            return int(self._content.nbytes)
+        if self._content.data_type == onnx.TensorProto.STRING:
+            return sum(map(len, self._content.string_data))
+        return payload_size(self._content)
 
     def array(self) -> Array:
         """The values; read-only, memory-mapped where the tensor is large."""
@@ -106,7 +115,12 @@ class Constant:
 
     def float64(self) -> NDArray[np.float64]:
         """The values in double precision, each one exactly."""
-        return np.asarray(self.array(), dtype=np.float64)
+        with np.errstate(invalid="ignore"):  # a signalling NaN becomes a quiet one
+            return np.asarray(self.array(), dtype=np.float64)
+
+    def renamed(self, name: str) -> Constant:
+        """The same constant under the name of an Identity of it."""
+        return Constant(name, self.source, self._content, self._facts)
 
 
 class Facts:
@@ -123,13 +137,16 @@ class Facts:
 
     def uses(self, value: AnyValue) -> list[Use]:
         """Every place that reads a value, in its scope and in the bodies inside it."""
-        seen: set[Node] = set()
-        out = []
-        for node in value.outputs:
-            if node not in seen:
-                seen.add(node)
-                out += [Use(node, i) for i, v in enumerate(node.inputs) if v is value]
-        return out
+        known = self._uses.get(value)
+        if known is None:
+            readers = dict.fromkeys(value.outputs)
+            known = [Use(n, i) for n in readers for i, v in enumerate(n.inputs) if v is value]
+            self._uses[value] = known
+        return known
+
+    @cached_property
+    def _uses(self) -> dict[AnyValue, list[Use]]:
+        return {}
 
     def producer(self, value: AnyValue) -> Node | None:
         """The node that computes a value; None for inputs and initializers."""
@@ -154,34 +171,54 @@ class Facts:
         a graph input (IR version 4 and later) is not constant: the caller may replace it.
         Neither is a Constant whose value is a function's parameter.
         """
-        if value not in self._constants:
-            self._constants[value] = self._find_constant(value)
-        return self._constants[value]
+        known = self._constants
+        if value in known:
+            return known[value]
+        pending = [value]  # not by recursion: a chain can be as long as the graph
+        while pending:
+            at = pending[-1]
+            missing = next((v for v in self._needed(at) if v not in known), None)
+            if missing is not None:
+                pending.append(missing)
+                continue
+            pending.pop()
+            if at not in known:
+                known[at] = self._find_constant(at)
+        return known[value]
 
     @cached_property
     def _constants(self) -> dict[AnyValue, Constant | None]:
         return {}
 
+    def _needed(self, value: AnyValue) -> Iterator[AnyValue]:
+        """What must be known before a value: inputs, up to the first that is not constant."""
+        node = self.producer(value)
+        if node is None or node.domain != "" or node.op not in _FORWARDS:
+            return
+        for given in node.inputs[:1] if node.op == "CastLike" else node.inputs:
+            if given.name:
+                yield given
+                if self._constants.get(given) is None:
+                    return
+
     def _find_constant(self, value: AnyValue) -> Constant | None:
-        at = value
-        while True:
-            if isinstance(at, Weight):
-                sparse = isinstance(at.proto, onnx.SparseTensorProto)
-                content: Any = at.values if sparse else at.proto
-                return Constant(value.name, at, content, self)
-            node = self.producer(at)
-            if node is None or node.domain != "":
-                return None
-            if node.op == "Identity" and len(node.inputs) == 1:
-                at = node.inputs[0]
-            else:
-                is_constant = node.op == "Constant"
-                content = self._constant_node(node) if is_constant else self._moved(node)
-                return None if content is None else Constant(value.name, at, content, self)
+        """A value as a constant, when all that it needs is known."""
+        if isinstance(value, Weight):
+            sparse = isinstance(value.proto, onnx.SparseTensorProto)
+            content: Any = value.values if sparse else value.proto
+            return Constant(value.name, value, content, self)
+        node = self.producer(value)
+        if node is None or node.domain != "":
+            return None
+        if node.op == "Identity" and len(node.inputs) == 1:
+            of = self._constants.get(node.inputs[0])
+            return None if of is None else of.renamed(value.name)
+        content = self._constant_node(node) if node.op == "Constant" else self._moved(node)
+        return None if content is None else Constant(value.name, value, content, self)
 
     def _moved(self, node: Node) -> Array | None:
         """The result of an operator that only moves or repeats constants, computed now."""
-        if node.op not in _MOVES or len(node.outputs) != 1 or node.bodies:
+        if node.op not in _MOVES or not node.inputs or len(node.outputs) != 1:
             return None
         if any(a.ref_attr_name for a in node.proto.attribute):
             return None
@@ -192,7 +229,7 @@ class Facts:
             of = self.constant(inputs[0])
             start, end = node.attrs.get("start", 0), node.attrs.get("end")
             return None if of is None else np.asarray(of.shape[start:end], dtype=np.int64)
-        if node.op == "CastLike":
+        if node.op == "CastLike" and len(inputs) == 2:
             # Only the type of the second input counts, and that may be known of any value.
             like = self.type(inputs.pop())
             if like is None or not like.element:
@@ -209,14 +246,15 @@ class Facts:
                 if constant.nbytes > _MOVED_LIMIT:
                     return None
                 given[value.name] = constant.array()
-        from onnx.reference import ReferenceEvaluator  # slow to import, and rarely needed
-
         try:
-            evaluator = ReferenceEvaluator(proto, opsets=dict(node.scope.opsets))
-            (result,) = evaluator.run(None, given)
-        except Exception:
+            with warnings.catch_warnings():
+                # A cast that overflows gives what the processor likes.
+                warnings.simplefilter("error", RuntimeWarning)
+                if _size(node, [given[v.name] for v in inputs if v.name]) <= _MOVED_LIMIT:
+                    return _run(proto, given, node.scope.opsets)
+        except Exception:  # what the reference cannot do stays in the graph
             return None
-        return result if isinstance(result, np.ndarray) and result.nbytes <= _MOVED_LIMIT else None
+        return None
 
     def _constant_node(self, node: Node) -> Any:
         for attribute in node.proto.attribute:
@@ -228,22 +266,31 @@ class Facts:
                 return dense(attribute.sparse_tensor)
             if attribute.name in _CONSTANT_LISTS:
                 dtype = _CONSTANT_LISTS[attribute.name]
-                return np.asarray(onnx.helper.get_attribute_value(attribute), dtype=dtype)
+                content = onnx.helper.get_attribute_value(attribute)
+                if attribute.name == "value_string":
+                    content = content.decode(errors="surrogateescape")
+                elif attribute.name == "value_strings":
+                    content = [text.decode(errors="surrogateescape") for text in content]
+                return np.asarray(content, dtype=dtype)
         return None
 
     def why_not_constant(self, value: AnyValue) -> str:
         """The end of the sentence "'w' is not constant: ..."."""
         node = self.producer(value)
-        while node is not None and node.op == "Identity" and node.domain == "":
+        while node is not None and node.op == "Identity" and node.domain == "" and node.inputs:
             value = node.inputs[0]
             node = self.producer(value)
         if node is not None:
+            if any(a.ref_attr_name for a in node.proto.attribute):
+                return f"node '{node.label}' ({node.op}) takes it from a parameter of the function"
             return f"node '{node.label}' ({node.op}) computes it"
         if isinstance(value, Value) and value.default is not None:
             return "it is an initializer that callers may override, being a graph input too"
         scope = value.scope
         if scope is not None and scope.is_function:
             return "it is a parameter of the function"
+        if scope is not None and scope.owner is not None:
+            return f"it is an input of the body {scope.path}"
         return "it is a graph input"
 
     # ** types **
@@ -255,11 +302,11 @@ class Facts:
         differ from call to call.
         """
         if isinstance(value, Weight):
-            constant = self.constant(value)
-            if constant is None:  # pragma: no cover - a Weight is always constant
-                return None
-            element = onnx.helper.np_dtype_to_tensor_dtype(constant.dtype)
-            return Type(int(element), constant.shape)
+            proto = value.proto
+            element = (
+                proto.data_type if isinstance(proto, onnx.TensorProto) else proto.values.data_type
+            )
+            return Type(element, tuple(proto.dims))
         return self.types.get((value.scope.path if value.scope else "", value.name))
 
     @cached_property
@@ -298,3 +345,29 @@ def _type(proto: onnx.TypeProto.Tensor) -> Type:
         else:
             dims.append(dim.dim_param or None)
     return Type(proto.elem_type, tuple(dims))
+
+
+def _run(
+    proto: onnx.NodeProto, given: Mapping[str, Array], opsets: Mapping[str, int]
+) -> Array | None:
+    """The one output of a node as the reference implementation computes it."""
+    from onnx.reference import ReferenceEvaluator  # slow to import, and rarely needed
+
+    (result,) = ReferenceEvaluator(proto, opsets=dict(opsets)).run(None, dict(given))
+    return result if isinstance(result, np.ndarray) and result.nbytes <= _MOVED_LIMIT else None
+
+
+def _size(node: Node, given: list[Array]) -> int:
+    """Bytes of the result of an operator that can make much of little; 0 for any other."""
+    data = given[0]
+    if node.op == "ConstantOfShape":
+        return math.prod(map(int, data)) * 8
+    if node.op == "Tile":
+        return int(data.nbytes) * math.prod(map(int, given[1]))
+    if node.op == "Expand":
+        shape = np.broadcast_shapes(data.shape, tuple(map(int, given[1])))
+        return math.prod(shape) * int(data.itemsize)
+    if node.op == "Gather":
+        length = data.shape[node.attrs.get("axis", 0)]
+        return data.nbytes // max(int(length), 1) * given[1].size
+    return 0

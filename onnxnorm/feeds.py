@@ -9,9 +9,12 @@ depth of a OneHot. When a model rejects all that, `candidates` goes on to plaine
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
+import struct
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +22,7 @@ from typing import Any, Final, TypeAlias
 
 import numpy as np
 import onnx
+import onnx.inliner as inliner
 from numpy.typing import NDArray
 
 from onnxnorm.errors import UsageError
@@ -185,7 +189,8 @@ def candidates(
     previous: list[Any] = []
     for recipe in _RECIPES:
         layout = _layout(inputs, recipe, bound, count)
-        signature = [recipe.floats, recipe.integers, recipe.padded_masks, layout]
+        padded = recipe.padded_masks and any(_MASK_NAME.search(i.name) for i in inputs)
+        signature = [recipe.floats, recipe.integers, padded, layout]
         if signature in previous:
             continue
         previous.append(signature)
@@ -219,7 +224,7 @@ def _inputs(proto: onnx.ModelProto) -> list[_Input]:
             dims = tuple(
                 d.dim_value
                 if d.HasField("dim_value") and d.dim_value >= 0
-                else (d.dim_param or (f"?0" if axis == 0 else f"?{rank}.{axis}"))
+                else (d.dim_param or ("?0" if axis == 0 else f"?{rank}.{axis}"))
                 for axis, d in enumerate(tensor.shape.dim)
             )
         found.append(_Input(value.name, tensor.elem_type, dims, sequence))
@@ -324,14 +329,14 @@ def _layout(
     batch = _batch_symbol(inputs)
     free = [s for s in symbols if s not in bound and s != batch]
     pairs = {s: _size_pair(s, symbols[s], recipe.sizes) for s in free}
-    fixed = {s: n for s, n in bound.items()}
+    fixed = dict(bound)
     settled = batch is not None and batch in bound
     if recipe.batched and batch is not None and not settled:
-        half = -(-count // 2)
-        batches = [n for n in (half, count - half - 1, 1) if n > 0]
-        batches = batches if sum(batches) <= count else [count]
+        # the single sample first: it is the cheapest, and tells what the others will cost
+        half = count // 2
+        batches = [n for n in (1, count - half - 1, half) if n > 0]
     elif settled and batch is not None:
-        batches = [bound[batch]] * max(1, -(-count // max(bound[batch], 1)))
+        batches = [bound[batch]] * max(2, -(-count // max(bound[batch], 1)))
     else:
         batches = [1] * count
     layout = []
@@ -339,7 +344,7 @@ def _layout(
         chosen = {s: pair[position % 2] for s, pair in pairs.items()} | fixed
         if batch is not None:
             chosen[batch] = size
-        samples = size if batch is not None else 1
+        samples = size if batch is not None and not settled else 1
         _total(chosen)
         layout.append((chosen, max(samples, 1)))
     return layout
@@ -572,10 +577,10 @@ def _limits(proto: onnx.ModelProto, entry: _Input) -> _Limits:
 
 
 def _inlined(proto: onnx.ModelProto) -> onnx.ModelProto:
-    try:
-        return onnx.inliner.inline_local_functions(proto)
-    except Exception:  # noqa: BLE001  (advice only: without it the plainer inputs are tried)
-        return proto
+    inlined = proto
+    with contextlib.suppress(Exception):  # advice only: without it plainer inputs are tried
+        inlined = inliner.inline_local_functions(proto)
+    return inlined
 
 
 def _table_sizes(proto: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
@@ -588,9 +593,12 @@ def _table_sizes(proto: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
             for attribute in node.attribute:
                 if attribute.name == "value":
                     sizes[node.output[0]] = tuple(attribute.t.dims)
-        elif node.op_type in {"Identity", "Cast", "DequantizeLinear"}:
-            if node.input and node.input[0] in sizes:
-                sizes.setdefault(node.output[0], sizes[node.input[0]])
+        elif (
+            node.op_type in {"Identity", "Cast", "DequantizeLinear"}
+            and node.input
+            and node.input[0] in sizes
+        ):
+            sizes.setdefault(node.output[0], sizes[node.input[0]])
     return sizes
 
 
@@ -639,17 +647,31 @@ def _below(
 # --- the user's own ----------------------------------------------------------------------------
 
 
+# What numpy and its archive reader raise, as it comes, for a file that is damaged.
+_UNREADABLE: Final = (
+    AttributeError,
+    EOFError,
+    KeyError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+
+
 def _own(inputs: Sequence[_Input], path: Path) -> Feed:
     """Read an .npz file with one array per graph input."""
     hint = f"The model's inputs are: {', '.join(i.name for i in inputs) or 'none'}."
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise ValueError("it holds one bare array")
+        # opened here, because numpy leaves a file open that turns out to be no archive
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
     except FileNotFoundError as error:
         raise UsageError(f"{path}: no such file", "Give an .npz file written by numpy.") from error
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, TypeError) as error:
+    except _UNREADABLE as error:
         raise UsageError(
             f"{path} is no .npz file of plain arrays: {error}",
             "Write it with numpy.savez(path, name=array, ...).",
@@ -706,10 +728,12 @@ def _fitted(entry: _Input, array: Array, path: Path) -> Array:
     )
 
 
-def smaller(feed: Feed) -> Feed:
-    """Return the first sample of a batched feed, for when time is short."""
-    if feed.samples <= 1:
+def smaller(feed: Feed, samples: int = 1) -> Feed:
+    """Return the first samples of a batched feed, for when time is short."""
+    if feed.samples <= samples:
         return feed
     # Scalars have no batch axis; every other input of a batched feed has it first.
-    values = {name: value[:1] if np.ndim(value) else value for name, value in feed.values.items()}
-    return replace(feed, values=values, samples=1)
+    values = {
+        name: value[:samples] if np.ndim(value) else value for name, value in feed.values.items()
+    }
+    return replace(feed, values=values, samples=samples)

@@ -90,7 +90,7 @@ def is_float_type(elem_type: int) -> bool:
 
 
 def widen(value: Value) -> Value:
-    """float64(value) for floating-point arrays, exactly; anything else as it is."""
+    """Return floating-point arrays as float64, exactly, and anything else as it is."""
     if isinstance(value, np.ndarray):
         return value.astype(np.float64) if is_float_dtype(value.dtype) else value
     if isinstance(value, np.generic):
@@ -141,7 +141,7 @@ def _power(a: Array, b: Array) -> Array:
 
 
 def erf(x: Array) -> Array:
-    """erf(x) = 2/sqrt(pi) * integral of exp(-t^2) from 0 to x, elementwise, to 2e-16 absolute.
+    """Return 2/sqrt(pi) * integral of exp(-t^2) from 0 to x, elementwise, to 2e-16.
 
     Taylor expansion about the nearest of a table of points a = k/32: the derivatives of erf are
     exp(-a^2) times Hermite polynomials, so ten terms leave less than half an ulp for |x - a| at
@@ -528,7 +528,8 @@ def _eye_like(call: Call) -> list[Value]:
     x = call.inputs[0]
     to = call.attribute("dtype")
     dtype = x.dtype if to is None else _wide_dtype(int(to))
-    return [np.eye(*x.shape, k=int(call.attribute("k", 0)), dtype=dtype)]
+    rows, columns = x.shape
+    return [np.eye(rows, columns, int(call.attribute("k", 0)), dtype=dtype)]
 
 
 @_implements("OneHot")
@@ -612,7 +613,7 @@ def _trilu(call: Call) -> list[Value]:
 
 def _log_sum_exp(x: Array, axes: tuple[int, ...]) -> Array:
     if x.size == 0:
-        return np.log(np.sum(np.exp(x), axis=axes, keepdims=True))
+        return np.asarray(np.log(np.sum(np.exp(x), axis=axes, keepdims=True)))
     peak = np.max(x, axis=axes, keepdims=True)
     peak = np.where(np.isfinite(peak), peak, 0.0)
     return np.asarray(np.log(np.sum(np.exp(x - peak), axis=axes, keepdims=True)) + peak)
@@ -663,7 +664,8 @@ for _name in _REDUCE:
 def _softmax_along(x: Array, axis: int) -> Array:
     if x.shape[axis] == 0:
         return x
-    e = np.exp(x - np.max(x, axis=axis, keepdims=True))
+    e = x - np.max(x, axis=axis, keepdims=True)
+    np.exp(e, out=e)
     e /= np.sum(e, axis=axis, keepdims=True)
     return np.asarray(e)
 
@@ -825,7 +827,9 @@ def _padded(x: Array, window: _Window, value: float = 0.0) -> Array:
     lead = x.ndim - len(window.kernel)
     pads = [(0, 0)] * lead + list(zip(window.begin, window.end, strict=True))
     if any(b < 0 or e < 0 for b, e in pads):
-        crop = tuple(slice(max(-b, 0), n - max(-e, 0)) for (b, e), n in zip(pads, x.shape))
+        crop = tuple(
+            slice(max(-b, 0), n - max(-e, 0)) for (b, e), n in zip(pads, x.shape, strict=True)
+        )
         x, pads = x[crop], [(max(b, 0), max(e, 0)) for b, e in pads]
     if not any(b or e for b, e in pads):
         return x
@@ -870,25 +874,35 @@ def _convolve_depthwise(
     for tap, slices in window.taps(out):
         tile = x[(slice(None), *slices)]
         for m in range(filters.shape[1]):
-            factor = filters[(slice(None), m, *tap)].reshape(-1, *(1,) * len(out))
+            at: Any = (slice(None), m, *tap)
+            factor = filters[at].reshape(-1, *(1,) * len(out))
             target[:, m] += tile * factor
+
+
+_PATCH_BYTES: Final = 1 << 26
 
 
 def _convolve_patches(
     x: Array, w: Array, window: _Window, out: tuple[int, ...], group: int, y: Array
 ) -> None:
-    channels, positions, taps = x.shape[0], math.prod(out), math.prod(window.kernel)
+    """Multiply the filters with the patches of x, some rows of the output at a time."""
+    channels, taps = x.shape[0], math.prod(window.kernel)
     x = _padded(x, window)
-    if taps == 1:
-        ((_, slices),) = window.taps(out)
-        patches = x[(slice(None), *slices)]
-    else:
-        patches = np.empty((channels, taps, *out), dtype=x.dtype)
-        for index, (_, slices) in enumerate(window.taps(out)):
-            patches[:, index] = x[(slice(None), *slices)]
-    patches = patches.reshape(group, channels // group * taps, positions)
     filters = w.reshape(group, w.shape[0] // group, -1)
-    np.matmul(filters, patches, out=y.reshape(group, -1, positions))
+    row_bytes = 8 * channels * taps * math.prod(out[1:])
+    rows = max(1, min(out[0], _PATCH_BYTES // max(row_bytes, 1)))
+    every = window.taps(out)
+    stride = window.strides[0]
+    for start in range(0, out[0], rows):
+        count = min(rows, out[0] - start)
+        patches = np.empty((channels, taps, count, *out[1:]), dtype=x.dtype)
+        for index, (_, (first, *rest)) in enumerate(every):
+            begin = first.start + start * stride
+            part = slice(begin, begin + (count - 1) * stride + 1, stride)
+            patches[:, index] = x[(slice(None), part, *rest)]
+        flat = patches.reshape(group, channels // group * taps, -1)
+        product = np.matmul(filters, flat)
+        y[:, start : start + count] = product.reshape(-1, count, *out[1:])
 
 
 @_implements("ConvTranspose")
@@ -923,16 +937,17 @@ def _conv_transpose(call: Call) -> list[Value]:
     room = [max(f, p + n) - min(p, 0) for f, p, n in zip(full, begin, size, strict=True)]
     canvas = np.zeros((x.shape[0], outputs, *room), dtype=np.result_type(x, w))
     window = _Window(tuple(kernel), strides, dilations, (0,) * rank, (0,) * rank)
-    filters = w.reshape(group, w.shape[0] // group, -1).transpose(0, 2, 1)
+    filters = w.reshape(group, w.shape[0] // group, w.shape[1], -1).transpose(3, 0, 2, 1)
     for n in range(x.shape[0] if x.size else 0):
-        patches = filters @ x[n].reshape(group, x.shape[1] // group, -1)
-        patches = patches.reshape(outputs, math.prod(kernel), *spatial)
+        flat = x[n].reshape(group, x.shape[1] // group, -1)
         for index, (_, slices) in enumerate(window.taps(spatial)):
+            spread = (filters[index] @ flat).reshape(outputs, *spatial)
             shifted = tuple(
                 slice(s.start - min(p, 0), s.stop - min(p, 0), s.step)
                 for s, p in zip(slices, begin, strict=True)
             )
-            canvas[(n, slice(None), *shifted)] += patches[:, index]
+            place: Any = (n, slice(None), *shifted)
+            canvas[place] += spread
     crop = tuple(slice(max(p, 0), max(p, 0) + n) for p, n in zip(begin, size, strict=True))
     y = canvas[(slice(None), slice(None), *crop)]
     return [y if b is None else y + b.reshape(-1, *(1,) * rank)]
@@ -1254,6 +1269,40 @@ def _resize_geometry(call: Call, shape: tuple[int, ...]) -> tuple[list[float], l
     for axis, scale, size in zip(axes, scales, sizes, strict=True):
         all_scales[axis], all_sizes[axis] = scale, size
     return all_scales, all_sizes
+
+
+# a0 - a1 cos(t) + a2 cos(2 t); Hamming's are the standard's 25/46 and 21/46
+_WINDOWS: Final = {
+    "HannWindow": (0.5, 0.5, 0.0),
+    "HammingWindow": (25.0 / 46.0, 21.0 / 46.0, 0.0),
+    "BlackmanWindow": (0.42, 0.5, 0.08),
+}
+
+
+@_implements("HannWindow", "HammingWindow", "BlackmanWindow")
+def _cosine_window(call: Call) -> list[Value]:
+    size = int(call.inputs[0])
+    a0, a1, a2 = _WINDOWS[call.op_type]
+    period = size if call.attribute("periodic", 1) else size - 1
+    t = 2.0 * math.pi * np.arange(size) / period
+    window = a0 - a1 * np.cos(t) + a2 * np.cos(2.0 * t)
+    return [cast(window, int(call.attribute("output_datatype", 1)))]
+
+
+@_implements("STFT")
+def _stft(call: Call) -> list[Value]:
+    """Fourier transform of windowed frames; (batch, length, 1 or 2) to (batch, frames, bins, 2)."""
+    signal, step, window, length = (call.input(i) for i in range(4))
+    size = int(np.size(window)) if length is None else int(length)
+    hop = int(step)
+    x = signal[..., 0] + 1j * signal[..., 1] if signal.shape[-1] == 2 else signal.reshape(
+        signal.shape[:2])  # fmt: skip
+    frames = np.lib.stride_tricks.sliding_window_view(x, size, axis=-1)[:, ::hop]
+    frames = frames if window is None else frames * window
+    bins = np.fft.fft(frames, axis=-1)
+    if call.attribute("onesided", 1):
+        bins = bins[..., : size // 2 + 1]
+    return [np.stack([bins.real, bins.imag], axis=-1)]
 
 
 # --- recurrent ---------------------------------------------------------------------------------
@@ -1682,7 +1731,8 @@ def _fused_activation(call: Call, y: Array) -> Array:
     if name in {"", "Identity"}:
         return y
     if name == "Clip":
-        return np.clip(y, *parameters)
+        low, high = parameters
+        return np.asarray(np.clip(y, low, high))
     alpha = float(call.attribute("activation_alpha", parameters[0] if parameters else math.nan))
     beta = float(call.attribute("activation_beta", parameters[1] if parameters[1:] else math.nan))
     given = (None if math.isnan(alpha) else alpha, None if math.isnan(beta) else beta)

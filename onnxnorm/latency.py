@@ -1,15 +1,16 @@
 """How much faster one model is than another, where that can be told at all.
 
-    ratio = exp(mean_i d_i),   d_i = median_r [log c_ir - (log a_ir + log b_ir) / 2]
+    ratio = exp(tmean d),   d_i = median_r log(c_ir / a_ir),   d'_i = median_r log(c_ir / b_ir)
 
 Trial i opens three sessions: two of the original (a, b) and one of the candidate (c), and times
 them in turns r; a_ir is the median time of a run in one turn. What makes two sessions of one and
 the same model differ (where its weights, arenas and threads came to lie) stays for the life of a
 session, so more runs do not average it out: the trial is the unit of resampling, and the spread
-of the d_i over trials is the uncertainty (Kalibera and Jones, "Rigorous benchmarking in
-reasonable time", ISMM 2013; Mytkowicz et al., "Producing wrong data without doing anything
-obviously wrong", ASPLOS 2009). The difference e_i = log a_i - log b_i inside the same trial is
-the A/A comparison: it costs one session more and tells what "no difference" looks like here, now.
+over trials is the uncertainty (Kalibera and Jones, "Rigorous benchmarking in reasonable time",
+ISMM 2013; Mytkowicz et al., "Producing wrong data without doing anything obviously wrong", ASPLOS
+2009). tmean is the mean of all d and d' without the fifth at either end, for a machine with other
+work stalls a whole trial now and then. e_i = median_r log(a_ir / b_ir) inside the same trial is
+the A/A comparison: it costs one session more, and tells what "no difference" looks like here, now.
 
 Half of the trials run each of their sessions in a process of its own. Both models run as a user
 runs them: all optimizations on, the same options.
@@ -198,22 +199,31 @@ class LatencyResult:
 
 
 def estimate(trials: Sequence[Trial]) -> Estimate:
-    """Judge recorded times: ratio = exp(mean_i d_i), beyond chance or not.
+    """Judge recorded times: ratio = exp(tmean d), beyond chance or not.
 
-        interval = exp(mean d -+ t s_d / sqrt n),   band = exp(-+ t' s_0 / sqrt n)
+        interval = exp(tmean d -+ t s_d / (k sqrt n)),   band = exp(-+ t' s_0 / (k sqrt n))
 
-    With n trials, d_i and e_i as the module says, s_d the standard deviation of the d_i and t the
-    quantile of Student's distribution with n - 1 degrees of freedom. Under "no difference" the
-    three sessions of a trial are exchangeable with variance v each, so Var d = 3/2 v and
-    Var e = 2 v with mean zero: s_0^2 = 3/4 mean(e_i^2), with n degrees of freedom for t'. d and e
-    are uncorrelated, so the band is a test independent of the interval's centre.
+    With n trials and d, d', e as the module says. tmean leaves out a fifth of the 2 n values at
+    either end and keeps the share k. s_d is the standard deviation over trials of (d_i + d'_i) / 2
+    after winsorizing the values at the same places; t is the quantile of Student's distribution
+    with k n - 1 degrees of freedom (Tukey and McLaughlin 1963; Yuen 1974: the t interval of a
+    trimmed mean; here over trials, because d_i and d'_i share a session). Under "no difference"
+    the three sessions of a trial are exchangeable: d, d' and e have one symmetric distribution,
+    however skewed the times are, and (d + d') / 2 has 3/4 of the variance of e. So s_0^2 =
+    3/4 mean(e_i^2), winsorized alike, with k n degrees of freedom for t'.
 
-    The median over turns of the log ratio within a turn is unmoved by drift that is slower than
-    a turn and by outliers in fewer than half of the runs; the mean over trials is the estimator
-    that the few trials there can be have a t interval for.
+    The median over turns is unmoved by drift that is slower than a turn and by disturbances in
+    fewer than half of the turns, the trimmed mean by those that last for a whole trial.
 
     "faster" or "slower" needs all of: the interval excludes 1, the ratio lies beyond the band,
-    and either half of the trials (same process, fresh processes) alone also lies beyond it.
+    and the median of either half of the trials (same process, fresh processes) does too.
+
+    >>> turns = ((2.0, 2.1), (2.0, 2.2))
+    >>> halves = ((1.0, 1.1), (1.0, 1.0))
+    >>> trials = [Trial(fresh, turns, turns, halves) for fresh in (False, True) * 4]
+    >>> found = estimate(trials)
+    >>> found.verdict, round(found.ratio, 2)
+    ('faster', 0.49)
 
     Args:
         trials: Recorded times; two or more.
@@ -223,18 +233,27 @@ def estimate(trials: Sequence[Trial]) -> Estimate:
     """
     if len(trials) < 2:
         raise UsageError("an estimate needs two trials or more", "Give a larger time budget.")
-    differences = [_difference(t) for t in trials]
-    same = [_same(t) for t in trials]
+    differences = [
+        (_between(t.candidate, t.first), _between(t.candidate, t.second)) for t in trials
+    ]
     count = len(trials)
-    mean = statistics.fmean(differences)
-    spread = statistics.stdev(differences)
-    half_interval = student_quantile(count - 1) * spread / math.sqrt(count)
-    null = math.sqrt(0.75 * statistics.fmean(e * e for e in same))
-    half_band = student_quantile(count) * null / math.sqrt(count)
-    verdict, reason = _judge(trials, differences, half_interval, half_band)
+    ordered = sorted(d for pair in differences for d in pair)
+    cut = len(ordered) // 5
+    middle = statistics.fmean(ordered[cut : len(ordered) - cut])
+    least, greatest = ordered[cut], ordered[-cut - 1]
+    share = 1 - cut / count
+    degrees = math.floor(share * count)
+    spread = statistics.stdev(
+        statistics.fmean(min(max(d, least), greatest) for d in pair) for pair in differences
+    )
+    half_interval = student_quantile(degrees - 1) * spread / (share * math.sqrt(count))
+    sizes = sorted(abs(_between(t.first, t.second)) for t in trials)
+    null = math.sqrt(0.75 * statistics.fmean(min(e, sizes[degrees - 1]) ** 2 for e in sizes))
+    half_band = student_quantile(degrees) * null / (share * math.sqrt(count))
+    verdict, reason = _judge(trials, differences, middle, half_interval, half_band)
     return Estimate(
-        ratio=math.exp(mean),
-        interval=(math.exp(mean - half_interval), math.exp(mean + half_interval)),
+        ratio=math.exp(middle),
+        interval=(math.exp(middle - half_interval), math.exp(middle + half_interval)),
         band=(math.exp(-half_band), math.exp(half_band)),
         verdict=verdict,
         reason=reason,
@@ -242,45 +261,46 @@ def estimate(trials: Sequence[Trial]) -> Estimate:
 
 
 def _judge(
-    trials: Sequence[Trial], differences: Sequence[float], half_interval: float, half_band: float
+    trials: Sequence[Trial],
+    differences: Sequence[tuple[float, float]],
+    middle: float,
+    half_interval: float,
+    half_band: float,
 ) -> tuple[Verdict, str]:
     none: Verdict = "no measurable difference"
-    mean = statistics.fmean(differences)
     if len(trials) < FEWEST_FOR_A_CLAIM:
         return none, f"{len(trials)} session pairs are too few for a claim"
-    if abs(mean) <= half_band:
+    if abs(middle) <= half_band:
         return none, "the ratio lies inside the A/A band"
-    if abs(mean) <= half_interval:
+    if abs(middle) <= half_interval:
         return none, "the interval holds 1"
     for half in _halves(trials, differences):
-        middle = statistics.fmean(half)
-        if abs(middle) <= half_band or (middle > 0) != (mean > 0):
+        alone = statistics.median(half)
+        if abs(alone) <= half_band or (alone > 0) != (middle > 0):
             return none, "half of the session pairs alone do not reproduce it"
     return (
-        "faster" if mean < 0 else "slower",
+        "faster" if middle < 0 else "slower",
         "beyond the A/A band, and either half of the session pairs alone shows it",
     )
 
 
-def _halves(trials: Sequence[Trial], differences: Sequence[float]) -> tuple[list[float], ...]:
-    """In-process and fresh-process trials, or alternate ones where either kind is too few."""
-    fresh = [d for t, d in zip(trials, differences, strict=True) if t.fresh]
-    here = [d for t, d in zip(trials, differences, strict=True) if not t.fresh]
-    if min(len(fresh), len(here)) >= 2:
-        return here, fresh
-    return list(differences[::2]), list(differences[1::2])
+def _halves(
+    trials: Sequence[Trial], differences: Sequence[tuple[float, float]]
+) -> tuple[list[float], list[float]]:
+    """In-process and fresh-process pairs, or alternate trials where either kind is too few."""
+    kinds = [t.fresh for t in trials]
+    if min(kinds.count(True), kinds.count(False)) < 2:
+        kinds = [bool(k % 2) for k in range(len(trials))]
+    first, second = (
+        [d for kind, pair in zip(kinds, differences, strict=True) if kind is wanted for d in pair]
+        for wanted in (False, True)
+    )
+    return first, second
 
 
-def _difference(trial: Trial) -> float:
-    """d: log of candidate over the original's geometric mean."""
-    turns = zip(trial.candidate, trial.first, trial.second, strict=True)
-    return statistics.median(_level(c) - (_level(a) + _level(b)) / 2 for c, a, b in turns)
-
-
-def _same(trial: Trial) -> float:
-    """e: log of the original over itself."""
-    turns = zip(trial.first, trial.second, strict=True)
-    return statistics.median(_level(a) - _level(b) for a, b in turns)
+def _between(one: Sequence[Sequence[float]], other: Sequence[Sequence[float]]) -> float:
+    """Median over turns of log(one / other)."""
+    return statistics.median(_level(a) - _level(b) for a, b in zip(one, other, strict=True))
 
 
 def _level(samples: Sequence[float]) -> float:
@@ -294,6 +314,9 @@ def student_quantile(degrees: int, confidence: float = CONFIDENCE) -> float:
 
     By bisection on the finite series for whole degrees of freedom (Abramowitz and Stegun 26.7.3
     and 26.7.4).
+
+    >>> round(student_quantile(7), 3)
+    2.365
     """
     low, high = 0.0, 1.0
     while _student_coverage(high, degrees) < confidence:
@@ -507,6 +530,10 @@ class _Pace:
         loop = max(1, math.ceil(_SAMPLE_SECONDS / self.fastest_run))
         sample = loop * self.run
         most = max(_MOST_SAMPLES, math.ceil(_BLOCK_SECONDS / sample))
+        # Timing that takes less than opening the sessions does not get cut: it saves nothing.
+        turns = _LEAST_SAMPLES if self.together else 1
+        least = _Plan(turns, _LEAST_SAMPLES, loop, self.wake)
+        spare = max(spare, min(self.turns_seconds(least), min(self.open.values())))
         samples = 0
         for turns in range(_MOST_TURNS if self.together else 1, 0, -1):
             bare = self.turns_seconds(_Plan(turns, 0, loop, self.wake))
@@ -762,11 +789,12 @@ class _Apart:
 
     def __init__(self, spec: _Spec, role: str, stored: Path) -> None:
         self._path = spec.paths[role]
+        self._last_words = tempfile.TemporaryFile()  # noqa: SIM115  (close() closes it)
         self._process = subprocess.Popen(
             [sys.executable, "-c", _BOOTSTRAP],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=self._last_words,
             creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
         )
         try:
@@ -794,7 +822,7 @@ class _Apart:
         return tuple(self._hear()["times"])
 
     def close(self) -> None:
-        for stream in (self._process.stdin, self._process.stdout):
+        for stream in (self._process.stdin, self._process.stdout, self._last_words):
             if stream is not None:
                 with contextlib.suppress(OSError):
                     stream.close()
@@ -816,9 +844,13 @@ class _Apart:
         if not answer:
             self._process.kill()
             status = self._process.wait()
+            self._last_words.seek(0)
+            said = self._last_words.read().decode(errors="replace").split("\n")
+            words = [line.strip() for line in said if line.strip()]
             raise RuntimeRejection(
-                f"{self._path}: the process that timed it ended with status {status}",
-                "The model may need more memory than there is; try without latency.",
+                f"{self._path}: the process that timed it ended with status {status}"
+                + (f": {words[-1]}" if words else ""),
+                "Try without latency; it may need more memory than there is.",
             )
         found: dict[str, Any] = json.loads(answer)
         if "what" in found:

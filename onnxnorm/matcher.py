@@ -109,7 +109,7 @@ class _Matcher:
         depth = len(self.found.nodes)
         if node.op not in pattern.types or node.domain != pattern.domain:
             wanted = " or ".join(pattern.types)
-            return Mismatch(node, f"wanted {wanted}, found {node.op} '{node.label}'", depth)
+            return Mismatch(node, f"it follows {node.op} '{node.label}', not {wanted}", depth)
         if pattern.name in self.found.nodes and self.found.nodes[pattern.name] is not node:
             return Mismatch(node, f"another node is '{pattern.name}' already", depth)
         self.found.nodes[pattern.name] = node
@@ -153,7 +153,7 @@ class _Matcher:
             producer = self.found.facts.producer(value)
             if producer is None:
                 wanted = " or ".join(pattern.types)
-                found = f"wanted {wanted} before it, found '{value.name}', which no node computes"
+                found = f"it follows '{value.name}', which no node computes, not {wanted}"
                 return self.fail(reader, found)
             return self.node(pattern, producer)
         return self.alternatives(pattern, value, reader)

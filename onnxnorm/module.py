@@ -9,7 +9,7 @@ edit replaced the element. A scope that no edit touched is written back as it wa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -18,6 +18,7 @@ import onnx_graphsurgeon as gs
 from onnx import numpy_helper
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
+from onnxnorm import wellformed
 from onnxnorm.errors import ModelError
 from onnxnorm.storage import Array, Stored
 
@@ -25,7 +26,7 @@ SITE_KEY: Final = "onnxnorm.site"  # the metadata key that names, on a new node,
 _STANDARD_DOMAINS: Final = ("", "ai.onnx")
 
 
-class Value(gs.Variable):  # type: ignore[misc]
+class Value(gs.Variable):
     """A value known only at run time: a graph input or a node's output.
 
     Unlike graphsurgeon's tensors, values compare by identity and can be dictionary keys.
@@ -44,7 +45,7 @@ class Value(gs.Variable):  # type: ignore[misc]
         self.default: onnx.TensorProto | None = None
 
 
-class _Lazy(LazyValues):  # type: ignore[misc]
+class _Lazy(LazyValues):
     """Values that are read from the model file when they are asked for."""
 
     def __init__(self, tensor: onnx.TensorProto, stored: Stored) -> None:
@@ -71,18 +72,28 @@ class _LazySparse(_Lazy):
 
 
 def dense(sparse: onnx.SparseTensorProto) -> Array:
-    """The dense array of a sparse tensor, in COO form with flat or per-axis indices."""
-    values = numpy_helper.to_array(sparse.values)
-    indices = numpy_helper.to_array(sparse.indices)
-    out: Array = np.zeros(tuple(sparse.dims), dtype=values.dtype)
-    if indices.ndim == 1:
-        out.reshape(-1)[indices] = values
-    else:
-        out[tuple(indices.T)] = values
+    """The dense array of a sparse tensor, in COO form with flat or per-axis indices.
+
+    Raises:
+        ModelError: Its indices do not fit its values or its shape.
+    """
+    try:
+        values = numpy_helper.to_array(sparse.values)
+        indices = numpy_helper.to_array(sparse.indices)
+        out: Array = np.zeros(tuple(sparse.dims), dtype=values.dtype)
+        if indices.ndim == 1:
+            out.reshape(-1)[indices] = values
+        else:
+            out[tuple(indices.T)] = values
+    except (ValueError, TypeError, KeyError, IndexError, OverflowError) as error:
+        raise ModelError(
+            f"sparse tensor '{sparse.values.name}' cannot be read: {error}",
+            "Export the model again; its indices do not match its values and shape.",
+        ) from error
     return out
 
 
-class Weight(gs.Constant):  # type: ignore[misc]
+class Weight(gs.Constant):
     """An initializer that nobody can override; its values stay on disk until asked for.
 
     Attributes:
@@ -95,14 +106,15 @@ class Weight(gs.Constant):  # type: ignore[misc]
     def __init__(
         self, proto: onnx.TensorProto | onnx.SparseTensorProto, scope: Scope, stored: Stored
     ) -> None:
-        sparse = isinstance(proto, onnx.SparseTensorProto)
-        lazy = _LazySparse(proto, stored) if sparse else _Lazy(proto, stored)
-        super().__init__(proto.values.name if sparse else proto.name, lazy)
+        if isinstance(proto, onnx.SparseTensorProto):
+            super().__init__(proto.values.name, _LazySparse(proto, stored))
+        else:
+            super().__init__(proto.name, _Lazy(proto, stored))
         self.scope = scope
         self.proto = proto
 
 
-class Node(gs.Node):  # type: ignore[misc]
+class Node(gs.Node):
     """An operator call.
 
     Attributes:
@@ -196,6 +208,7 @@ class Scope:
         self.weights: dict[Weight, None] = {}
         self.touched = False
         self._read()
+        self._defined = set(self.values)
 
     @property
     def is_function(self) -> bool:
@@ -238,6 +251,8 @@ class Scope:
             self._read_inputs(proto)
         drafts: list[tuple[onnx.NodeProto, list[Value]]] = []
         for node in proto.node:
+            if any(isinstance(text, bytes) for text in (node.name, node.op_type, node.domain)):
+                raise _no_text(node.name, "node")
             outputs = []
             for name in node.output:
                 value = Value(name, self)
@@ -253,7 +268,7 @@ class Scope:
                 for index, body in bodies:
                     self._read_body(made, attribute.name, index, body)
             self.graph.nodes.append(made)
-        names = proto.output if self.is_function else [o.name for o in proto.output]
+        names = [o if isinstance(o, str | bytes) else o.name for o in proto.output]
         self.graph.outputs.extend(self._resolve(name, None) for name in names)
 
     def _read_inputs(self, proto: onnx.GraphProto) -> None:
@@ -288,9 +303,8 @@ class Scope:
     def _read_body(self, node: Node, attribute: str, index: int, body: onnx.GraphProto) -> None:
         suffix = "" if index < 0 else str(index)
         first = next((v.name for v in node.outputs if v.name), node.name)
-        scope = Scope(
-            self.module, f"{self.path}{first}/{attribute}{suffix}/", body, node, self.opsets
-        )
+        path = self.module.fresh_path(f"{self.path}{first}/{attribute}{suffix}")
+        scope = Scope(self.module, path, body, node, self.opsets)
         node.bodies.append((attribute, index, scope))
         if index < 0:
             node.attrs[attribute] = scope.graph
@@ -299,6 +313,8 @@ class Scope:
     def _define(self, value: Any, kind: str) -> Any:
         if value.name in self.values:
             raise _duplicate(value.name, kind)
+        if isinstance(value.name, bytes):
+            raise _no_text(value.name, kind)
         self.values[value.name] = value
         self.module.names.add(value.name)
         return value
@@ -326,45 +342,43 @@ class Scope:
     def export(self) -> Any:
         """This scope as the message it came from, with all edits."""
         proto: Any = type(self.proto)()
+        proto.CopyFrom(self.proto)
         if not self.touched:
-            proto.CopyFrom(self.proto)
             return proto
-        rebuilt = {"node", "initializer", "sparse_initializer", "value_info"}
-        rebuilt |= {"input", "quantization_annotation"} if not self.is_function else set()
-        for descriptor, content in self.proto.ListFields():
-            if descriptor.name not in rebuilt:
-                target = getattr(proto, descriptor.name)
-                if hasattr(target, "MergeFrom"):
-                    target.MergeFrom(content)
-                else:
-                    setattr(proto, descriptor.name, content)
+        del proto.node[:]
         proto.node.extend(node.proto_now() for node in self.nodes)
         alive = {v.name for node in self.nodes for v in node.outputs}
         alive |= {v.name for v in self.inputs} | {w.name for w in self.weights}
-        proto.value_info.extend(i for i in self.proto.value_info if i.name in alive)
+        gone = self._defined - alive
+        if gone:
+            # What is said of a name that never was a value here is no business of ours.
+            _drop(proto.value_info, gone, lambda i: i.name)
         if isinstance(self.proto, onnx.FunctionProto):
             return proto
-        kept = {w.name for w in self.weights} | {v.name for v in self.inputs}
-        before = set()
-        for tensor in self.proto.initializer:
-            before.add(tensor.name)
-            if tensor.name in kept:
-                proto.initializer.add().CopyFrom(tensor)
-        for sparse in self.proto.sparse_initializer:
-            before.add(sparse.values.name)
-            if sparse.values.name in kept:
-                proto.sparse_initializer.add().CopyFrom(sparse)
-        fresh = [w.proto for w in self.weights if w.name not in before]
+        if gone:
+            _drop(proto.input, gone, lambda i: i.name)
+            _drop(proto.initializer, gone, lambda t: t.name)
+            _drop(proto.sparse_initializer, gone, lambda t: t.values.name)
+            _drop(proto.quantization_annotation, gone, lambda q: q.tensor_name)
+        fresh = [
+            w.proto
+            for w in self.weights
+            if w.name not in self._defined and isinstance(w.proto, onnx.TensorProto)
+        ]
         proto.initializer.extend(fresh)
-        proto.input.extend(i for i in self.proto.input if i.name in alive)
         if self.module.proto.ir_version < 4:
             proto.input.extend(
                 onnx.helper.make_tensor_value_info(t.name, t.data_type, list(t.dims)) for t in fresh
             )
-        proto.quantization_annotation.extend(
-            q for q in self.proto.quantization_annotation if q.tensor_name in alive
-        )
         return proto
+
+
+def _drop(messages: Any, names: set[str], name: Callable[[Any], str]) -> None:
+    """Remove the messages that have one of these names from a repeated field."""
+    kept = [m for m in messages if name(m) not in names]
+    if len(kept) < len(messages):
+        del messages[:]
+        messages.extend(kept)
 
 
 class Module:
@@ -378,12 +392,16 @@ class Module:
 
     Raises:
         ModelError: The graph is not one: a value with two producers, an input that nothing
-            produces, a cycle, an operator of a domain that is not imported.
+            produces, a cycle, an operator of a domain that is not imported; or a tensor, an
+            attribute or an opset version cannot be.
     """
 
     def __init__(self, stored: Stored) -> None:
-        self.stored = stored
+        wellformed.check(stored)
+        self.stored = stored.branch()
         self.proto = stored.proto
+        self._given = stored
+        self._paths: set[str] = set()
         self.names: set[str] = set()
         opsets = _opsets(self.proto.opset_import)
         self.scopes: list[Scope] = []
@@ -391,7 +409,7 @@ class Module:
         self.scopes.insert(0, self.main)
         for function in self.proto.functions:
             overload = f":{function.overload}" if function.overload else ""
-            path = f"{function.domain}.{function.name}{overload}/"
+            path = self.fresh_path(f"{function.domain}.{function.name}{overload}")
             self.scopes.append(Scope(self, path, function, None, _opsets(function.opset_import)))
         for scope in self.scopes:
             self.names.update(node.name for node in scope.nodes if node.name)
@@ -423,19 +441,23 @@ class Module:
         self.names.add(name)
         return name
 
+    def fresh_path(self, wanted: str) -> str:
+        """The path of a new scope: `wanted` and a slash, numbered where two nodes look alike."""
+        path, number = f"{wanted}/", 0
+        while path in self._paths:
+            number += 1
+            path = f"{wanted}_{number}/"
+        self._paths.add(path)
+        return path
+
     def export(self) -> Stored:
         """The model with all edits; the input itself where there are none."""
         if not self.touched:
-            return self.stored
+            return self._given
         proto = onnx.ModelProto()
-        for descriptor, content in self.proto.ListFields():
-            if descriptor.name not in ("graph", "functions"):
-                target = getattr(proto, descriptor.name)
-                if hasattr(target, "MergeFrom"):
-                    target.MergeFrom(content)
-                else:
-                    setattr(proto, descriptor.name, content)
+        proto.CopyFrom(self.proto)
         proto.graph.CopyFrom(self.main.export())
+        del proto.functions[:]
         proto.functions.extend(s.export() for s in self.scopes if s.is_function)
         return self.stored.with_proto(proto)
 
@@ -446,6 +468,11 @@ def _attribute(proto: onnx.AttributeProto) -> Any:
         return gs.Node.AttributeRef(proto.ref_attr_name, proto.type)
     if proto.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS):
         return None
+    if proto.type == onnx.AttributeProto.UNDEFINED:
+        raise ModelError(
+            f"attribute '{proto.name}' has no type that is known here",
+            "Export the model again, or update onnx: the type may be newer than the installed one.",
+        )
     value = onnx.helper.get_attribute_value(proto)
     return list(value) if hasattr(value, "append") else value
 
@@ -459,6 +486,10 @@ def _duplicate(name: str, kind: str) -> ModelError:
         f"the name '{name}' of a {kind} is defined twice",
         "Export the model again; a value has exactly one producer.",
     )
+
+
+def _no_text(name: str | bytes, kind: str) -> ModelError:
+    return ModelError(f"the name {name!r} of a {kind} is not UTF-8 text", "Export the model again.")
 
 
 def _check_order(scope: Scope) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 
 from onnxnorm.facts import AnyValue, Constant, Facts
@@ -40,6 +41,12 @@ class Layout:
 # Conv: W is (M, C / group, *kernel). ConvTranspose: W is (C, M / group, *kernel).
 LAYOUTS: Final = {"Conv": Layout(0), "ConvTranspose": Layout(1, split_groups=True)}
 _BLOCK: Final = 4 << 20  # bytes of float64 that are in the making at a time
+_REAL: Final = (
+    onnx.TensorProto.FLOAT,
+    onnx.TensorProto.FLOAT16,
+    onnx.TensorProto.BFLOAT16,
+    onnx.TensorProto.DOUBLE,
+)
 _WEIGHT: Final = 1
 _BIAS: Final = 2
 
@@ -80,6 +87,9 @@ class Port:
             if bias is None:
                 return f"bias '{given.name}' is not constant: {facts.why_not_constant(given)}"
         groups = int(node.attrs.get("group", 1))
+        for constant in (weight, bias):
+            if constant is not None and not is_real(constant.dtype):
+                return f"'{constant.name}' is of type {constant.dtype}"
         if len(weight.shape) < 2 or groups < 1:
             return f"weight '{weight.name}' of shape {list(weight.shape)} is not one of {node.op}"
         features = weight.shape[layout.output_axis] * (groups if layout.split_groups else 1)
@@ -99,22 +109,21 @@ class Port:
         weight = self.weight.array()
         out = np.empty_like(weight)
         for rows in self._blocks(weight):
-            out[rows] = rounded(
-                weight[rows].astype(np.float64) * self._rows(scale, rows), out.dtype
-            )
+            out[rows] = self._scaled_rows(weight, scale, rows)
         return out
 
     def fits(self, scale: NDArray[np.float64]) -> bool:
         """Whether every entry of s * W is finite in the weight's type."""
         weight = self.weight.array()
         return all(
-            np.isfinite(
-                rounded(
-                    weight[rows].astype(np.float64) * self._rows(scale, rows), weight.dtype
-                ).astype(np.float64)
-            ).all()
+            np.isfinite(self._scaled_rows(weight, scale, rows).astype(np.float64)).all()
             for rows in self._blocks(weight)
         )
+
+    def _scaled_rows(self, weight: Array, scale: NDArray[np.float64], rows: slice) -> Array:
+        with _quiet():
+            product = weight[rows].astype(np.float64) * self._rows(scale, rows)
+        return rounded(product, weight.dtype)
 
     def _blocks(self, weight: Array) -> Iterator[slice]:
         """Runs of rows small enough that their float64 copies do not count."""
@@ -135,16 +144,28 @@ class Port:
     def shifted(self, scale: NDArray[np.float64], shift: NDArray[np.float64]) -> Array:
         """S * b + t in float64, rounded once to the weight's type."""
         bias = self.bias.float64() if self.bias is not None else np.zeros(self.features)
-        return rounded(bias * scale + shift, self.weight.dtype)
+        with _quiet():
+            moved = bias * scale + shift
+        return rounded(moved, self.weight.dtype)
 
     def inputs(self, weight: AnyValue, bias: AnyValue) -> list[AnyValue]:
         """The node's inputs with another weight and bias."""
         return [self.node.inputs[0], weight, bias]
 
 
+def _quiet() -> np.errstate:
+    # Numbers that are not finite are for the caller to see, who looks at every result.
+    return np.errstate(over="ignore", invalid="ignore")
+
+
+def is_real(dtype: np.dtype[Any]) -> bool:
+    """Whether an element type is one that linear operators and norms compute in."""
+    return onnx.helper.np_dtype_to_tensor_dtype(dtype) in _REAL
+
+
 def rounded(array: NDArray[np.float64], dtype: np.dtype[Any]) -> Array:
     """Round to `dtype`, once; what overflows becomes infinite and is for the caller to see."""
-    with np.errstate(over="ignore", invalid="ignore"):
+    with _quiet():
         out: Array = array.astype(dtype)
     return out
 

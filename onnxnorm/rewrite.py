@@ -112,6 +112,8 @@ class RewritePass(Pass):
         for node in facts.module.nodes():
             if node.op not in self.pattern.types or node.domain != self.pattern.domain:
                 continue
+            if not node.outputs or not node.outputs[0].name:
+                continue  # it computes nothing that could be named
             found = match(self.pattern, node, facts)
             if isinstance(found, Mismatch):
                 yield Refusal(found.reason, found.node.label, node=node, missed=found.structural)

@@ -8,7 +8,7 @@ a caller and the bare `InferenceSession`:
 * A provider that was asked for is active or an error says what is missing. onnxruntime itself
   falls back to the CPU with a log line when a CUDA library is absent.
 * Nothing of onnxruntime's reaches the terminal: its log, the prints of its fall-backs, and the
-  device discovery warning that it writes while it is being imported.
+  device discovery warning that it writes while it is being imported. Nor does its telemetry run.
 * numpy has no bfloat16, float8 or 4-bit types. `ml_dtypes` arrays go in and come out.
 """
 
@@ -394,6 +394,9 @@ def open_session(
 def resolve_provider(name: str) -> str:
     """Provider asked for -> provider used: "auto" | "cpu" | "cuda" -> "cpu" | "cuda".
 
+    >>> resolve_provider("cpu")
+    'cpu'
+
     Raises:
         ProviderError: "cuda" was asked for and is not usable; the first line names all that is
             missing (onnxruntime's wheel, driver, device, CUDA libraries, cuDNN), with versions.
@@ -465,11 +468,12 @@ def usable_cores() -> int:
 
 @functools.cache
 def _onnxruntime() -> Any:
-    """Import onnxruntime; its C++ log of that moment goes nowhere, all else goes through."""
+    """Import onnxruntime without its C++ log of that moment and without its telemetry."""
     try:
         with contextlib.ExitStack() as stack:
             if "onnxruntime" not in sys.modules:
                 stack.enter_context(_without_log_lines())
+                stack.enter_context(_without_telemetry())
             import onnxruntime
     except (ImportError, OSError) as error:
         raise ProviderError(
@@ -477,6 +481,24 @@ def _onnxruntime() -> Any:
             "Install it: pip install onnxruntime.",
         ) from error
     return onnxruntime
+
+
+@contextlib.contextmanager
+def _without_telemetry() -> Iterator[None]:
+    """Opt out of onnxruntime's telemetry, unless the user has decided for themselves.
+
+    From 1.29 on its wheels send facts on every model and session to their maker and leave files
+    in the home and temporary folders. The variable is read once, while the library loads.
+    """
+    name = "ORT_DISABLE_TELEMETRY"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[name]
 
 
 # A record of onnxruntime's own log: [W:onnxruntime:Default, file.cc:1 Function] text, in colour

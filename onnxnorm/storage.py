@@ -15,18 +15,22 @@ import errno
 import math
 import mmap
 import os
+import secrets
 import shutil
 import tempfile
+import weakref
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, TypeAlias
 
 import numpy as np
 import onnx
+from google.protobuf import unknown_fields
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 from onnx import numpy_helper
@@ -54,6 +58,10 @@ _CHILDREN: Final[dict[str, dict[int, str]]] = {
 _RAW_DATA: Final = 9
 _EXTERNAL_DATA: Final = 13
 _DATA_LOCATION: Final = 14
+_STATED: Final = "stated"  # in a reference: the tensor says itself that its data are inside
+_DEPTH_LIMIT: Final = 100  # of messages inside messages; protobuf's own
+_BLOCK: Final = 8 << 20  # bytes copied at a time where the kernel cannot
+_MAPPINGS: Final = 128  # of one file at a time; each one takes a file descriptor
 
 
 @dataclass(frozen=True)
@@ -72,16 +80,26 @@ class _File:
         self.path = path
         self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         self.size = os.fstat(self.descriptor).st_size
+        self._mapped: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
+        self._shared: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
 
     def view(self, offset: int, length: int) -> memoryview:
-        # One mapping a view: its pages leave this process when the last array on it does.
         if length == 0:
             return memoryview(b"")
-        before = offset % mmap.ALLOCATIONGRANULARITY
-        mapped = mmap.mmap(
-            self.descriptor, before + length, access=mmap.ACCESS_READ, offset=offset - before
-        )
-        return memoryview(mapped)[before:]
+        if len(self._mapped) < _MAPPINGS:
+            # One mapping a view: its pages leave this process when the last array on it does.
+            before = offset % mmap.ALLOCATIONGRANULARITY
+            mapped = self._map(self._mapped, offset - before, before + length)
+            return memoryview(mapped)[before:]
+        whole = next((m for m in self._shared if len(m) >= offset + length), None)
+        if whole is None:
+            whole = self._map(self._shared, 0, self.size)
+        return memoryview(whole)[offset : offset + length]
+
+    def _map(self, known: weakref.WeakSet[mmap.mmap], offset: int, length: int) -> mmap.mmap:
+        mapped = mmap.mmap(self.descriptor, length, access=mmap.ACCESS_READ, offset=offset)
+        known.add(mapped)
+        return mapped
 
     def __del__(self) -> None:
         with suppress(OSError, AttributeError):
@@ -96,13 +114,16 @@ class _Spill(_File):
             self.descriptor = os.dup(file.fileno())
         self.path = Path("the file of new weights")
         self.size = 0
+        self._mapped = weakref.WeakSet()
+        self._shared = weakref.WeakSet()
 
     def append(self, array: Array) -> int:
         """Write an array's bytes; returns their offset."""
         offset = self.size
-        view = memoryview(np.ascontiguousarray(array)).cast("B")
+        view = np.ascontiguousarray(array).view(np.uint8).data.cast("B")
+        os.lseek(self.descriptor, offset, os.SEEK_SET)
         while view:
-            done = os.pwrite(self.descriptor, view, self.size)
+            done = os.write(self.descriptor, view)
             view = view[done:]
             self.size += done
         return offset
@@ -147,11 +168,13 @@ class Stored:
                 raise _wrong_size(tensor, len(tensor.raw_data))
             try:
                 return numpy_helper.to_array(tensor)
-            except (ValueError, TypeError, KeyError) as error:
+            except (ValueError, TypeError, KeyError, OverflowError) as error:
                 raise ModelError(
                     f"tensor '{tensor.name}' cannot be read: {error}",
                     "Export the model again; its data do not match its shape and type.",
                 ) from error
+        if len(payload) != payload_size(tensor):
+            raise _wrong_size(tensor, len(payload))
         dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
         if _bits(tensor.data_type) < 8:
             packed = onnx.TensorProto(
@@ -160,6 +183,16 @@ class Stored:
             return numpy_helper.to_array(packed)
         flat: Array = np.frombuffer(payload, dtype=dtype)
         return flat.reshape(tuple(tensor.dims))
+
+    def check_size(self, tensor: onnx.TensorProto) -> None:
+        """Check that the data of a tensor outside the skeleton are as long as its shape says.
+
+        Raises:
+            ModelError: They are not.
+        """
+        run = self._range(tensor)
+        if not isinstance(run, tuple) and run.length != payload_size(tensor):
+            raise _wrong_size(tensor, run.length)
 
     def _payload(self, tensor: onnx.TensorProto) -> memoryview | None:
         """The bytes behind a tensor that lives outside the skeleton; None for one inside it."""
@@ -183,16 +216,14 @@ class Stored:
 
         Memory so follows the largest changed tensor and not their sum.
         """
+        data_type = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
         if (
             array.nbytes < INLINE_LIMIT
-            or _bits(onnx.helper.np_dtype_to_tensor_dtype(array.dtype)) < 8
+            or data_type == onnx.TensorProto.STRING
+            or _bits(data_type) < 8
         ):
-            return numpy_helper.from_array(np.ascontiguousarray(array), name)
-        tensor = onnx.TensorProto(
-            name=name,
-            dims=array.shape,
-            data_type=onnx.helper.np_dtype_to_tensor_dtype(array.dtype),
-        )
+            return numpy_helper.from_array(np.asarray(array, order="C"), name)
+        tensor = onnx.TensorProto(name=name, dims=array.shape, data_type=data_type)
         source = next((i for i, s in enumerate(self._sources) if isinstance(s, _Spill)), None)
         if source is None:
             source = len(self._sources)
@@ -200,13 +231,17 @@ class Stored:
         spill = self._sources[source]
         assert isinstance(spill, _Spill)
         with _writing(Path(tempfile.gettempdir())):
-            offset = spill.append(array.view(np.uint8) if array.ndim else array)
+            offset = spill.append(array)
         _refer(tensor, _Range(source, offset, array.nbytes))
         return tensor
 
     def with_proto(self, proto: onnx.ModelProto) -> Stored:
         """Another skeleton over the same payloads: what a transformation gives."""
         return Stored(proto, self.path, self._sources, self._files, self._as_read)
+
+    def branch(self) -> Stored:
+        """The same model; what it keeps from now on is gone when it and its models are."""
+        return replace(self, _sources=list(self._sources))
 
     @property
     def unchanged(self) -> bool:
@@ -283,9 +318,7 @@ def load(path: str | Path) -> Stored:
         raise ModelError(f"{path} is empty", "Export or download the model again.")
     skeleton = _parse(file, path)
     stored = Stored(skeleton, path, [file], {}, skeleton.SerializeToString())
-    for tensor in tensors(skeleton):
-        if tensor.data_location == onnx.TensorProto.EXTERNAL and _reference(tensor) is None:
-            _open_external(stored, tensor, path.parent)
+    _open_all(stored, path.parent)
     return stored
 
 
@@ -301,33 +334,54 @@ def from_proto(model: onnx.ModelProto) -> Stored:
         raise ModelError("the model has no graph", "Pass a complete onnx.ModelProto.")
     sources: list[_File | _Memory] = []
     skeleton = onnx.ModelProto()
-    for descriptor, value in model.ListFields():
-        if descriptor.name != "graph":
-            _assign(skeleton, descriptor.name, value)
+    _copy_without(skeleton, model, "graph")
     skeleton.graph.SetInParent()
-    for descriptor, value in model.graph.ListFields():
-        if descriptor.name == "initializer":
-            for tensor in value:
-                if tensor.HasField("raw_data") and len(tensor.raw_data) >= INLINE_LIMIT:
-                    light = skeleton.graph.initializer.add()
-                    for tensor_field, content in tensor.ListFields():
-                        if tensor_field.name != "raw_data":
-                            _assign(light, tensor_field.name, content)
-                    _refer(light, _Range(len(sources), 0, len(tensor.raw_data)))
-                    sources.append(_Memory(tensor))
-                else:
-                    skeleton.graph.initializer.add().CopyFrom(tensor)
+    _copy_without(skeleton.graph, model.graph, "initializer")
+    for tensor in model.graph.initializer:
+        light = skeleton.graph.initializer.add()
+        size = len(tensor.raw_data) if tensor.HasField("raw_data") else 0
+        if size < INLINE_LIMIT or tensor.data_location == onnx.TensorProto.EXTERNAL:
+            light.CopyFrom(tensor)
         else:
-            _assign(skeleton.graph, descriptor.name, value)
+            _copy_without(light, tensor, "raw_data")
+            _refer(light, _Range(len(sources), 0, size), stated=tensor.HasField("data_location"))
+            sources.append(_Memory(tensor))
+    _check_references(skeleton, len(sources))
     stored = Stored(skeleton, None, sources, {}, None)
-    for tensor in tensors(skeleton):
-        if tensor.data_location == onnx.TensorProto.EXTERNAL and _reference(tensor) is None:
-            _open_external(stored, tensor, Path())
+    _open_all(stored, Path())
     return stored
+
+
+def _open_all(stored: Stored, folder: Path) -> None:
+    """Find every external data file, and keep it open."""
+    for tensor in tensors(stored.proto):
+        if tensor.data_location == onnx.TensorProto.EXTERNAL and _reference(tensor) is None:
+            _open_external(stored, tensor, folder)
 
 
 def tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
     """Every dense tensor of a model: initializers and attributes, in all graphs and functions."""
+    for holder in _holders(model):
+        if isinstance(holder, onnx.GraphProto):
+            yield from holder.initializer
+        else:
+            if holder.HasField("t"):
+                yield holder.t
+            yield from holder.tensors
+
+
+def _sparse(model: onnx.ModelProto) -> Iterator[onnx.SparseTensorProto]:
+    for holder in _holders(model):
+        if isinstance(holder, onnx.GraphProto):
+            yield from holder.sparse_initializer
+        else:
+            if holder.HasField("sparse_tensor"):
+                yield holder.sparse_tensor
+            yield from holder.sparse_tensors
+
+
+def _holders(model: onnx.ModelProto) -> Iterator[onnx.GraphProto | onnx.AttributeProto]:
+    """Every message of a model that can hold tensors."""
     graphs = [model.graph]
     for info in model.training_info:
         graphs += [info.initialization, info.algorithm]
@@ -336,15 +390,13 @@ def tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
     while graphs or nodes or attributes:
         if graphs:
             graph = graphs.pop()
-            yield from graph.initializer
+            yield graph
             nodes.append(graph.node)
         elif nodes:
             attributes += [node.attribute for node in nodes.pop() if node.attribute]
         else:
             for attribute in attributes.pop():
-                if attribute.HasField("t"):
-                    yield attribute.t
-                yield from attribute.tensors
+                yield attribute
                 if attribute.HasField("g"):
                     graphs.append(attribute.g)
                 graphs += attribute.graphs
@@ -357,6 +409,11 @@ def payload_size(tensor: onnx.TensorProto) -> int:
         raise ModelError(
             f"tensor '{tensor.name}' has a negative dimension: {list(tensor.dims)}",
             "Export the model again; a stored tensor has a shape of whole numbers.",
+        )
+    if tensor.data_type == onnx.TensorProto.STRING:
+        raise ModelError(
+            f"tensor '{tensor.name}' of strings has raw or external data",
+            "Export the model again; strings are stored one by one.",
         )
     try:
         return (count * _bits(tensor.data_type) + 7) // 8
@@ -371,6 +428,8 @@ def _bits(data_type: int) -> int:
     name = onnx.TensorProto.DataType.Name(data_type)
     if name.endswith("INT4") or name == "FLOAT4E2M1":
         return 4
+    if name in ("FLOAT6E2M3", "FLOAT6E3M2"):
+        return 6
     if name.endswith("INT2"):
         return 2
     return int(onnx.helper.tensor_dtype_to_np_dtype(data_type).itemsize) * 8
@@ -378,8 +437,9 @@ def _bits(data_type: int) -> int:
 
 def _parse(file: _File, path: Path) -> onnx.ModelProto:
     view = file.view(0, file.size)
+    stripped: list[_Range] = []
     try:
-        skeleton = onnx.ModelProto.FromString(_strip(view, "model", 0))
+        skeleton = onnx.ModelProto.FromString(_strip(view, "model", 0, stripped))
     except (DecodeError, _WireError) as error:
         # A model starts with its ir_version (field 1, a varint): a file that does is broken,
         # any other is something else.
@@ -394,39 +454,78 @@ def _parse(file: _File, path: Path) -> onnx.ModelProto:
             f"{path} is not an ONNX model: it holds no graph",
             "Give a file that holds an ONNX model.",
         )
+    _check_references(skeleton, len(stripped))
     return skeleton
+
+
+def _check_references(skeleton: onnx.ModelProto, expected: int) -> None:
+    """Refuse a model that brings references of its own, or data that we cannot keep apart."""
+    found = 0
+    for tensor in tensors(skeleton):
+        references = sum(entry.key == REFERENCE_KEY for entry in tensor.external_data)
+        found += references
+        if references and (references > 1 or tensor.HasField("raw_data")):
+            raise ModelError(
+                f"tensor '{tensor.name}' has its data twice", "Export the model again."
+            )
+    if found != expected:
+        raise ModelError(
+            f"the model uses '{REFERENCE_KEY}', which is reserved, in its external data",
+            "Save it with the tool that made it; this is not a complete model.",
+        )
+    for sparse in _sparse(skeleton):
+        for part in (sparse.values, sparse.indices):
+            if part.data_location == onnx.TensorProto.EXTERNAL:
+                raise ModelError(
+                    f"sparse tensor '{sparse.values.name}' has external data",
+                    "Save the model with its sparse tensors inside.",
+                )
+    heading = (skeleton.producer_name, skeleton.producer_version, skeleton.domain)
+    if any(isinstance(text, bytes) for text in (*heading, *_domains(skeleton))):
+        raise ModelError(
+            "the model's producer or an opset's domain is not UTF-8 text",
+            "Export the model again.",
+        )
+
+
+def _domains(model: onnx.ModelProto) -> Iterator[str | bytes]:
+    for imports in (model.opset_import, *(f.opset_import for f in model.functions)):
+        yield from (opset.domain for opset in imports)
 
 
 def _open_external(stored: Stored, tensor: onnx.TensorProto, folder: Path) -> None:
     """Check one tensor's external data and keep its file open."""
     location, offset, length = _external(tensor)
-    if not location:
+    if not location or "\0" in location:
         raise ModelError(
             f"tensor '{tensor.name}' has external data without a location",
             "Export the model again.",
         )
     if location not in stored._files:
-        inside = folder.resolve()
-        target = (folder / location).resolve()
+        try:
+            inside = folder.resolve()
+            target = (folder / location).resolve()
+        except (OSError, RuntimeError):  # a circle of links
+            inside, target = folder, Path("/")
         if Path(location).is_absolute() or not target.is_relative_to(inside):
             raise ModelError(
                 f"tensor '{tensor.name}' keeps its data outside the model's folder: {location}",
                 "Copy the data file into the model's folder and refer to it by its name.",
             )
         try:
-            if not target.is_file():
-                raise FileNotFoundError
-            stored._files[location] = _File(target)
-        except FileNotFoundError:
-            raise ModelError(
-                f"external data file {folder / location} of tensor '{tensor.name}' does not exist",
-                "Put the data file back beside the model, under this name.",
-            ) from None
+            found = target.is_file()
+            if found:
+                stored._files[location] = _File(target)
         except OSError as error:
             raise ModelError(
                 f"external data file {folder / location} cannot be read: {error.strerror}",
                 "Check the file's permissions.",
             ) from error
+        if not found:
+            raise ModelError(
+                f"external data file {folder / location} of tensor '{tensor.name}' does not exist",
+                "Put the data file back beside the model, under this name.",
+            )
     expected = payload_size(tensor)
     if length is not None and length != expected:
         raise _wrong_size(tensor, length)
@@ -452,7 +551,7 @@ def _external(tensor: onnx.TensorProto) -> tuple[str, int, int | None]:
     entries = {entry.key: entry.value for entry in tensor.external_data}
     try:
         length = int(entries["length"]) if "length" in entries else None
-        return entries.get("location", ""), int(entries.get("offset", "0") or 0), length
+        return str(entries.get("location", "")), int(entries.get("offset", "0") or 0), length
     except ValueError as error:
         raise ModelError(
             f"tensor '{tensor.name}' has external data with a malformed offset or length",
@@ -464,15 +563,39 @@ def _reference(tensor: onnx.TensorProto) -> _Range | None:
     """The reference that stands for a tensor's payload, where it has one."""
     for entry in tensor.external_data:
         if entry.key == REFERENCE_KEY:
-            source, offset, length = map(int, entry.value.split(":"))
+            source, offset, length = map(int, entry.value.split(":")[:3])
             return _Range(source, offset, length)
     return None
 
 
-def _refer(tensor: onnx.TensorProto, run: _Range) -> None:
+def _refer(tensor: onnx.TensorProto, run: _Range, *, stated: bool = False) -> None:
     entry = tensor.external_data.add()
     entry.key, entry.value = REFERENCE_KEY, f"{run.source}:{run.offset}:{run.length}"
+    if stated:
+        entry.value += f":{_STATED}"
     tensor.data_location = onnx.TensorProto.EXTERNAL
+
+
+def _copy_without(target: Any, message: Any, name: str) -> None:
+    """Copy every field of a message but one, without reading that one."""
+    for descriptor, value in message.ListFields():
+        if descriptor.name != name:
+            _assign(target, descriptor.name, value)
+    unknowns: Any = unknown_fields.UnknownFieldSet(message)
+    for unknown in unknowns:
+        number, wire, data = unknown.field_number, unknown.wire_type, unknown.data
+        if wire == 0:
+            coded = _encode_varint(data)
+        elif wire == 2:
+            coded = _encode_varint(len(data)) + data
+        elif wire in (1, 5):
+            coded = data.to_bytes(8 if wire == 1 else 4, "little")
+        else:
+            raise ModelError(
+                f"the model has an unknown field {number} of an obsolete kind",
+                "Export the model again.",
+            )
+        target.MergeFromString(_encode_varint(number << 3 | wire) + coded)
 
 
 def _assign(message: Any, name: str, value: Any) -> None:
@@ -544,29 +667,43 @@ def _header(number: int, length: int) -> bytes:
     return _encode_varint(number << 3 | 2) + _encode_varint(length)
 
 
-def _strip(view: memoryview, kind: str, base: int) -> bytes:
-    """The message at `view` without large payloads; `base` is its offset in the file."""
+def _strip(view: memoryview, kind: str, base: int, stripped: list[_Range], depth: int = 0) -> bytes:
+    """The message at `view` without large payloads; `base` is its offset in the file.
+
+    What is left out is added to `stripped`.
+    """
+    if depth > _DEPTH_LIMIT:
+        raise _WireError(f"it nests more than {_DEPTH_LIMIT} levels deep")
     children = _CHILDREN[kind]
     out: list[bytes | memoryview] = []
     payload: _Range | None = None
-    external = False
+    raw: list[int] = []
+    external = stated = False
     for number, start, value, end in _records(view, len(view)):
         if kind == "tensor":
-            if number == _RAW_DATA and end - value >= INLINE_LIMIT:
-                payload = _Range(0, base + value, end - value)
-                continue
+            if number == _RAW_DATA:
+                # Of several the last one counts, as for every field that occurs once.
+                large = end - value >= INLINE_LIMIT
+                payload = _Range(0, base + value, end - value) if large else None
+                raw.append(len(out))
+            elif number == -_DATA_LOCATION:
+                stated = True
+                external = external or _varint(view, value)[0] != 0
             external = external or number == _EXTERNAL_DATA
         elif number in children and end - value >= INLINE_LIMIT:
-            inner = _strip(view[value:end], children[number], base + value)
+            inner = _strip(view[value:end], children[number], base + value, stripped, depth + 1)
             out += [_header(number, len(inner)), inner]
             continue
         out.append(view[start:end])
     if payload is not None:
         if external:
             raise _WireError("a tensor has its data both inside and outside the file")
+        for at in raw:
+            out[at] = b""
         reference = onnx.TensorProto()
-        _refer(reference, payload)
+        _refer(reference, payload, stated=stated)
         out.append(reference.SerializeToString())
+        stripped.append(payload)
     return b"".join(out)
 
 
@@ -584,14 +721,18 @@ def _splice(skeleton: bytes) -> Iterator[_Piece]:
         return i < len(marks) and marks[i] < end
 
     def tensor(start: int, end: int) -> list[_Piece]:
-        reference = _reference(onnx.TensorProto.FromString(skeleton[start:end]))
+        light = onnx.TensorProto.FromString(skeleton[start:end])
+        reference = _reference(light)
         if reference is None:  # the key occurs in a name or a doc string
             return [skeleton[start:end]]
+        stated = any(e.value.endswith(_STATED) for e in light.external_data)
         before: list[bytes] = []
         after: list[bytes] = []
         for number, record, _, stop in _records(skeleton, end, start):
             if abs(number) not in (_EXTERNAL_DATA, _DATA_LOCATION):
                 (before if abs(number) < _RAW_DATA else after).append(skeleton[record:stop])
+            elif number == -_DATA_LOCATION and stated:
+                after.append(_encode_varint(_DATA_LOCATION << 3) + b"\0")
         head = b"".join(before) + _header(_RAW_DATA, reference.length)
         return [head, reference, b"".join(after)]
 
@@ -641,8 +782,8 @@ class Staged:
 
     def __init__(self, stored: Stored, target: Path | None) -> None:
         self._target = target
-        self._folder = _staging_folder(target)
-        self._moved: list[Path] = []
+        self._hidden = _HiddenFolder(target)
+        self._folder = self._hidden.path
         try:
             self.model = self._folder / (target.name if target else "model.onnx")
             with _writing(target or self.model):
@@ -651,7 +792,7 @@ class Staged:
             self.close()
             raise
 
-    def __enter__(self) -> Staged:
+    def __enter__(self) -> Staged:  # noqa: PYI034  (Self needs Python 3.11)
         return self
 
     def __exit__(
@@ -664,7 +805,7 @@ class Staged:
 
     def close(self) -> None:
         """Remove the staging folder and all that is still in it."""
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._hidden.remove()
 
     def commit(self) -> tuple[Path, ...]:
         """Move the model and its data files into place; returns the paths written.
@@ -681,37 +822,42 @@ class Staged:
         staged = sorted(
             (p for p in self._folder.rglob("*") if p.is_file()), key=lambda p: p == self.model
         )  # the model last: whoever sees the new model finds its data
-        backups = self._folder / ".replaced"
-        undo: list[tuple[Path, Path | None]] = []
+        undo: list[Callable[[], object]] = []
         written = []
         with _writing(self._target):
-            backups.mkdir()
+            backups = Path(tempfile.mkdtemp(dir=self._folder))
             try:
                 for number, source in enumerate(staged):
                     place = folder / source.relative_to(self._folder)
-                    place.parent.mkdir(parents=True, exist_ok=True)
-                    backup: Path | None = None
-                    if place.exists() and place.is_file():
+                    for missing in reversed([p for p in place.parents if not p.exists()]):
+                        missing.mkdir()
+                        undo.append(missing.rmdir)
+                    if os.path.lexists(place) and not place.is_dir():
                         backup = backups / str(number)
-                        os.link(place, backup)
-                        shutil.copymode(place, source)
-                    undo.append((place, backup))
-                    source.replace(place)
+                        if place.exists():
+                            shutil.copymode(place, source)
+                        try:
+                            os.link(place, backup, follow_symlinks=False)
+                        except (OSError, NotImplementedError):  # not every file system has links
+                            place.replace(backup)
+                        undo.append(partial(backup.replace, place))
+                        source.replace(place)
+                    else:
+                        source.replace(place)
+                        undo.append(place.unlink)
                     written.append(place)
             except BaseException:
-                for place, backup in reversed(undo):
-                    if backup is not None:
-                        backup.replace(place)
-                    elif place in written:
-                        place.unlink()
+                for step in reversed(undo):
+                    with suppress(OSError):
+                        step()
                 raise
         return tuple(reversed(written))
 
     def _write(self, stored: Stored) -> None:
-        if stored.unchanged and stored.path is not None:
-            if not stored._files or self._can_keep_locations(stored):
-                self._copy_whole(stored)
-                return
+        whole = stored.unchanged and stored.path is not None
+        if whole and (not stored._files or self._can_keep_locations(stored)):
+            self._copy_whole(stored)
+            return
         skeleton = stored.proto.SerializeToString()
         pieces = list(_splice(skeleton))
         if stored._files or _length(pieces) > PROTOBUF_LIMIT:
@@ -729,11 +875,13 @@ class Staged:
         """
         if self._target is None:
             return True
+        if any(".." in Path(p).parts for p in stored._files):
+            return False  # the folder that such a way goes through may be missing there
         taken = [p for p in stored._files if (self._target.parent / p).exists()]
         if not taken:
             return True
         if stored.path is not None and _same_folder(self._target.parent, stored.path.parent):
-            return False
+            return self._target.exists() and self._target.samefile(stored.path)
         try:
             return set(taken) <= set(load(self._target).external_locations)
         except ModelError:
@@ -762,17 +910,25 @@ class Staged:
                     tensor.HasField("raw_data") and len(tensor.raw_data) >= INLINE_LIMIT
                 ):
                     continue
-                size = payload_size(tensor)
+                run = stored._range(tensor) if external else None
+                if run is None:
+                    size = len(tensor.raw_data)
+                else:
+                    size = run[2] if isinstance(run, tuple) else run.length
+                if size == 0:
+                    # There is no empty range in a file that might be empty.
+                    del tensor.external_data[:]
+                    tensor.ClearField("data_location")
+                    tensor.raw_data = b""
+                    continue
                 aligned = -(-at // _ALIGNMENT) * _ALIGNMENT if size >= _ALIGNMENT else at
                 if aligned > at:
                     os.lseek(out.fileno(), aligned, os.SEEK_SET)  # a hole, not zeros
                     at = aligned
-                if external:
-                    run = stored._range(tensor)
-                    if isinstance(run, tuple):
-                        _copy(*run, out.fileno())
-                    else:
-                        _emit(out.fileno(), run, stored)
+                if isinstance(run, tuple):
+                    _copy(*run, out.fileno())
+                elif run is not None:
+                    _emit(out.fileno(), run, stored)
                 else:
                     _emit(out.fileno(), tensor.raw_data, stored)
                     tensor.ClearField("raw_data")
@@ -831,15 +987,32 @@ def write_error(target: Path, error: OSError) -> OutputError:
     return OutputError(f"{target} cannot be written: {error.strerror or error}", hint)
 
 
-def _staging_folder(target: Path | None) -> Path:
-    if target is None:
-        return Path(tempfile.mkdtemp(prefix="onnxnorm-"))
-    with _writing(target):
-        if target.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "it is a folder")
-        if not target.parent.is_dir():
-            raise FileNotFoundError(errno.ENOENT, f"the folder {target.parent} does not exist")
-        return Path(tempfile.mkdtemp(prefix=f".{target.name[:80]}.", dir=target.parent))
+class _HiddenFolder:
+    """A new folder beside `target`, or for temporary files, gone when nobody holds this object.
+
+    Its removal is arranged before it exists, so that an interruption at any moment leaves none.
+    """
+
+    def __init__(self, target: Path | None) -> None:
+        mark = secrets.token_hex(8)
+        if target is None:
+            self.path = Path(tempfile.gettempdir(), f"onnxnorm-{mark}")
+        else:
+            self.path = target.parent / f".{target.name[:40]}.{mark}"
+        self.remove = weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+        with _writing(target or self.path):
+            if target is not None:
+                _check_place(target)
+            self.path.mkdir(mode=0o700)
+
+
+def _check_place(target: Path) -> None:
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "it is a folder")
+    if target.exists() and not target.is_file():  # a rename would replace the device itself
+        raise OutputError(f"{target} is not a regular file", "Give the name of a file.")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, f"the folder {target.parent} does not exist")
 
 
 def _same_folder(a: Path, b: Path) -> bool:
@@ -890,12 +1063,14 @@ def _copy(source: _File, offset: int, length: int, out: int) -> None:
         except OSError as error:
             if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSOCK):
                 raise
-    step = 8 << 20
+    os.lseek(source.descriptor, offset, os.SEEK_SET)
     while offset < end:
-        view = source.view(offset, min(step, end - offset))
-        if not view:
+        block = memoryview(os.read(source.descriptor, min(_BLOCK, end - offset)))
+        if not block:
             raise OSError(errno.EIO, f"{source.path} became shorter while it was read")
-        offset += os.write(out, view)
+        offset += len(block)
+        while block:
+            block = block[os.write(out, block) :]
 
 
 def save(stored: Stored, path: str | Path) -> tuple[Path, ...]:
@@ -917,8 +1092,7 @@ def check_target(target: Path) -> None:
     Raises:
         OutputError: It is a folder, or its folder is missing or not writable.
     """
-    folder = _staging_folder(target)
-    folder.rmdir()
+    _HiddenFolder(target).remove()
 
 
 def total_bytes(stored: Stored) -> int:
@@ -935,8 +1109,9 @@ def total_bytes(stored: Stored) -> int:
 def checker_complaint(stored: Stored) -> str | None:
     """What onnx.checker, with shape inference, has against a model; None if nothing.
 
-    The payloads stay where they are: a weight of the main graph is shown to the checker as an
-    input of its type. Source: onnx.checker.check_model(full_check=True).
+    The payloads stay where they are: a weight of the main graph, be it an initializer or a
+    Constant node, is shown to the checker as an input of its type.
+    Source: onnx.checker.check_model(full_check=True).
     """
     copy = stored.small()
     inputs = {i.name for i in copy.graph.input}
@@ -947,9 +1122,15 @@ def checker_complaint(stored: Stored) -> str | None:
         elif tensor.name not in inputs:
             info = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
             copy.graph.input.append(info)
-    kept = [onnx.TensorProto.FromString(t.SerializeToString()) for t in light]
     del copy.graph.initializer[:]
-    copy.graph.initializer.extend(kept)
+    copy.graph.initializer.extend(light)
+    nodes = [(node, _large_constant(node)) for node in copy.graph.node]
+    for node, value in nodes:
+        if value is not None:
+            info = onnx.helper.make_tensor_value_info(node.output[0], value.data_type, value.dims)
+            copy.graph.input.append(info)
+    del copy.graph.node[:]
+    copy.graph.node.extend(node for node, value in nodes if value is None)
     for tensor in tensors(copy):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             size = payload_size(tensor)
@@ -961,3 +1142,13 @@ def checker_complaint(stored: Stored) -> str | None:
     except Exception as error:
         return " ".join(str(error).split())
     return None
+
+
+def _large_constant(node: onnx.NodeProto) -> onnx.TensorProto | None:
+    """The value of a Constant node whose payload is elsewhere."""
+    if node.op_type != "Constant" or node.domain not in ("", "ai.onnx"):
+        return None
+    if len(node.output) != 1 or len(node.attribute) != 1 or not node.attribute[0].HasField("t"):
+        return None
+    tensor = node.attribute[0].t
+    return tensor if tensor.data_location == onnx.TensorProto.EXTERNAL else None

@@ -22,7 +22,8 @@ from typing import Any, Final, TypeAlias
 
 import numpy as np
 import onnx
-from onnx.reference import ReferenceEvaluator, ops as standard_ops
+from onnx.reference import ReferenceEvaluator
+from onnx.reference import ops as standard_ops
 from onnx.reference.ops import aionnxml as ml_ops
 
 from onnxnorm import storage
@@ -127,7 +128,9 @@ class Evaluator:
         precision: "float64", or what was not: "float64 except 3 nodes in float32: a.B (3)".
     """
 
-    def __init__(self, stored: storage.Stored) -> None:
+    def __init__(self, stored: storage.Stored, memory_bytes: float = math.inf) -> None:
+        """Prepare to evaluate `stored`, holding at most `memory_bytes` of values at a time."""
+        self._memory = memory_bytes
         self._stored = stored
         self._graph = stored.proto.graph
         self._opsets = _opsets(stored.proto.opset_import)
@@ -189,6 +192,7 @@ class Evaluator:
 
         Raises:
             OutOfTime: The deadline passed.
+            MemoryError: The values that are alive take more than the evaluator may hold.
             Unevaluable: A node cannot be evaluated, here or by onnxruntime.
         """
         self._deadline = deadline
@@ -227,6 +231,8 @@ class Evaluator:
             for name in drops:
                 if name not in wanted:
                     scope.values.pop(name, None)
+            if self._memory < math.inf and _bytes(scope) > self._memory:
+                raise MemoryError(f"more than {self._memory / 2**30:.1f} GiB after {_label(node)}")
 
     def _plan(self, owner: onnx.GraphProto | onnx.FunctionProto) -> _Plan:
         found = self._plans.get(id(owner))
@@ -271,7 +277,7 @@ class Evaluator:
             moves = domain == "" and node.op_type in _MOVES
             inputs = [v if moves and i == 0 else widen(v) for i, v in enumerate(inputs)]
             return self._operator(node, domain, inputs, scope)
-        except (OutOfTime, OnnxNormError):
+        except (OutOfTime, OnnxNormError, MemoryError):
             raise
         except Exception as error:
             raise Unevaluable(
@@ -313,7 +319,7 @@ class Evaluator:
             if reference is not None:
                 try:
                     return self._checked(node, _by_reference(reference, inputs))
-                except Exception:  # noqa: BLE001  (it has gaps; what comes next may have none)
+                except Exception:  # it has gaps; what comes next may have none
                     self._reference[id(node)] = None
         body = self._schema_body(node, domain, version, inputs)
         if body is not None:
@@ -333,7 +339,7 @@ class Evaluator:
         return value
 
     def _constant(self, node: onnx.NodeProto) -> Value:
-        (attribute,) = [a for a in node.attribute if a.name in _CONSTANT_FORMS] or [None]
+        attribute = next((a for a in node.attribute if a.name in _CONSTANT_FORMS), None)
         if attribute is None:
             raise ValueError("a Constant without a value")
         value = self._attribute(attribute)
@@ -366,7 +372,7 @@ class Evaluator:
                         attribute.t.CopyFrom(onnx.numpy_helper.from_array(array))
             try:
                 operator = loader(domain, node.op_type, version)(complete, parameters)
-            except Exception:  # noqa: BLE001  (it reports what it lacks in many types)
+            except Exception:  # it reports what it lacks in many types
                 operator = None
             self._reference[id(node)] = operator
             self._held.append(node)
@@ -391,18 +397,18 @@ class Evaluator:
     ) -> onnx.FunctionProto | None:
         """Return the function that the operator's schema defines it by, if it does."""
         try:
-            schema = onnx.defs.get_schema(node.op_type, version, domain)
+            schema: Any = onnx.defs.get_schema(node.op_type, version, domain)
         except onnx.defs.SchemaError:
             return None
+        key: tuple[str, ...] = (domain, node.op_type, str(version))
         if schema.has_function:
-            key = (domain, node.op_type, str(version))
             if key not in self._bodies:
                 self._bodies[key] = schema.function_body
             return self._bodies[key]
         if not schema.has_context_dependent_function:
             return None
         types = [_type_of(value).SerializeToString() for value in inputs]
-        key = (domain, node.op_type, str(version), node.SerializeToString().hex(), repr(types))
+        key = (*key, node.SerializeToString().hex(), repr(types))
         if key not in self._bodies:
             data = schema.get_context_dependent_function(node.SerializeToString(), types)
             self._bodies[key] = onnx.FunctionProto.FromString(data)
@@ -625,6 +631,15 @@ def draw(
     return np.asarray(out, dtype=onnx.helper.tensor_dtype_to_np_dtype(to))
 
 
+def _bytes(scope: _Scope | None) -> int:
+    """Return the bytes of the arrays that a scope and those around it hold."""
+    total = 0
+    while scope is not None:
+        total += sum(v.nbytes for v in scope.values.values() if isinstance(v, np.ndarray))
+        scope = scope.parent
+    return total
+
+
 def _by_reference(operator: Any, inputs: Sequence[Value]) -> Sequence[Value]:
     outputs: Sequence[Value] = operator.run(*inputs)
     return outputs
@@ -785,7 +800,7 @@ def infer_shapes(
     del copy.graph.value_info[:]
     try:
         copy = onnx.shape_inference.infer_shapes(copy, data_prop=True)
-    except Exception:  # noqa: BLE001  (inference is advice; it may fail on any odd model)
+    except Exception:  # inference is advice; it may fail on any odd model
         copy = stored.small()
     found: dict[str, tuple[int, tuple[int | None, ...] | None]] = {}
     graph = copy.graph
@@ -799,8 +814,8 @@ def infer_shapes(
                 if dims_known
                 else None,
             )
-    for tensor in graph.initializer:
-        found[tensor.name] = (tensor.data_type, tuple(tensor.dims))
+    for weight in graph.initializer:
+        found[weight.name] = (weight.data_type, tuple(weight.dims))
     return found
 
 

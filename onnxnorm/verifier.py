@@ -14,7 +14,7 @@ import onnx
 
 from onnxnorm.errors import VerificationError
 from onnxnorm.facts import AnyValue, Facts, Type
-from onnxnorm.module import Module, Node, Scope, Weight
+from onnxnorm.module import Module, Node, Scope, Weight, reads
 
 
 class Verifier:
@@ -26,12 +26,11 @@ class Verifier:
 
     def __init__(self, module: Module) -> None:
         self._module = module
-        self._interface = {
-            scope.path: ([v.name for v in _callable_inputs(scope)], [v.name for v in scope.outputs])
-            for scope in module.scopes
-        }
-        self._sorted = {scope.path: _first_unsorted(scope) is None for scope in module.scopes}
+        self._interface = {scope: _interface(scope) for scope in module.scopes}
+        self._sorted = {scope for scope in module.scopes if _first_unsorted(scope) is None}
         self._types: dict[tuple[str, str], Type] | None = None
+        # What the file itself says against the schema is copied and no pass's fault.
+        self._given = {(node.op, name) for node in module.nodes() for name in node.attrs}
 
     def remember_types(self, facts: Facts) -> None:
         """Take the types to compare with; asked for before the first commit."""
@@ -44,8 +43,13 @@ class Verifier:
         Raises:
             VerificationError: The pass `rule` broke one.
         """
+        defined = {scope: _definitions(rule, scope) for scope in self._module.scopes}
+        readers: dict[AnyValue, set[Node]] = {}
+        for node in self._module.nodes():
+            for value in node.inputs:
+                readers.setdefault(value, set()).add(node)
         for scope in self._module.scopes:
-            self._structure(rule, scope)
+            self._structure(rule, scope, defined, readers)
             if scope.touched:
                 for node in scope.nodes:
                     if node.site:
@@ -53,38 +57,26 @@ class Verifier:
         if self._types is not None:
             self._contradictions(rule, Facts(self._module))
 
-    def _structure(self, rule: str, scope: Scope) -> None:
-        names: set[str] = set()
-        for value in [*scope.weights, *(v for v in scope.inputs if not isinstance(v, Weight))]:
-            if value.name in names:
-                raise _broken(rule, scope, f"the name '{value.name}' is used twice")
-            names.add(value.name)
-        for node in scope.nodes:
-            for value in node.outputs:
-                if not value.name:
-                    continue
-                if value.name in names:
-                    raise _broken(rule, scope, f"'{value.name}' has two producers")
-                names.add(value.name)
-                if len(value.inputs) != 1 or value.inputs[0] is not node:
-                    raise _broken(rule, scope, f"'{value.name}' does not know its producer")
-            for value in node.inputs:
-                if not any(reader is node for reader in value.outputs):
-                    raise _broken(rule, scope, f"'{value.name}' does not know its reader")
-        now = ([v.name for v in _callable_inputs(scope)], [v.name for v in scope.outputs])
-        if now != self._interface[scope.path]:
+    def _structure(
+        self,
+        rule: str,
+        scope: Scope,
+        defined: dict[Scope, dict[str, AnyValue]],
+        readers: dict[AnyValue, set[Node]],
+    ) -> None:
+        if _interface(scope) != self._interface[scope]:
             raise _broken(rule, scope, "the inputs or outputs are not those of the file")
-        alive = set(scope.nodes)
+        for value in defined[scope].values():
+            if set(value.outputs) != readers.get(value, set()):
+                raise _broken(rule, scope, f"'{value.name}' does not know its readers")
         for node in scope.nodes:
             for value in node.inputs:
-                if value.name and value.scope is scope:
-                    producer = value.inputs[0] if value.inputs else None
-                    if producer is None and value.name not in names:
-                        raise _broken(rule, scope, f"nothing produces '{value.name}'")
-                    if producer is not None and producer not in alive:
-                        raise _broken(rule, scope, f"the producer of '{value.name}' is gone")
+                if value.name:
+                    _check_visible(rule, value, scope, defined)
+        for value in scope.outputs:
+            _check_visible(rule, value, scope, defined)
         late = _first_unsorted(scope)
-        if late is not None and self._sorted[scope.path]:
+        if late is not None and scope in self._sorted:
             raise _broken(rule, scope, f"'{late.name}' is read before it is computed")
 
     def _schema(self, rule: str, node: Node) -> None:
@@ -99,9 +91,15 @@ class Verifier:
         schema = onnx.defs.get_schema(node.op, version, domain)
         if not schema.min_input <= len(node.inputs) <= schema.max_input:
             raise _broken(rule, node.scope, f"{node.op} takes no {len(node.inputs)} inputs")
+        for formal, value in zip(schema.inputs, node.inputs, strict=False):
+            if not value.name and formal.option == onnx.defs.OpSchema.FormalParameterOption.Single:
+                raise _broken(rule, node.scope, f"{node.op} needs its input '{formal.name}'")
         for name in node.attrs:
-            if name not in schema.attributes:
+            if name not in schema.attributes and (node.op, name) not in self._given:
                 raise _broken(rule, node.scope, f"{node.op} has no attribute '{name}'")
+        for name, attribute in schema.attributes.items():
+            if attribute.required and name not in node.attrs:
+                raise _broken(rule, node.scope, f"{node.op} needs the attribute '{name}'")
 
     def _contradictions(self, rule: str, facts: Facts) -> None:
         before = self._types or {}
@@ -140,19 +138,51 @@ def _callable_inputs(scope: Scope) -> list[AnyValue]:
     return [v for v in scope.inputs if not isinstance(v, Weight)]
 
 
+def _interface(scope: Scope) -> tuple[list[AnyValue], list[AnyValue], list[str]]:
+    inputs, outputs = _callable_inputs(scope), list(scope.outputs)
+    return inputs, outputs, [v.name for v in (*inputs, *outputs)]
+
+
+def _definitions(rule: str, scope: Scope) -> dict[str, AnyValue]:
+    """The values of a scope by name: weights, inputs, and what its nodes compute."""
+    found: dict[str, AnyValue] = {}
+    for value in [*scope.weights, *_callable_inputs(scope)]:
+        if value.name in found:
+            raise _broken(rule, scope, f"the name '{value.name}' is used twice")
+        found[value.name] = value
+    for node in scope.nodes:
+        for value in node.outputs:
+            if len(value.inputs) != 1 or value.inputs[0] is not node:
+                raise _broken(rule, scope, f"'{value.name}' does not know its producer")
+            if value.name in found:
+                raise _broken(rule, scope, f"'{value.name}' has two producers")
+            if value.name:
+                found[value.name] = value
+    return found
+
+
+def _check_visible(
+    rule: str, value: AnyValue, scope: Scope, defined: dict[Scope, dict[str, AnyValue]]
+) -> None:
+    """A name must mean, where it is used, the value that is linked there."""
+    around: Scope | None = scope
+    while around is not None:
+        meant = defined[around].get(value.name)
+        if meant is value:
+            return
+        if meant is not None:
+            raise _broken(rule, scope, f"'{value.name}' is hidden by another value of this name")
+        around = around.parent
+    raise _broken(rule, scope, f"nothing produces '{value.name}'")
+
+
 def _first_unsorted(scope: Scope) -> AnyValue | None:
     """The first value that is read, here or in a body, before its node has run."""
     done: set[Node] = set()
     for node in scope.nodes:
-        frontier = [node]
-        while frontier:
-            at = frontier.pop()
-            late: AnyValue
-            for late in at.inputs:
-                producer = late.inputs[0] if late.inputs else None
-                if producer is not None and producer.scope is scope and producer not in done:
-                    return late
-            for _, _, body in at.bodies:
-                frontier += body.nodes
+        for value in reads(node):
+            producer = value.inputs[0] if value.inputs else None
+            if producer is not None and producer.scope is scope and producer not in done:
+                return value
         done.add(node)
     return None

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from onnxnorm.matcher import Match
 from onnxnorm.norms import training_reason
 from onnxnorm.pattern import const, maybe, op, var
-from onnxnorm.port import Port
+from onnxnorm.port import Port, is_real
 from onnxnorm.rewrite import Refusal, RewritePass, Rewriter
 
 DEFAULT_EPSILON: Final = 1e-5  # BatchNormalization's schema default
@@ -56,6 +56,8 @@ class FoldBatchnorm(RewritePass):
         if isinstance(port, str):
             return Refusal(port, at="conv")
         for name in _PARAMETERS:
+            if not is_real(m.constant(name).dtype):
+                return Refusal(f"{name} is of type {m.constant(name).dtype}", at="batchnorm")
             shape = m.constant(name).shape
             if shape != (port.features,):
                 reason = f"{name} has shape {list(shape)} for {port.features} output channels"

@@ -9,12 +9,14 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import statistics
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,6 +32,7 @@ from hypothesis import strategies as st
 from onnxnorm import latency
 from onnxnorm.errors import ProviderError, RuntimeRejection, UsageError
 from onnxnorm.latency import Estimate, LatencyResult, Timing, Trial, estimate, measure
+from onnxnorm.session import open_session
 from tools.bench_latency import Noise, false_claims, simulate, trial_from_json
 
 NONE = "no measurable difference"
@@ -42,6 +45,7 @@ NOISES = {
     "spikes in a quarter of the runs": Noise(spikes=0.25),
     "drift": Noise(drift=0.05),
     "turns that differ more than sessions": Noise(session=0.002, turn=0.08),
+    "a busy machine": Noise(stalls=0.2),
     "silence": Noise(0, 0, 0, 0, 1e-6, 0),
 }
 
@@ -106,24 +110,38 @@ def trial(fresh: bool, first: float = 1.0, second: float = 1.0, candidate: float
 
 
 def test_the_ratio_is_the_geometric_mean_over_pairs() -> None:
-    found = estimate([trial(False, 1, 4, 2), trial(True, 2, 2, 2), trial(True, 1, 1, 8)])
-    assert found.ratio == pytest.approx(2)
+    found = estimate([trial(False, 1, 4, 2), trial(True, 2, 8, 8)])
+    assert found.ratio == pytest.approx(2 ** ((1 - 1 + 2 + 0) / 4))
 
 
 def test_interval_and_band_are_the_formulas() -> None:
-    steps = [0.01, -0.02, 0.04, -0.01]
+    steps = np.array([0.01, -0.02, 0.04, -0.01])
     trials = [
         trial(bool(k % 2), math.exp(e), math.exp(-e), 1.5 * math.exp(3 * e))
         for k, e in enumerate(steps)
     ]
     found = estimate(trials)
-    # first and second lie 2e apart around 1, so d = log 1.5 + 3e and e_i = 2e.
-    mean = math.log(1.5) + 3 * statistics.fmean(steps)
-    half = 3.182446305284263 * 3 * statistics.stdev(steps) / 2
-    band = 2.7764451051977987 * math.sqrt(0.75 * statistics.fmean(4 * e * e for e in steps)) / 2
-    assert found.ratio == pytest.approx(math.exp(mean))
-    assert found.interval == pytest.approx((math.exp(mean - half), math.exp(mean + half)))
-    assert found.band == pytest.approx((math.exp(-band), math.exp(band)))
+    # d = log 1.5 + 2e and d' = log 1.5 + 4e; a fifth of the eight is one at either end.
+    pairs = math.log(1.5) + np.stack([2 * steps, 4 * steps], axis=1)
+    ordered = np.sort(pairs.ravel())
+    mean = ordered[1:-1].mean()
+    spread = np.clip(pairs, ordered[1], ordered[-2]).mean(axis=1).std(ddof=1)
+    half = 4.302652729749464 * spread / (0.75 * 2)  # three of four trials' worth: 2 degrees
+    null = np.sqrt(0.75 * np.mean(np.array([0.02, 0.04, 0.04, 0.02]) ** 2))  # 0.08 winsorized
+    band = 3.182446305284263 * null / (0.75 * 2)
+    assert found.ratio == pytest.approx(np.exp(mean))
+    assert found.interval == pytest.approx((np.exp(mean - half), np.exp(mean + half)))
+    assert found.band == pytest.approx((np.exp(-band), np.exp(band)))
+
+
+def test_a_trial_that_stalls_moves_nothing() -> None:
+    calm = simulate(3, ratio=0.8)
+    for role in ("first", "second", "candidate"):
+        stalled: Any = tuple(tuple(100 * x for x in turn) for turn in getattr(calm[4], role))
+        changed: dict[str, Any] = {role: stalled}
+        found = estimate([*calm[:4], replace(calm[4], **changed), *calm[5:]])
+        assert found.verdict == "faster"
+        assert found.ratio == pytest.approx(0.8, rel=0.03)
 
 
 def test_a_turn_counts_by_its_median_and_a_trial_by_its_middle_turn() -> None:
@@ -160,14 +178,14 @@ def verdict_of(trials: list[Trial]) -> tuple[str, str]:
 
 
 def test_what_only_fresh_processes_show_is_no_claim() -> None:
-    trials = [trial(k % 2 == 1, 1, 1.001, 1.2 if k % 2 else 1.0) for k in range(12)]
+    trials = [trial(k >= 4, 1, 1.001, 1.2 if k >= 4 else 1.0) for k in range(12)]
     verdict, reason = verdict_of(trials)
     assert verdict == NONE
     assert "do not reproduce" in reason
 
 
 def test_halves_that_point_in_opposite_ways_are_no_claim() -> None:
-    trials = [trial(k % 2 == 1, 1, 1.001, 1.5 if k % 2 else 0.97) for k in range(12)]
+    trials = [trial(k >= 4, 1, 1.001, 1.2 if k >= 4 else 0.97) for k in range(12)]
     found = estimate(trials)
     assert found.interval[0] > 1
     assert found.verdict == NONE
@@ -181,7 +199,7 @@ def test_inside_the_band_is_no_claim() -> None:
 
 
 def test_an_interval_that_holds_one_is_no_claim() -> None:
-    trials = [trial(k % 2 == 1, 1, 1, 2.0 if k < 2 else 1.0) for k in range(12)]
+    trials = [trial(k % 2 == 1, 1, 1, 2.0 if k < 5 else 1.0) for k in range(12)]
     found = estimate(trials)
     assert found.ratio > found.band[1]
     assert found.verdict == NONE
@@ -296,7 +314,7 @@ class StoppedClock(latency._Clock):
 
 @pytest.mark.parametrize(
     ("opening", "count", "said"),
-    [(0.1, 12, False), (5.0, 9, False), (9.0, 8, False), (20.0, 2, True), (600.0, 2, True)],
+    [(0.1, 12, False), (3.5, 9, False), (9.0, 8, False), (20.0, 2, True), (600.0, 2, True)],
 )
 def test_pairs_are_given_up_last_and_said_to_be(opening: float, count: int, said: bool) -> None:
     notes: list[str] = []
@@ -499,6 +517,18 @@ def test_every_session_of_a_trial_is_ready_before_any_is_timed(
     assert trial_log[:7] == ["open"] * 3 + ["wait"] * 3 + ["turn"]
 
 
+def test_turns_go_forth_and_back(staged: Callable[..., Stage]) -> None:
+    stage = staged()
+    here = pace(1e-4)
+    spec = latency._Spec({}, "cpu", None, ())
+    order = ("second", "candidate", "first")
+    found = latency._trial(spec, X, None, order, latency._Plan(3, 5, 1, 0.0), here)
+    turns = [role for what, role, _ in stage.log if what == "turn"]
+    assert turns == [*order, *reversed(order), *order]
+    assert [len(found.first), len(found.second), len(found.candidate)] == [3, 3, 3]
+    assert len(found.first[0]) == 5
+
+
 def test_the_same_model_is_not_different(staged: Callable[..., Stage]) -> None:
     staged()
     result = measure("a.onnx", "a.onnx", X, pairs=8)
@@ -641,15 +671,23 @@ def test_a_model_that_fails_in_a_fresh_process_fails_here_in_the_same_words(
 
 
 @pytest.mark.usefixtures("nothing_left")
-@pytest.mark.parametrize("last_words", ["sys.exit(3)", "os.close(1); sys.stdin.readline()"])
+@pytest.mark.parametrize(
+    ("end", "said"),
+    [
+        ("sys.exit('no memory')", "status 1: no memory$"),
+        ("sys.exit(3)", "status 3$"),
+        ("os.close(1); sys.stdin.readline(); sys.stdin.readline()", "status -9$"),
+    ],
+)
 def test_a_process_that_ends_unexpectedly_is_reported(
-    relu: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last_words: str
+    relu: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str, said: str
 ) -> None:
-    monkeypatch.setattr(latency, "_BOOTSTRAP", f"import os, sys; {last_words}")
+    monkeypatch.setattr(latency, "_BOOTSTRAP", f"import os, sys; {end}")
     seat = latency._Apart(latency._Spec({"first": relu}, "cpu", 1, ()), "first", tmp_path)
-    with pytest.raises(RuntimeRejection, match=r"relu\.onnx: the process .* ended with status"):
+    with pytest.raises(RuntimeRejection) as caught:
         seat.wait()
     seat.close()
+    assert re.search(rf"relu\.onnx: the process .* ended with {said}", caught.value.what)
 
 
 @pytest.mark.usefixtures("nothing_left")
@@ -668,6 +706,22 @@ def test_an_interrupt_while_processes_run_leaves_none(
     with pytest.raises(KeyboardInterrupt):
         measure(relu, relu, X, pairs=4, budget_seconds=1)
     assert seen == [3]
+
+
+def test_sessions_are_opened_as_a_user_opens_them(
+    relu: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def spy(path: Path, **options: Any) -> Any:
+        asked.append((path, dict(options)))
+        return open_session(path, **{**options, "provider": "cpu", "libraries": ()})
+
+    monkeypatch.setattr(latency, "open_session", spy)
+    libraries = (Path("ops.so"),)
+    latency._Here(latency._Spec({"first": relu}, "cuda", 1, libraries), "first", X).close()
+    wanted = {"provider": "cuda", "threads": 1, "deterministic": False, "libraries": libraries}
+    assert asked == [(relu, wanted)]
 
 
 def test_a_model_that_fails_while_it_is_timed_is_rejected(relu: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -260,20 +261,24 @@ def test_a_bound_run_survives_outputs_of_changing_shape(write: Write) -> None:
             bound()
 
 
-def test_threads_are_passed_on(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_are_passed_on(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     real = onnxruntime.InferenceSession
 
     def spy(path: str, options: Any, **rest: Any) -> Any:
-        seen.append((options.intra_op_num_threads, options.log_severity_level, rest))
+        seen.append((options.intra_op_num_threads, options, rest))
         return real(path, options, **rest)
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", spy)
     open_session(write(RELU), threads=1)
-    open_session(write(RELU))
+    open_session(write(RELU), optimize=False, deterministic=False)
     assert [threads for threads, _, _ in seen] == [1, 0]
-    for _, severity, rest in seen:
-        assert severity == 4
+    levels = onnxruntime.GraphOptimizationLevel
+    wanted = [levels.ORT_ENABLE_ALL, levels.ORT_DISABLE_ALL]
+    assert [options.graph_optimization_level for _, options, _ in seen] == wanted
+    assert [options.use_deterministic_compute for _, options, _ in seen] == [True, False]
+    for _, options, rest in seen:
+        assert options.log_severity_level == 4
         assert rest == {"providers": ["CPUExecutionProvider"], "enable_fallback": 0}
 
 
@@ -494,6 +499,46 @@ def test_an_import_that_fails_is_a_provider_error(tmp_path: Path) -> None:
     what, hint = found.stdout.splitlines()
     assert what == "onnxruntime cannot be imported: libpython is odd"
     assert "pip install" in hint
+
+
+@pytest.mark.parametrize("decided", [None, "0"])
+def test_telemetry_is_off_unless_the_user_decided(tmp_path: Path, decided: str | None) -> None:
+    (tmp_path / "onnxruntime.py").write_text(
+        "import os; __version__ = os.environ['ORT_DISABLE_TELEMETRY']"
+    )
+    program = (
+        f"import os, sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "from onnxnorm import session\n"
+        "print(session.runtime_version(), os.environ.get('ORT_DISABLE_TELEMETRY'))"
+    )
+    inherited = {k: v for k, v in os.environ.items() if k != "ORT_DISABLE_TELEMETRY"}
+    given = {} if decided is None else {"ORT_DISABLE_TELEMETRY": decided}
+    found = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**inherited, **given},
+    )
+    assert found.stdout.split() == (["1", "None"] if decided is None else [decided, decided])
+
+
+def test_onnxruntime_leaves_no_file(write: Write, tmp_path: Path) -> None:
+    path = write(RELU)
+    folders = {name: tmp_path / name for name in ("TMPDIR", "HOME", "XDG_CACHE_HOME")}
+    for folder in folders.values():
+        folder.mkdir()
+    inherited = {k: v for k, v in os.environ.items() if k != "ORT_DISABLE_TELEMETRY"}
+    subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            f"from onnxnorm import session; session.open_session({str(path)!r})",
+        ],
+        check=True,
+        env={**inherited, **{name: str(folder) for name, folder in folders.items()}},
+    )
+    assert [list(folder.iterdir()) for folder in folders.values()] == [[], [], []]
 
 
 def test_the_process_wide_logger_is_silent_only_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -796,6 +841,26 @@ def test_a_cuda_run_has_its_inputs_on_the_device_before_it_is_timed(
     bound()
     bound()
     assert native.log == [("run",), ("synchronize_outputs",)] * 2
+
+
+def test_outputs_that_change_shape_are_bound_anew_for_every_later_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    class Changing(FakeNative):
+        def run_with_iobinding(self, binding: FakeBinding) -> None:
+            fits = self.log[-1] != ("run",)
+            self.log.append(("run",))
+            if not fits:
+                raise ValueError("wrong shape of the pre-allocated output OrtValue")
+
+    monkeypatch.setattr(session, "_onnxruntime", lambda: SimpleNamespace(OrtValue=FakeValue))
+    native = Changing()
+    opened = Session(native, path=tmp_path, provider="cpu", threads=None)
+    bound = opened.bind({"x": np.ones(2, np.float32), "b": np.ones(2, ml_dtypes.bfloat16)})
+    for _ in range(4):
+        bound()
+    anew = [("clear_binding_outputs",), ("output", "y", "cpu"), ("run",)]
+    assert native.log[-11:] == [("run",), ("run",), *anew, *anew, *anew]
 
 
 def test_a_cpu_run_needs_no_synchronization(

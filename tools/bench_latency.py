@@ -36,6 +36,7 @@ class Noise:
         drift: A random walk of the machine from turn to turn.
         run: Scatter of a run.
         spikes: Share of runs that are disturbed, by a Pareto factor.
+        stalls: Share of turns, and of sessions, that are: what a busy machine does.
     """
 
     session: float = 0.02
@@ -44,6 +45,7 @@ class Noise:
     drift: float = 0.01
     run: float = 0.02
     spikes: float = 0.05
+    stalls: float = 0.0
 
 
 def simulate(
@@ -58,23 +60,32 @@ def simulate(
     """Trials as the measurement records them, of a candidate that takes `ratio` times as long."""
     noise = noise or Noise()
     rng = random.Random(seed)
+
+    def disturbance(share: float) -> float:
+        return rng.paretovariate(1.5) if rng.random() < share else 1.0
+
     trials = []
     walk = 0.0
     for index in range(pairs):
         shared = rng.gauss(0, noise.process)
         roles = ("first", "second", "candidate")
-        bias = {role: rng.gauss(0, noise.session) + shared for role in roles}
+        bias = {
+            role: rng.gauss(0, noise.session) + shared + math.log(disturbance(noise.stalls))
+            for role in roles
+        }
         bias["candidate"] += math.log(ratio)
         times: dict[str, list[tuple[float, ...]]] = {role: [] for role in roles}
         for _ in range(turns):
             for role in rng.sample(roles, 3):
                 walk += rng.gauss(0, noise.drift)
                 level = walk + bias[role] + rng.gauss(0, noise.turn)
-                block = []
-                for _ in range(samples):
-                    factor = rng.paretovariate(1.5) if rng.random() < noise.spikes else 1.0
-                    block.append(math.exp(level + rng.gauss(0, noise.run)) * factor)
-                times[role].append(tuple(block))
+                level += math.log(disturbance(noise.stalls))
+                times[role].append(
+                    tuple(
+                        math.exp(level + rng.gauss(0, noise.run)) * disturbance(noise.spikes)
+                        for _ in range(samples)
+                    )
+                )
         trials.append(latency.Trial(index % 2 == 1, *(tuple(times[role]) for role in roles)))
     return trials
 
@@ -117,18 +128,22 @@ def trial_from_json(data: dict[str, Any]) -> latency.Trial:
 
 def _simulations() -> Iterator[str]:
     count = 400
-    yield f"claims in {count} simulated comparisons, by true ratio (12 pairs; then 8 pairs)"
-    yield "  session bias     1.00    0.98    0.95    0.90    1.10"
+    ratios = (1.0, 0.98, 0.95, 0.90, 1.10)
+    kinds = {f"session bias {bias:.0%}": Noise(session=bias) for bias in (0.01, 0.02, 0.03)}
+    kinds["bias 2%, busy"] = Noise(stalls=0.2)
+    yield f"claims in {count} simulated comparisons, by true ratio"
+    yield " " * 26 + "".join(f"{ratio:8.2f}" for ratio in ratios)
     for pairs in (12, 8):
-        for bias in (0.01, 0.02, 0.03):
+        for name, noise in kinds.items():
             row = []
-            for ratio in (1.0, 0.98, 0.95, 0.90, 1.10):
-                claims = 0
-                for seed in range(count):
-                    trials = simulate(seed, ratio=ratio, noise=Noise(session=bias), pairs=pairs)
-                    claims += latency.estimate(trials).verdict != "no measurable difference"
+            for ratio in ratios:
+                found = (
+                    latency.estimate(simulate(seed, ratio=ratio, noise=noise, pairs=pairs))
+                    for seed in range(count)
+                )
+                claims = sum(each.verdict != "no measurable difference" for each in found)
                 row.append(f"{claims / count:8.1%}")
-            yield f"  {bias:.0%}, {pairs:2} pairs  " + "".join(row)
+            yield f"  {pairs:2} pairs, {name:<14}" + "".join(row)
 
 
 def _print_result(result: latency.LatencyResult) -> None:

@@ -1,0 +1,221 @@
+"""Reports as markdown that pastes into a pull request."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from onnxnorm.report_text import (
+    LEGEND,
+    NORM_TITLES,
+    PARITY_TITLES,
+    REASONS,
+    Group,
+    Json,
+    counted,
+    error_cell,
+    is_planned,
+    judgements,
+    latency_facts,
+    latency_line,
+    norm_cells,
+    norm_counts,
+    not_measured,
+    parity_cells,
+    parity_facts,
+    pass_rows,
+    plain,
+    provider_name,
+    roles,
+    sites_taken_back,
+    spell_bytes,
+    spell_milliseconds,
+    spell_value,
+    verdict,
+    worst_first,
+)
+
+# A pull request comment holds 65,536 characters; lists beyond this length go by their start.
+_MARKDOWN_ROWS: Final = 100
+
+
+def render_markdown(report: Json) -> str:
+    """Return a report as GitHub-flavoured markdown: verdict, a small table, folded lists.
+
+    Args:
+        report: The object that `Report.to_json` returns.
+    """
+    name = Path(report["model"]["input"] or "model").name
+    blocks = [f"### onnxnorm {report['command']}: {_code(name)}", _prose(verdict(report))]
+    blocks += [f"**Warning:** {_prose(each)}" for each in report["warnings"]]
+    blocks += [_summary_table(report)]
+    for title, items in _markdown_lists(report):
+        blocks.append(_details(title, _bullets(items)))
+    counts, rows = norm_counts(report)
+    if rows:
+        listed = [norm_cells(norm) for norm in report["norms"]]
+        titles = [*NORM_TITLES[:-1], "would be"] if is_planned(report) else NORM_TITLES
+        inside = [
+            _table([counts, *([_code(row[0]), *row[1:]] for row in rows)], right=1),
+            _long_table(
+                [titles, *([_code(r[0]), *r[1:3], _code(r[3]), _prose(r[4])] for r in listed)]
+            ),
+        ]
+        blocks.append(_details(f"Normalizations ({len(listed)})", "\n\n".join(inside)))
+    titles, rows, _ = pass_rows(report, time_passes=True, everything=True)
+    if rows:
+        table = _table([titles, *([_code(row[0]), *row[1:]] for row in rows)], right=1)
+        blocks.append(_details(f"Passes ({len(rows)})", table))
+    blocks += _markdown_parity(report)
+    blocks += _markdown_latency(report)
+    setting = {**report["options"], **report["environment"]}
+    if setting:
+        rows = [[_code(key), _code(spell_value(value))] for key, value in setting.items()]
+        blocks.append(_details("Options and environment", _long_table([["", ""], *rows])))
+    if report["notes"]:
+        blocks.append("\n".join(f"- {_prose(each)}" for each in report["notes"]))
+    return "\n\n".join(blocks) + "\n"
+
+
+def _summary_table(report: Json) -> str:
+    before, after = roles(report)
+    nodes, model, latency = report["nodes"], report["model"], report["latency"]
+    rows = [["", before, after]]
+
+    def add(name: str, first: Any, second: Any, amount: Callable[[Any], str]) -> None:
+        if first is not None:
+            rows.append([name, amount(first), "-" if second is None else amount(second)])
+
+    add("nodes", nodes["before"], nodes["after"], "{:,}".format)
+    add("file size", model["bytes_before"], model["bytes_after"], spell_bytes)
+    parity = report["parity"]
+    if parity is not None and parity["inputs"] and parity["outputs"]:
+        worst = worst_first(parity)[0]
+        title = f"error at {_code(worst['name'])}, max / RMS, ulp of its scale"
+        rows.append([title, error_cell(worst, "baseline_"), error_cell(worst, "")])
+    if latency is not None:
+        first, second = latency["original"], latency["candidate"]
+        where = provider_name(latency["provider"])
+        for key in ("p50", "p90"):
+            add(f"latency {key} on {where}", first[key], second[key], spell_milliseconds)
+    if len(rows[0]) == 3 and all(row[2] == "-" for row in rows[1:]):
+        rows = [row[:2] for row in rows]
+    return _table(rows, right=1)
+
+
+def _markdown_lists(report: Json) -> list[tuple[str, list[str]]]:
+    lists = []
+    for title, groups_of in REASONS.items():
+        groups = groups_of(report)
+        number = sum(len(group.places) for group in groups)
+        lists.append((f"{title} ({number})", [_markdown_group(group) for group in groups]))
+    back = [f"{_code(site)}: {_prose(effect)}" for site, effect in sites_taken_back(report)]
+    lists.append((f"Taken back ({len(back)})", back))
+    return [(title, items) for title, items in lists if items]
+
+
+def _markdown_group(group: Group) -> str:
+    places = group.listed(_MARKDOWN_ROWS // 5, _code)
+    advice = f". To change that: {_prose(group.advice)}" if group.advice else ""
+    return f"{len(group.places)} x {_prose(group.reason)}, at {places}{advice}"
+
+
+def _markdown_parity(report: Json) -> list[str]:
+    parity = report["parity"]
+    if parity is None or not parity["outputs"]:
+        return []
+    outputs = worst_first(parity)
+    titles = list(PARITY_TITLES)
+    titles[3] = roles(report)[0]
+    rows = []
+    for each in outputs if parity["inputs"] else ():  # without them nothing was run
+        for state, measures in judgements(each):
+            cells = parity_cells(each["name"], state, measures)
+            rows.append([_code(cells[0]), *cells[1:]])
+    lines = [
+        _prose(f"{'; '.join(parity_facts(parity))}."),
+        *([_long_table([titles, *rows], right=2), LEGEND] if rows else []),
+        _bullets(
+            [
+                f"{_code(each['name'])}, optimizer {state}: {_prose(measures['reason'])}"
+                for each in outputs
+                for state, measures in judgements(each)
+                if measures.get("reason")
+            ]
+            + [_prose(each) for each in parity["notes"]]
+        ),
+    ]
+    title = (
+        f"Parity {'passed' if parity['passed'] else 'FAILED'}, {counted(len(outputs), 'output')}"
+    )
+    return [_details(title, "\n\n".join(filter(None, lines)))]
+
+
+def _markdown_latency(report: Json) -> list[str]:
+    latency = report["latency"]
+    if latency is None:
+        return []
+    items = [
+        latency_line(latency),
+        "; ".join(latency_facts(latency)),
+        *latency.get("notes", ()),
+        *not_measured(report),
+    ]
+    title = f"Latency on {provider_name(latency['provider'])}"
+    return [_details(title, _bullets([_prose(each) for each in items]))]
+
+
+def _details(title: str, body: str) -> str:
+    return f"<details><summary>{title}</summary>\n\n{body}\n\n</details>"
+
+
+def _bullets(items: Sequence[str]) -> str:
+    lines = [f"- {each}" for each in items[:_MARKDOWN_ROWS]]
+    if len(items) > _MARKDOWN_ROWS:
+        lines.append(f"- and {len(items) - _MARKDOWN_ROWS:,} more, in the JSON report")
+    return "\n".join(lines)
+
+
+def _table(rows: Sequence[Sequence[str]], *, right: int | None = None) -> str:
+    """Return a table with the titles in row 0; columns from `right` on are aligned to the right."""
+    marks = ["---" if right is None or i < right else "--:" for i in range(len(rows[0]))]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (rows[0], marks, *rows[1:]))
+
+
+def _long_table(rows: Sequence[Sequence[str]], *, right: int | None = None) -> str:
+    table = _table(rows[: _MARKDOWN_ROWS + 1], right=right)
+    more = len(rows) - 1 - _MARKDOWN_ROWS
+    return f"{table}\n\nand {more:,} more, in the JSON report" if more > 0 else table
+
+
+def _code(name: str) -> str:
+    r"""Return a name as a code span that is also safe inside a table.
+
+    >>> print(_code("a|b"), _code("x`y"))
+    `a\|b` `` x`y ``
+    """
+    text = plain(name)
+    if not text:
+        return "(no name)"
+    if "\\|" in text:
+        # Renderers differ on which of the two characters the first one escapes.
+        return f"<code>{''.join(c if c.isalnum() else f'&#{ord(c)};' for c in text)}</code>"
+    text = text.replace("|", "\\|")
+    if "`" not in text:
+        return f"`{text}`"
+    fence = "`"
+    while fence in text:
+        fence += "`"
+    return f"{fence} {text} {fence}"
+
+
+def _prose(text: str) -> str:
+    r"""Return text that markdown shows as it is: no markup, no HTML, no mention of a person.
+
+    >>> print(_prose("x_1 < *y* | @z"))
+    x\_1 &lt; \*y\* \| @<!-- -->z
+    """
+    text = plain(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    text = "".join(f"\\{char}" if char in "\\`*_[]|~" else char for char in text)
+    return text.replace("@", "@<!-- -->").replace("#", "#<!-- -->")
