@@ -1,9 +1,9 @@
 """Find every normalization in an ONNX graph, rewrite it to the cheapest equal one, and prove it.
 
-    >>> import onnxnorm
-    >>> result = onnxnorm.optimize("model.onnx", "optimized.onnx")      # doctest: +SKIP
-    >>> result.report.to_json()["parity"]["passed"]                     # doctest: +SKIP
-    True
+>>> import onnxnorm
+>>> result = onnxnorm.optimize("model.onnx", "optimized.onnx")      # doctest: +SKIP
+>>> result.report.to_json()["parity"]["passed"]                     # doctest: +SKIP
+True
 """
 
 from __future__ import annotations

@@ -728,11 +728,14 @@ def _splice(skeleton: bytes) -> Iterator[_Piece]:
         stated = any(e.value.endswith(_STATED) for e in light.external_data)
         before: list[bytes] = []
         after: list[bytes] = []
+        target = before
         for number, record, _, stop in _records(skeleton, end, start):
+            if abs(number) > _RAW_DATA:
+                target = after  # and so for unknown fields, which come last whatever their number
             if abs(number) not in (_EXTERNAL_DATA, _DATA_LOCATION):
-                (before if abs(number) < _RAW_DATA else after).append(skeleton[record:stop])
+                target.append(skeleton[record:stop])
             elif number == -_DATA_LOCATION and stated:
-                after.append(_encode_varint(_DATA_LOCATION << 3) + b"\0")
+                target.append(_encode_varint(_DATA_LOCATION << 3) + b"\0")
         head = b"".join(before) + _header(_RAW_DATA, reference.length)
         return [head, reference, b"".join(after)]
 

@@ -606,7 +606,8 @@ def test_json_holds_the_keys_of_the_report(tmp_path: Path) -> None:
     original = layers(tmp_path, "a")
     data = check(original, original).to_json()
     assert json.loads(json.dumps(data, allow_nan=False)) == data
-    assert set(data) == {"passed", "truth", "notes", "inputs", "seconds", "outputs"}
+    keys = {"passed", "truth", "notes", "inputs", "samples", "seconds", "outputs"}
+    assert set(data) == keys
     numbers = {"error", "baseline_error", "budget", "error_rms", "baseline_error_rms", "budget_rms",
                "error_ulp", "baseline_error_ulp", "cosine", "argmax_agreement", "passed",
                "reason"}  # fmt: skip
@@ -635,28 +636,29 @@ def test_progress_is_reported(tmp_path: Path) -> None:
 # --- how many of the original's errors a budget rests on ---------------------------------------
 
 
-def amplifying(folder: Path, name: str, constant: Any) -> Path:
-    """1e5 (x 0 + 1 - c): a rounding of c is 1e5 times as large in the output."""
+def amplifying(folder: Path, name: str, weight: Any) -> Path:
+    """1 + 1e5 (0 x + 1) W: with columns that cancel, a rounding of W shows 1e5 times as large."""
     nodes = [
         helper.make_node("Mul", ["x", "zero"], ["z"]),
         helper.make_node("Add", ["z", "one"], ["a"]),
-        helper.make_node("Sub", ["a", "c"], ["d"]),
-        helper.make_node("Mul", ["d", "large"], ["y"]),
+        helper.make_node("MatMul", ["a", "w"], ["d"]),
+        helper.make_node("Mul", ["d", "large"], ["m"]),
+        helper.make_node("Add", ["m", "one"], ["y"]),
     ]
-    values = {"zero": 0.0, "one": 1.0, "c": constant, "large": 1e5}
-    weights = {key: np.float32(value) for key, value in values.items()}
-    return save(folder, name, nodes, [tensor("x", ["N", 4])], ["y"], weights)
+    weights = {"zero": np.float32(0.0), "one": np.float32(1.0), "large": np.float32(1e5)}
+    return save(folder, name, nodes, [tensor("x", ["N", 4])], ["y"], {**weights, "w": weight})
 
 
 def test_a_candidate_that_rounds_otherwise_is_given_a_second_look(tmp_path: Path) -> None:
-    c = np.float32(0.999)
-    original = amplifying(tmp_path, "a", c)
-    rounded = amplifying(tmp_path, "b", np.nextafter(c, np.float32(2.0)))
-    wrong = amplifying(tmp_path, "c", c * np.float32(1.0001))
+    cancelling = np.tile(np.array([[0.3], [-0.3], [0.7], [-0.7]], np.float32), (1, 4))
+    otherwise, elsewhere = cancelling.copy(), cancelling.copy()
+    otherwise[0, 0] = np.nextafter(otherwise[0, 0], np.float32(1.0))
+    elsewhere[0, 0] *= np.float32(1.00001)
+    original = amplifying(tmp_path, "a", cancelling)
     with ParityChecker(original) as checker:
         assert checker.check(original).notes == ()
-        accepted = checker.check(rounded)
-        refused = checker.check(wrong)
+        accepted = checker.check(amplifying(tmp_path, "b", otherwise))
+        refused = checker.check(amplifying(tmp_path, "c", elsewhere))
     assert accepted.passed
     assert any("one-ulp change" in note for note in accepted.notes)
     assert not refused.passed

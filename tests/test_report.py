@@ -413,7 +413,13 @@ def test_measured_parity_keeps_to_the_schema(optimized: bool) -> None:
     level = Level(**{key: number for key, number in numbers.items() if key != "passed"})
     row = OutputParity("y", "float32", level, level if optimized else None)
     result = ParityResult(
-        passed=True, outputs=(row,), truth="float64", notes=("n",), inputs=("i",), samples=1, seconds=1.0
+        passed=True,
+        outputs=(row,),
+        truth="float64",
+        notes=("n",),
+        inputs=("i",),
+        samples=1,
+        seconds=1.0,
     )
     VALIDATOR.validate(full(parity=result.to_json()).to_json())
 

@@ -92,7 +92,7 @@ def test_fresh_names_avoid_every_name_of_every_scope() -> None:
 
 def test_absent_inputs_are_empty_names_and_trailing_ones_are_dropped() -> None:
     def clip(plan: Plan, rw: Rewriter) -> None:
-        high = rw.constant("high", np.float32(3.0).reshape(()))
+        high = rw.constant("high", np.array(3.0, np.float32))
         rw.replace("Clip", [plan.root.inputs[0], None, high])
 
     assert ops(change("m", clip).stored.proto.graph)[0] == "Clip(x, , m_high)->m"
