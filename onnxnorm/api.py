@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 import onnx
 
@@ -24,22 +23,20 @@ from onnxnorm.errors import (
 )
 from onnxnorm.facts import Facts
 from onnxnorm.module import Module
-from onnxnorm.norms import Norm, find_norms
+from onnxnorm.norms import find_norms
 from onnxnorm.pipeline import Pipeline, Run
 from onnxnorm.registry import select
-from onnxnorm.remark import Region, Remark
 from onnxnorm.report import Report
 from onnxnorm.rewrite import Pass
+from onnxnorm.rollback import prove
+from onnxnorm.rows import file_rows, model_facts, norm_rows, site_rows
 from onnxnorm.storage import Staged, Stored
+from onnxnorm.workbench import Progress, Shapes, Workbench
 
-if TYPE_CHECKING:
-    from onnxnorm.parity import Level, ParityChecker, ParityResult
-
-Progress: TypeAlias = Callable[[str, "float | None"], None]
+Target: TypeAlias = Literal["onnx", "ort-cpu", "ort-cuda"]
 Model: TypeAlias = Any  # path, ModelProto, onnx_ir.Model, or what torch.onnx.export returns
-Shapes: TypeAlias = "Mapping[str, tuple[int, ...]] | None"
 
-TIME_BUDGET: Final = 60.0  # seconds for parity, and as many for latency
+TIME_BUDGET: Final = 60.0  # seconds for parity; latency takes half as many
 _UNCHANGED: Final = "the output is the input, byte for byte"
 
 
@@ -76,6 +73,7 @@ def optimize(
     output: str | Path | None = None,
     *,
     passes: str | Iterable[str | Pass] | None = None,
+    target: Target = "onnx",
     provider: str = "auto",
     threads: int | None = None,
     inputs: str | Path | None = None,
@@ -102,6 +100,8 @@ def optimize(
             `torch.onnx.export(..., dynamo=True)` returns.
         output: Where to write; None keeps the result in memory.
         passes: Pass names as in `onnxnorm.registry`, or passes; None is the default list.
+        target: What the model is for: "onnx" is any runtime, "ort-cpu" and "ort-cuda" are
+            onnxruntime. No pass of this version depends on it.
         provider: "cpu", "cuda" or "auto", for parity and latency.
         threads: Intra-op threads for latency; None is onnxruntime's own choice.
         inputs: The user's own inputs, an .npz file.
@@ -113,7 +113,7 @@ def optimize(
         latency: Measure both models.
         dry_run: Plan and apply in memory, check and write nothing.
         in_place: Let `output` be the input itself.
-        time_budget: Seconds that parity may take, and as many for latency.
+        time_budget: Seconds that parity may take; latency takes half as many.
         progress: Called as progress(what, fraction done or None).
         after_pass: Called with a pass's name and the model after it changed something.
 
@@ -124,79 +124,72 @@ def optimize(
         ProviderError: The provider is not usable.
         ParityError: The outputs do not agree, or onnxruntime cannot run the model.
     """
-    report_progress = progress or _silent
+    say = progress or _silent
     chosen = select(passes)
     with ExitStack() as stack:
         stored = stack.enter_context(_taken(model))
-        target = _target(stored, output, in_place=in_place)
-        session = _Measuring(
-            stack, stored, provider, threads, inputs, input_shapes, seed, time_budget, progress
-        )
+        place = _target(stored, output, in_place=in_place)
+        bench = Workbench(stack, stored, threads, inputs, input_shapes, seed, time_budget, progress)
         if (parity or latency) and not dry_run:
-            session.provider = _provider(provider)
+            bench.resolve(provider)
+        say("passes", None)
         pipeline = Pipeline(chosen, tuple(only), tuple(skip), after_pass)
-        report_progress("passes", None)
-        module = Module(stored)
-        rows = list(find_norms(Facts(module)))
+        rows = list(find_norms(Facts(Module(stored))))
         run = pipeline.run(stored)
-        _check_valid(stored, run.stored, run.applied)
-        notes: list[str] = []
-        warnings: list[str] = []
-        found: dict[str, Any] = {
-            "parity": None,
-            "parity_skipped": None,
-            "latency": None,
-            "latency_skipped": None,
-        }
-        files: tuple[Path, ...] = ()
+        _check_valid(stored, run)
+        told = _Told()
+        candidate: Staged | None = None
         if dry_run:
-            found["parity_skipped"] = found["latency_skipped"] = "it was a dry run"
+            told.parity_skipped = told.latency_skipped = "it was a dry run"
         elif not run.applied:
-            _leave(session, found, parity=parity, warnings=warnings)
+            _leave(bench, told, parity=parity)
         else:
-            staging = ExitStack()
-            stack.push(staging)
             if parity:
-                run, candidate, found["parity"] = _prove(
-                    session, pipeline, run, target, staging, warnings
-                )
+                proof = prove(bench, pipeline, run, place, stack)
+                run, candidate = proof.run, proof.candidate
+                told.parity = proof.result.to_json()
+                told.warnings += [f"{r.site} was taken back: {r.reason}." for r in proof.taken_back]
             else:
-                candidate = staging.enter_context(Staged(run.stored, target))
-                found["parity_skipped"] = "--no-parity was given"
-                warnings.append("The outputs were not compared with those of the original.")
-            _time(session, found, run, candidate, warnings, asked=latency, proven=parity)
-        if target is not None and not dry_run:
-            report_progress("writing", None)
-            if in_place and not run.applied:
-                notes.append("Nothing was changed, so nothing was written.")
-            elif run.applied:
+                candidate = stack.enter_context(Staged(run.stored, place))
+                told.parity_skipped = "--no-parity was given"
+                told.warnings.append("The outputs were not compared with those of the original.")
+            _time(bench, told, run, candidate, asked=latency, proven=parity)
+        files: tuple[Path, ...] = ()
+        if place is not None and not dry_run:
+            say("writing", None)
+            if run.applied and candidate is not None:
                 files = candidate.commit()
+            elif in_place:
+                told.notes.append("Nothing was changed, so nothing was written.")
             else:
-                files = storage.save(run.stored, target)
-        environment = _environment(session.provider is not None, threads)
+                files = storage.save(run.stored, place)
+        if target != "onnx":
+            told.notes.append(
+                f"No pass of this version writes a form for {target} alone: the model is the one"
+                " that any target gets."
+            )
         report = Report(
             command="optimize",
             version=version("onnxnorm"),
-            model=_model_facts(stored, target, run.stored),
+            model=model_facts(stored, place, run.stored),
             nodes={"before": run.nodes[0], "after": run.nodes[1]},
-            norms=_norm_rows(rows, run.remarks),
+            norms=norm_rows(rows, run.remarks),
             passes=[vars(s) for s in run.statistics],
-            sites=_site_rows(run.remarks),
-            environment=environment,
+            sites=site_rows(run.remarks),
+            environment=_environment(bench.provider is not None, threads),
             options={
                 "passes": [p.name for p in chosen],
-                "provider": session.provider or provider,
+                "target": target,
+                "provider": bench.provider or provider,
                 "seed": seed,
                 "only": list(only),
                 "skip": list(skip),
                 "input_shapes": {k: list(v) for k, v in (input_shapes or {}).items()},
                 "time_budget": time_budget,
             },
-            files=_file_rows(files),
-            notes=notes,
-            warnings=warnings,
+            files=file_rows(files),
             dry_run=dry_run,
-            **found,
+            **vars(told),
         )
         return Result(report, run.stored, files)
 
@@ -221,11 +214,11 @@ def inspect(
         return Report(
             command="inspect",
             version=version("onnxnorm"),
-            model=_model_facts(stored, None, None),
+            model=model_facts(stored, None, None),
             nodes={"before": run.nodes[0], "after": run.nodes[1]},
-            norms=_norm_rows(rows, run.remarks),
+            norms=norm_rows(rows, run.remarks),
             passes=[vars(s) for s in run.statistics],
-            sites=_site_rows(run.remarks),
+            sites=site_rows(run.remarks),
             parity_skipped="inspect runs nothing",
             latency_skipped="inspect runs nothing",
             options={"passes": [p.name for p in chosen]},
@@ -255,30 +248,26 @@ def compare(
     with ExitStack() as stack:
         first = stack.enter_context(_taken(original))
         second = stack.enter_context(_taken(candidate))
-        session = _Measuring(
-            stack, first, provider, threads, inputs, input_shapes, seed, time_budget, progress
-        )
-        session.provider = _provider(provider)
+        bench = Workbench(stack, first, threads, inputs, input_shapes, seed, time_budget, progress)
+        bench.resolve(provider)
         before, after = (sum(1 for _ in Module(s).nodes()) for s in (first, second))
-        found: dict[str, Any] = {
-            "parity": None,
-            "parity_skipped": None if parity else "--no-parity was given",
-            "latency": None,
-            "latency_skipped": None if latency else "--no-latency was given",
-        }
-        path = session.on_disk(second)
+        told = _Told(
+            parity_skipped=None if parity else "--no-parity was given",
+            latency_skipped=None if latency else "--no-latency was given",
+        )
+        path = bench.on_disk(second)
         if parity:
-            found["parity"] = session.checker().check(path, ()).to_json()
+            told.parity = bench.checker().check(path).to_json()
         if latency:
-            found["latency"] = session.measure(path)
+            told.latency = bench.measure(path)
         return Report(
             command="compare",
             version=version("onnxnorm"),
-            model=_model_facts(first, second.path, second),
+            model=model_facts(first, second.path, second),
             nodes={"before": before, "after": after},
             environment=_environment(True, threads),
-            options={"provider": session.provider, "seed": seed, "time_budget": time_budget},
-            **found,
+            options={"provider": bench.provider, "seed": seed, "time_budget": time_budget},
+            **vars(told),
         )
 
 
@@ -286,190 +275,32 @@ def compare(
 
 
 @dataclass
-class _Measuring:
-    """What parity and latency of one original share: its file, its inputs, its truth."""
+class _Told:
+    """What a report says of the proof and the measurement."""
 
-    stack: ExitStack
-    stored: Stored
-    wanted: str
-    threads: int | None
-    inputs: str | Path | None
-    shapes: Shapes
-    seed: int
-    budget: float
-    progress: Progress | None
-    provider: str | None = None
-    _checker: ParityChecker | None = None
-
-    def on_disk(self, stored: Stored) -> Path:
-        """A file that holds this model; a temporary one where it came from memory."""
-        if stored.path is not None:
-            return stored.path
-        return self.stack.enter_context(Staged(stored, None)).model
-
-    def checker(self) -> ParityChecker:
-        """The parity checker, with the truth and the baseline computed once."""
-        from onnxnorm.parity import ParityChecker  # brings onnxruntime, which inspect never needs
-
-        if self._checker is None:
-            self._checker = self.stack.enter_context(
-                ParityChecker(
-                    self.on_disk(self.stored),
-                    shapes=self.shapes,
-                    seed=self.seed,
-                    inputs=None if self.inputs is None else Path(self.inputs),
-                    provider=self.provider or "cpu",
-                    budget_seconds=self.budget,
-                    progress=self.progress,
-                )
-            )
-        return self._checker
-
-    def feed(self) -> Mapping[str, Any]:
-        """One set of inputs that the original accepts."""
-        values: Mapping[str, Any] = self.checker().feeds[0].values
-        return values
-
-    def measure(self, candidate: Path) -> dict[str, Any]:
-        """The latency of the original and a candidate, as JSON."""
-        from onnxnorm.latency import measure
-
-        return measure(
-            self.on_disk(self.stored),
-            candidate,
-            self.feed(),
-            provider=self.provider or "cpu",
-            threads=self.threads,
-            seed=self.seed,
-            budget_seconds=self.budget,
-            progress=self.progress,
-        ).to_json()
+    parity: dict[str, Any] | None = None
+    parity_skipped: str | None = None
+    latency: dict[str, Any] | None = None
+    latency_skipped: str | None = None
+    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
 
-def _prove(
-    session: _Measuring,
-    pipeline: Pipeline,
-    run: Run,
-    target: Path | None,
-    staging: ExitStack,
-    warnings: list[str],
-) -> tuple[Run, Staged, dict[str, Any]]:
-    """Check a run; leave out the sites that break agreement, one after another, by replay."""
-    checker = session.checker()
-    quiet = replace(pipeline, after_pass=None)
-    denied: dict[str, Remark] = {}
-
-    def stage(of: Run) -> Staged:
-        return Staged(of.stored, target)
-
-    while True:
-        with ExitStack() as undecided:
-            candidate = undecided.enter_context(stage(run))
-            result = checker.check(candidate.model, _regions(run))
-            if result.passed:
-                staging.push(undecided.pop_all())
-                break
-        if not run.applied:
-            raise ParityError(
-                f"the outputs do not agree although nothing was changed: {_worst(result)[0]}",
-                "The model gives other outputs from run to run; use --no-parity to go on without.",
-            )
-        guilty, failure = _bisect(session, quiet, run, result, denied)
-        reason, error = _worst(failure)
-        denied[guilty.site] = replace(
-            guilty,
-            outcome="rolled_back",
-            reason=f"with it the outputs no longer agree: {reason}",
-            removed=(),
-            added=(),
-            region=None,
-            error=error,
-        )
-        warnings.append(f"{guilty.site} was taken back: {reason}.")
-        run = quiet.run(session.stored, deny=tuple(denied), check_sites=False)
-    remarks = tuple(denied.get(r.site, r) if r.outcome == "skipped" else r for r in run.remarks)
-    missing = [r for site, r in denied.items() if all(x.site != site for x in remarks)]
-    return replace(run, remarks=(*remarks, *missing)), candidate, result.to_json()
-
-
-def _bisect(
-    session: _Measuring,
-    pipeline: Pipeline,
-    run: Run,
-    failure: ParityResult,
-    denied: Collection[str],
-) -> tuple[Remark, ParityResult]:
-    """The first site, in the order of commits, with which the outputs stop agreeing.
-
-    All the sites of `run` together fail, as `failure` says, and none of them changes nothing.
-    Those before the one that is found agree together; the check that fails with it comes along.
-    """
-    sites = [r.site for r in run.applied]
-    good, bad = 0, len(sites)
-    while bad - good > 1:
-        middle = (good + bad) // 2
-        part = pipeline.run(
-            session.stored, deny=tuple(denied), allow=sites[:middle], check_sites=False
-        )
-        with Staged(part.stored, None) as candidate:
-            result = session.checker().check(candidate.model, _regions(part))
-        if result.passed:
-            good = middle
-        else:
-            bad, failure = middle, result
-    return run.applied[bad - 1], failure
-
-
-def _regions(run: Run) -> tuple[Region, ...]:
-    """What was changed, part by part; nothing where a part cannot be told apart."""
-    regions = [r.region for r in run.applied]
-    return () if None in regions else tuple(r for r in regions if r is not None)
-
-
-def _worst(result: ParityResult) -> tuple[str, float | None]:
-    """The failed output that is furthest off, in words, and its error over its budget."""
-    failed = [
-        (_excess(level), f"output '{output.name}': {output.reason}")
-        for output in result.outputs
-        for level in (output.unoptimized, output.optimized)
-        if level is not None and not level.passed
-    ]
-    if not failed:
-        return "; ".join(result.notes) or "the check failed", None
-    excess, said = max(failed)
-    return said, excess or None
-
-
-def _excess(level: Level) -> float:
-    """max(error / budget, error_rms / budget_rms); 0 where there are no such numbers."""
-    pairs = ((level.error, level.budget), (level.error_rms, level.budget_rms))
-    shares = [error / budget for error, budget in pairs if budget > 0]
-    return max((share for share in shares if math.isfinite(share)), default=0.0)
-
-
-def _leave(
-    session: _Measuring, found: dict[str, Any], *, parity: bool, warnings: list[str]
-) -> None:
+def _leave(bench: Workbench, told: _Told, *, parity: bool) -> None:
     """Nothing was changed: show that onnxruntime runs the model, and measure nothing."""
-    found["latency_skipped"] = "nothing was changed"
+    told.latency_skipped = "nothing was changed"
     if not parity:
-        found["parity_skipped"] = "--no-parity was given"
+        told.parity_skipped = "--no-parity was given"
         return
-    session.feed()
-    found["parity"] = {
+    bench.feed()
+    unknown = dict.fromkeys(("error", "baseline_error", "budget", "reason"))
+    told.parity = {
         "passed": True,
         "truth": f"not needed: {_UNCHANGED}",
         "inputs": [],
         "outputs": [
-            {
-                "name": output.name,
-                "error": None,
-                "baseline_error": None,
-                "budget": None,
-                "passed": True,
-                "reason": None,
-            }
-            for output in session.stored.proto.graph.output
+            {"name": output.name, "passed": True, **unknown}
+            for output in bench.stored.proto.graph.output
         ],
         "notes": ["Nothing was changed. onnxruntime loads and runs the model."],
         "seconds": None,
@@ -477,34 +308,21 @@ def _leave(
 
 
 def _time(
-    session: _Measuring,
-    found: dict[str, Any],
-    run: Run,
-    candidate: Staged,
-    warnings: list[str],
-    *,
-    asked: bool,
-    proven: bool,
+    bench: Workbench, told: _Told, run: Run, candidate: Staged, *, asked: bool, proven: bool
 ) -> None:
     if not asked:
-        found["latency_skipped"] = "--no-latency was given"
+        told.latency_skipped = "--no-latency was given"
     elif not run.applied:
-        found["latency_skipped"] = "nothing was changed"
+        told.latency_skipped = "nothing was changed"
     else:
         try:
-            found["latency"] = session.measure(candidate.model)
+            told.latency = bench.measure(candidate.model)
         except (ParityError, RuntimeRejection) as error:
             if proven:
                 raise
             # Without parity a model that onnxruntime cannot run is still optimized.
-            found["latency_skipped"] = "onnxruntime cannot run the model"
-            warnings.append(f"Latency was not measured: {error.what}.")
-
-
-def _provider(wanted: str) -> str:
-    from onnxnorm.session import resolve_provider
-
-    return resolve_provider(wanted)
+            told.latency_skipped = "onnxruntime cannot run the model"
+            told.warnings.append(f"Latency was not measured: {error.what}.")
 
 
 # ** taking a model **
@@ -576,108 +394,14 @@ def _target(stored: Stored, output: str | Path | None, *, in_place: bool) -> Pat
     return target
 
 
-def _check_valid(before: Stored, after: Stored, applied: Sequence[Remark]) -> None:
+def _check_valid(before: Stored, run: Run) -> None:
     """onnx.checker must not find in the output what it did not find in the input."""
-    if not applied:
-        return
-    complaint = storage.checker_complaint(after)
+    complaint = storage.checker_complaint(run.stored) if run.applied else None
     if complaint is not None and storage.checker_complaint(before) is None:
         raise VerificationError(
             f"onnx.checker rejects the result: {complaint}",
             "This is a defect of one of the passes; please report it with the model.",
         )
-
-
-# ** rows of the report **
-
-
-def _norm_rows(norms: Sequence[Norm], remarks: Sequence[Remark]) -> list[dict[str, Any]]:
-    by_anchor: dict[str, Remark] = {}
-    for remark in remarks:
-        anchor = remark.site.partition(":")[2]
-        known = by_anchor.get(anchor)
-        if known is None or known.outcome in ("missed", "skipped"):
-            by_anchor[anchor] = remark
-    rows = []
-    for norm in norms:
-        scope = norm.node.scope.path
-        done = by_anchor.get(f"{scope}{norm.output}")
-        action, reason = _action(norm, done)
-        rows.append(
-            {
-                "kind": norm.kind,
-                "input": norm.input,
-                "output": norm.output,
-                "axes": None if norm.axes is None else list(norm.axes),
-                "epsilon": norm.epsilon,
-                "nodes": [norm.node.label],
-                "recognised": norm.recognised,
-                "action": action,
-                "into": done.added[-1].partition(" ")[0]
-                if done is not None and done.added
-                else None,
-                "reason": reason,
-                "at": done.at if done is not None else None,
-                "advice": (done.advice or None) if done is not None else None,
-                "site": done.site if done is not None else None,
-            }
-        )
-    return rows
-
-
-def _action(norm: Norm, remark: Remark | None) -> tuple[str, str | None]:
-    if remark is None:
-        said = norm.reason or f"no pass that ran rewrites a {norm.kind}"
-        return ("none", said)
-    if remark.outcome == "applied":
-        return ("folded", None)
-    if remark.outcome == "skipped":
-        return ("kept", remark.reason)
-    if remark.outcome == "missed":
-        return ("none", remark.reason)
-    return ("refused", remark.reason)
-
-
-def _site_rows(remarks: Sequence[Remark]) -> list[dict[str, Any]]:
-    return [
-        {
-            "site": r.site,
-            "pass": r.rule,
-            "action": r.outcome,
-            "reason": r.reason or None,
-            "at": r.at or None,
-            "advice": r.advice or None,
-            "removed": list(r.removed),
-            "added": list(r.added),
-            "error": r.error,
-        }
-        for r in remarks
-    ]
-
-
-def _model_facts(stored: Stored, output: Path | None, after: Stored | None) -> dict[str, Any]:
-    proto = stored.proto
-    producer = " ".join(filter(None, (proto.producer_name, proto.producer_version)))
-    return {
-        "input": None if stored.path is None else str(stored.path),
-        "output": None if output is None else str(output),
-        "bytes_before": storage.total_bytes(stored),
-        "bytes_after": None if after is None else storage.total_bytes(after),
-        "opset": {o.domain or "ai.onnx": o.version for o in proto.opset_import},
-        "ir_version": proto.ir_version,
-        "producer": producer or None,
-    }
-
-
-def _file_rows(files: Sequence[Path]) -> list[dict[str, Any]]:
-    return [
-        {
-            "path": str(path),
-            "role": "model" if position == 0 else "weights",
-            "bytes": path.stat().st_size,
-        }
-        for position, path in enumerate(files)
-    ]
 
 
 def _environment(measured: bool, threads: int | None) -> dict[str, Any]:

@@ -94,7 +94,7 @@ _measuring = _options(
         default=api.TIME_BUDGET,
         show_default=True,
         metavar="SECONDS",
-        help="For parity, and as many for latency.",
+        help="For parity; latency takes half as many.",
     ),
 )
 _output = _options(
@@ -114,11 +114,18 @@ _output = _options(
 
 @cli.command()
 @click.argument("source", metavar="IN.onnx", type=_MODEL)
-@click.argument("target", metavar="[OUT.onnx]", type=_MODEL, required=False)
+@click.argument("output", metavar="[OUT.onnx]", type=_MODEL, required=False)
 @click.option(
     "--passes",
     metavar="A,B{opt=1}",
     help="What to run, in order; 'none' runs nothing.  [the default list]",
+)
+@click.option(
+    "--target",
+    type=click.Choice(["onnx", "ort-cpu", "ort-cuda"]),
+    default="onnx",
+    show_default=True,
+    help="What the model is for.",
 )
 @click.option("--only", multiple=True, metavar="SITE", help="Restrict the passes to this site.")
 @click.option("--skip", multiple=True, metavar="SITE", help="Leave this site as it is.")
@@ -132,7 +139,7 @@ _output = _options(
 @_output
 def optimize(
     source: Path,
-    target: Path | None,
+    output: Path | None,
     reports: Sequence[Path],
     *,
     as_json: bool,
@@ -145,11 +152,11 @@ def optimize(
     **given: Any,
 ) -> None:
     """Rewrite the normalizations of IN.onnx and write OUT.onnx, if its outputs agree."""
-    if target is None and not (given["in_place"] or given["dry_run"]):
+    if output is None and not (given["in_place"] or given["dry_run"]):
         raise UsageError(
             "there is no OUT.onnx to write", "Name it, or give --in-place or --dry-run."
         )
-    _check_reports(reports, source, target)
+    _check_reports(reports, source, output)
     if print_after not in (None, "all", *catalogue()):
         raise UsageError(
             f"--print-after names '{print_after}', which is no pass",
@@ -165,7 +172,7 @@ def optimize(
     with Progress(quiet=quiet) as progress:
         result = api.optimize(
             source,
-            target,
+            output,
             parity=not no_parity,
             latency=not no_latency,
             progress=progress,

@@ -1,0 +1,149 @@
+"""Rollback by replay: whatever breaks agreement is found, left out, and the rest proven again.
+
+Nothing is undone in place, because later sites may have built on the guilty one: the pipeline runs
+again from the input with that site denied.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from onnxnorm.errors import ParityError
+from onnxnorm.pipeline import Pipeline, Run
+from onnxnorm.remark import Region, Remark
+from onnxnorm.storage import Staged
+from onnxnorm.workbench import Workbench
+
+if TYPE_CHECKING:
+    from onnxnorm.parity import Level, ParityResult
+
+
+@dataclass(frozen=True)
+class Proof:
+    """A run that agrees with the original.
+
+    Attributes:
+        run: What is left of the passes' work, with the sites that were taken back as remarks.
+        candidate: The model, staged beside its destination.
+        result: The parity check that it passed.
+    """
+
+    run: Run
+    candidate: Staged
+    result: ParityResult
+
+    @property
+    def taken_back(self) -> tuple[Remark, ...]:
+        """The sites that were left out because the outputs did not agree with them."""
+        return tuple(r for r in self.run.remarks if r.outcome == "rolled_back")
+
+
+def prove(
+    bench: Workbench, pipeline: Pipeline, run: Run, target: Path | None, keep: ExitStack
+) -> Proof:
+    """Check a run; leave out the sites that break agreement, one after another, by replay.
+
+    Args:
+        bench: The original and its truth.
+        pipeline: What made the run.
+        run: The run to check.
+        target: Where the model will go; None keeps it in a temporary folder.
+        keep: Owns the staged model that agrees.
+
+    Raises:
+        ParityError: The original cannot be run, or does not agree with itself.
+    """
+    quiet = replace(pipeline, after_pass=None)
+    denied: dict[str, Remark] = {}
+    while True:
+        with ExitStack() as undecided:
+            candidate = undecided.enter_context(Staged(run.stored, target))
+            result = bench.checker().check(candidate.model, _regions(run))
+            if result.passed:
+                keep.push(undecided.pop_all())
+                return Proof(_with_denied(run, denied), candidate, result)
+        if not run.applied:
+            raise ParityError(
+                f"the outputs do not agree although nothing was changed: {_worst(result)[0]}",
+                "The model gives other outputs from run to run; use --no-parity to go on without.",
+            )
+        guilty, failure = _bisect(bench, quiet, run, result, denied)
+        reason, error = _worst(failure)
+        denied[guilty.site] = replace(
+            guilty,
+            outcome="rolled_back",
+            reason=f"with it the outputs no longer agree: {reason}",
+            removed=(),
+            added=(),
+            region=None,
+            error=error,
+        )
+        run = quiet.run(bench.stored, deny=tuple(denied), check_sites=False)
+
+
+def _with_denied(run: Run, denied: Mapping[str, Remark]) -> Run:
+    """The run with what was taken back in place of "skipped", and what no longer came up added."""
+    remarks = [denied.get(r.site, r) if r.outcome == "skipped" else r for r in run.remarks]
+    known = {r.site for r in remarks}
+    remarks += [r for site, r in denied.items() if site not in known]
+    return replace(run, remarks=tuple(remarks))
+
+
+def _bisect(
+    bench: Workbench,
+    pipeline: Pipeline,
+    run: Run,
+    failure: ParityResult,
+    denied: Collection[str],
+) -> tuple[Remark, ParityResult]:
+    """The first site, in the order of commits, with which the outputs stop agreeing.
+
+    All the sites of `run` together fail, as `failure` says, and none of them changes nothing.
+    Those before the one that is found agree together; the check that fails with it comes along.
+    """
+    sites = [r.site for r in run.applied]
+    good, bad = 0, len(sites)
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        part = pipeline.run(
+            bench.stored, deny=tuple(denied), allow=sites[:middle], check_sites=False
+        )
+        with Staged(part.stored, None) as candidate:
+            result = bench.checker().check(candidate.model, _regions(part))
+        if result.passed:
+            good = middle
+        else:
+            bad, failure = middle, result
+    return run.applied[bad - 1], failure
+
+
+def _regions(run: Run) -> tuple[Region, ...]:
+    """What was changed, part by part; nothing where a part cannot be told apart."""
+    regions = [r.region for r in run.applied]
+    return () if None in regions else tuple(r for r in regions if r is not None)
+
+
+def _worst(result: ParityResult) -> tuple[str, float | None]:
+    """The failed output that is furthest off, in words, and its error over its budget."""
+    failed = [
+        (_excess(level), f"output '{output.name}': {output.reason}")
+        for output in result.outputs
+        for level in (output.unoptimized, output.optimized)
+        if level is not None and not level.passed
+    ]
+    if not failed:
+        return "; ".join(result.notes) or "the check failed", None
+    excess, said = max(failed)
+    return said, excess or None
+
+
+def _excess(level: Level) -> float:
+    """max(error / budget, error_rms / budget_rms); 0 where there are no such numbers."""
+    pairs = ((level.error, level.budget), (level.error_rms, level.budget_rms))
+    shares = [error / budget for error, budget in pairs if budget > 0]
+    return max((share for share in shares if math.isfinite(share)), default=0.0)

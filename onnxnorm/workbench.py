@@ -1,0 +1,99 @@
+"""Where one original is run: its file, the inputs it accepts, its truth, its latency."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from onnxnorm.storage import Staged, Stored
+
+if TYPE_CHECKING:
+    from onnxnorm.parity import ParityChecker
+
+Progress: TypeAlias = Callable[[str, "float | None"], None]
+Shapes: TypeAlias = "Mapping[str, tuple[int, ...]] | None"
+
+
+@dataclass
+class Workbench:
+    """What parity and latency of one original share.
+
+    Attributes:
+        stack: Owns whatever is opened here.
+        stored: The original.
+        threads: Intra-op threads for latency; None is onnxruntime's own choice.
+        inputs: The user's own inputs.
+        shapes: Shapes of some inputs.
+        seed: Of random inputs and the order of measurements.
+        budget: Seconds for parity; latency takes half as many.
+        progress: Called with what is going on.
+        provider: Where models run; None until `resolve`.
+    """
+
+    stack: ExitStack
+    stored: Stored
+    threads: int | None
+    inputs: str | Path | None
+    shapes: Shapes
+    seed: int
+    budget: float
+    progress: Progress | None
+    provider: str | None = None
+    _checker: ParityChecker | None = None
+
+    def resolve(self, wanted: str) -> None:
+        """Decide where models run: "cpu", "cuda" or "auto".
+
+        Raises:
+            ProviderError: It is not usable.
+        """
+        from onnxnorm.session import resolve_provider  # brings onnxruntime, which takes time
+
+        self.provider = resolve_provider(wanted)
+
+    def on_disk(self, stored: Stored) -> Path:
+        """A file that holds this model; a temporary one where it came from memory."""
+        if stored.path is not None:
+            return stored.path
+        return self.stack.enter_context(Staged(stored, None)).model
+
+    def checker(self) -> ParityChecker:
+        """The parity checker, with the truth and the baseline computed once."""
+        from onnxnorm.parity import ParityChecker
+
+        if self._checker is None:
+            self._checker = self.stack.enter_context(
+                ParityChecker(
+                    self.on_disk(self.stored),
+                    shapes=self.shapes,
+                    seed=self.seed,
+                    inputs=None if self.inputs is None else Path(self.inputs),
+                    provider=self.provider or "cpu",
+                    budget_seconds=self.budget,
+                    progress=self.progress,
+                )
+            )
+        return self._checker
+
+    def feed(self) -> Mapping[str, Any]:
+        """One set of inputs that the original accepts."""
+        values: Mapping[str, Any] = self.checker().feeds[0].values
+        return values
+
+    def measure(self, candidate: Path) -> dict[str, Any]:
+        """The latency of the original and a candidate, as JSON."""
+        from onnxnorm.latency import measure
+
+        return measure(
+            self.on_disk(self.stored),
+            candidate,
+            self.feed(),
+            provider=self.provider or "cpu",
+            threads=self.threads,
+            seed=self.seed,
+            budget_seconds=self.budget / 2,
+            progress=self.progress,
+        ).to_json()
