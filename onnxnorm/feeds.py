@@ -75,6 +75,8 @@ _RECIPES: Final = (
     _Recipe(batched=False, padded_masks=False, sizes=2),
     _Recipe(batched=False, padded_masks=False, sizes=3),
     _Recipe(batched=False, padded_masks=False, sizes=4),
+    _Recipe(batched=False, padded_masks=False, sizes=5),
+    _Recipe(batched=False, padded_masks=False, sizes=6),
     _Recipe(batched=False, padded_masks=False, floats="small"),
     _Recipe(batched=False, padded_masks=False, floats="ones", integers="ones"),
     _Recipe(batched=False, padded_masks=False, floats="zeros", integers="zeros"),
@@ -83,9 +85,10 @@ _RECIPES: Final = (
 )
 
 # Two sizes of a row are used together: a model that bakes one in shows with the other.
-_SPATIAL: Final = ((64, 96), (224, 256), (32, 48), (128, 160), (299, 331))
-_SEQUENCE: Final = ((16, 11), (8, 5), (1, 1), (32, 24), (128, 64))
-_OTHER: Final = ((4, 3), (2, 5), (1, 1), (8, 6), (16, 12))
+# The last rows of the sequences are for waveforms, whose windows take hundreds of samples.
+_SPATIAL: Final = ((64, 96), (224, 256), (32, 48), (128, 160), (299, 331), (384, 416), (512, 640))
+_SEQUENCE: Final = ((16, 11), (8, 5), (1, 1), (32, 24), (128, 64), (512, 576), (16000, 12000))
+_OTHER: Final = ((4, 3), (2, 5), (1, 1), (8, 6), (16, 12), (64, 48), (512, 384))
 
 _MASK_NAME: Final = re.compile(r"mask", re.IGNORECASE)
 _POSITION_NAME: Final = re.compile(r"position|cache_pos", re.IGNORECASE)
