@@ -13,7 +13,7 @@ from typing import Any, Final, Literal, TypeAlias
 
 import onnx
 
-from onnxnorm import storage
+from onnxnorm import staging, storage, verifier
 from onnxnorm.errors import (
     ModelError,
     ParityError,
@@ -30,7 +30,8 @@ from onnxnorm.report import Report
 from onnxnorm.rewrite import Pass
 from onnxnorm.rollback import prove
 from onnxnorm.rows import file_rows, model_facts, norm_rows, site_rows
-from onnxnorm.storage import Staged, Stored
+from onnxnorm.staging import Staged
+from onnxnorm.storage import Stored
 from onnxnorm.workbench import Progress, Shapes, Workbench
 
 Target: TypeAlias = Literal["onnx", "ort-cpu", "ort-cuda"]
@@ -65,7 +66,7 @@ class Result:
         Raises:
             OutputError: It could not be written; nothing at `path` has changed.
         """
-        return storage.save(self.stored, path)
+        return staging.save(self.stored, path)
 
 
 def optimize(
@@ -162,7 +163,7 @@ def optimize(
             elif in_place:
                 told.notes.append("Nothing was changed, so nothing was written.")
             else:
-                files = storage.save(run.stored, place)
+                files = staging.save(run.stored, place)
         if target != "onnx":
             told.notes.append(
                 f"No pass of this version writes a form for {target} alone: the model is the one"
@@ -390,14 +391,14 @@ def _target(stored: Stored, output: str | Path | None, *, in_place: bool) -> Pat
             f"--in-place was given with another output, {target}",
             "Leave the output out, or --in-place.",
         )
-    storage.check_target(target)
+    staging.check_target(target)
     return target
 
 
 def _check_valid(before: Stored, run: Run) -> None:
     """onnx.checker must not find in the output what it did not find in the input."""
-    complaint = storage.checker_complaint(run.stored) if run.applied else None
-    if complaint is not None and storage.checker_complaint(before) is None:
+    complaint = verifier.checker_complaint(run.stored) if run.applied else None
+    if complaint is not None and verifier.checker_complaint(before) is None:
         raise VerificationError(
             f"onnx.checker rejects the result: {complaint}",
             "This is a defect of one of the passes; please report it with the model.",

@@ -23,7 +23,8 @@ from onnxnorm.errors import OnnxNormError, UsageError
 from onnxnorm.registry import catalogue, default_passes, options
 from onnxnorm.report import Report, report_form
 from onnxnorm.report_terminal import Progress, render_inspect, render_terminal
-from onnxnorm.storage import Stored, check_target
+from onnxnorm.staging import check_target
+from onnxnorm.storage import Stored
 
 _Command: TypeAlias = Callable[..., Any]
 _NAME: Final = "onnxnorm"

@@ -6,6 +6,10 @@ and exits with `exit_code`. Anything else is a defect of ours and keeps its trac
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import ClassVar
 
 
@@ -59,3 +63,30 @@ class VerificationError(OnnxNormError):
 
     The message names the pass, the site and the value.
     """
+
+
+@contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """Turn operating system errors into the two lines about `target`."""
+    try:
+        yield
+    except OSError as error:
+        raise write_error(target, error) from error
+
+
+def write_error(target: Path, error: OSError) -> OutputError:
+    """The two lines for an operating system error met while writing `target`."""
+    hints = {
+        errno.ENOSPC: "Free some space or write to another disk.",
+        errno.EDQUOT: "Free some space or write to another disk.",
+        errno.EFBIG: "Raise the limit on file sizes or write to another disk.",
+        errno.EACCES: "Write to a folder that you may write to.",
+        errno.EPERM: "Write to a folder that you may write to.",
+        errno.EROFS: "Write to a folder that you may write to.",
+        errno.ENOENT: "Create the folder first.",
+        errno.ENOTDIR: "Create the folder first.",
+        errno.EISDIR: "Give a file name, not a folder.",
+        errno.ENAMETOOLONG: "Give a shorter name.",
+    }
+    hint = hints.get(error.errno or 0, "Write to another place.")
+    return OutputError(f"{target} cannot be written: {error.strerror or error}", hint)

@@ -34,7 +34,7 @@ import ml_dtypes
 import numpy as np
 import onnx
 
-from onnxnorm import storage, variants
+from onnxnorm import staging, storage, variants
 from onnxnorm.decisions import Decision, trace
 from onnxnorm.errors import OnnxNormError, ParityError, RuntimeRejection
 from onnxnorm.feeds import Feed, candidates, smaller
@@ -597,7 +597,7 @@ class ParityChecker:
         with contextlib.ExitStack() as stack:
             if draws:
                 stored = variants.frozen(stored, draws[0])
-                path = stack.enter_context(storage.Staged(stored, None)).model
+                path = stack.enter_context(staging.Staged(stored, None)).model
                 taken = [
                     Feed({**feed.values, **draw}, feed.description, feed.samples)
                     for feed, draw in zip(taken, draws, strict=True)
@@ -678,7 +678,7 @@ class ParityChecker:
         weights = {tensor.name: tensor for tensor in graph.initializer}
         exposed = variants.exposing(stored, [name for name in wanted if name not in given])
         draws = []
-        with storage.Staged(exposed, None) as staged, self._opened(staged.model) as session:
+        with staging.Staged(exposed, None) as staged, self._opened(staged.model) as session:
             for index, feed in enumerate(feeds):
                 values = {**feed.values, **session.run(feed.values)}
                 values |= {n: stored.array(weights[n]) for n in wanted if n in weights}
@@ -881,7 +881,7 @@ class ParityChecker:
                 )
                 for feed in reference.feeds
             ]
-            with storage.Staged(variants.nudged(stored, seed), None) as staged:
+            with staging.Staged(variants.nudged(stored, seed), None) as staged:
                 runs = self._run(staged.model, moved, optimize=optimize)
             for name in allowances:
                 if all(name in run for run in runs):
@@ -917,7 +917,7 @@ class ParityChecker:
         """Work out the budgets of the values that integer outputs were decided on."""
         with contextlib.ExitStack() as stack:
             if exposed:
-                copy = storage.Staged(variants.exposing(stored, exposed), None)
+                copy = staging.Staged(variants.exposing(stored, exposed), None)
                 path = stack.enter_context(copy).model
             runs = self._run(path, reference.feeds, optimize=False)
         for name in reals:
@@ -968,7 +968,7 @@ class ParityChecker:
                 left = len(variants.random_nodes(copy))
                 if left:
                     notes.append(f"{left} random operators of the candidate have no counterpart")
-                candidate = stack.enter_context(storage.Staged(copy, None)).model
+                candidate = stack.enter_context(staging.Staged(copy, None)).model
             levels: dict[bool, dict[str, Level]] = {}
             for optimize in (False, True):
                 try:
@@ -1172,7 +1172,7 @@ class ParityChecker:
             reference = self._regions.get(region)
             if reference is None:
                 part = variants.extracted(stored, region.inputs, region.outputs, types)
-                with storage.Staged(part, None) as staged:
+                with staging.Staged(part, None) as staged:
                     deadline = time.monotonic() + share * _TRUTH_SHARE
                     try:
                         reference = self._prepare(part, staged.model, deadline, must_fit=False)
@@ -1184,7 +1184,7 @@ class ParityChecker:
                         ) from None
                 self._regions[region] = reference
             changed = variants.extracted(other, region.inputs, region.outputs, types)
-            with storage.Staged(changed, None) as staged:
+            with staging.Staged(changed, None) as staged:
                 found, remarks = self._judge_twice(reference, staged.model, region)
             outputs += found
             notes += [f"{region.site}: {note}" for note in [*reference.notes, *remarks]]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from onnxnorm.errors import ParityError
 from onnxnorm.pipeline import Pipeline, Run
 from onnxnorm.remark import Region, Remark
-from onnxnorm.storage import Staged
+from onnxnorm.staging import Staged
 from onnxnorm.workbench import Workbench
 
 if TYPE_CHECKING:

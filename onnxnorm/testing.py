@@ -15,7 +15,7 @@ from pathlib import Path
 import onnx
 from onnx import parser, printer
 
-from onnxnorm import storage
+from onnxnorm import staging, storage, verifier
 from onnxnorm.module import SITE_KEY
 from onnxnorm.pipeline import Pipeline, Run
 from onnxnorm.rewrite import Pass
@@ -57,8 +57,8 @@ def assert_sound(before: str | onnx.ModelProto, done: Run, *passes: Pass) -> Non
     Raises:
         AssertionError: One of these does not hold.
     """
-    if storage.checker_complaint(_stored(before)) is None:
-        assert storage.checker_complaint(done.stored) is None
+    if verifier.checker_complaint(_stored(before)) is None:
+        assert verifier.checker_complaint(done.stored) is None
     again = Pipeline(passes).run(storage.from_proto(done.stored.complete()))
     assert not again.applied, "running the passes on their own result changed it again"
     sites = {r.site for r in done.applied}
@@ -101,8 +101,8 @@ def assert_parity(
 
     with tempfile.TemporaryDirectory() as folder:
         first, second = Path(folder) / "before.onnx", Path(folder) / "after.onnx"
-        storage.save(_stored(before), first)
-        storage.save(_stored(after), second)
+        staging.save(_stored(before), first)
+        staging.save(_stored(after), second)
         with ParityChecker(first, seed=seed, shapes=shapes) as checker:
             result = checker.check(second)
     assert result.passed, result.to_json()

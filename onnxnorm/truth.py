@@ -26,7 +26,7 @@ from onnx.reference import ReferenceEvaluator
 from onnx.reference import ops as standard_ops
 from onnx.reference.ops import aionnxml as ml_ops
 
-from onnxnorm import storage
+from onnxnorm import staging, storage
 from onnxnorm.errors import ModelError, OnnxNormError
 from onnxnorm.float64 import (
     OPERATORS,
@@ -140,7 +140,7 @@ class Evaluator:
         self._plans: dict[int, _Plan] = {}
         self._reference: dict[int, Any] = {}
         self._bodies: dict[tuple[str, ...], onnx.FunctionProto] = {}
-        self._sessions: dict[tuple[str, ...], tuple[storage.Staged, Session]] = {}
+        self._sessions: dict[tuple[str, ...], tuple[staging.Staged, Session]] = {}
         self._narrow: dict[int, str] = {}
         self._held: list[Any] = []
         self._deadline = math.inf
@@ -450,7 +450,7 @@ class Evaluator:
 
     def _one_node(
         self, node: onnx.NodeProto, given: Mapping[str, Value], scope: _Scope
-    ) -> tuple[storage.Staged, Session]:
+    ) -> tuple[staging.Staged, Session]:
         copy = onnx.NodeProto()
         copy.CopyFrom(node)
         del copy.input[:]
@@ -471,7 +471,7 @@ class Evaluator:
                 for domain, version in scope.opsets.items()
             ],
         )
-        staged = storage.Staged(self._stored.with_proto(model), None)
+        staged = staging.Staged(self._stored.with_proto(model), None)
         try:
             return staged, open_session(staged.model, optimize=False)
         except BaseException:

@@ -15,6 +15,7 @@ import onnx
 from onnxnorm.errors import VerificationError
 from onnxnorm.facts import AnyValue, Facts, Type
 from onnxnorm.module import Module, Node, Scope, Weight, reads
+from onnxnorm.storage import Stored, payload_size, tensors
 
 
 class Verifier:
@@ -186,3 +187,51 @@ def _first_unsorted(scope: Scope) -> AnyValue | None:
                 return value
         done.add(node)
     return None
+
+
+def checker_complaint(stored: Stored) -> str | None:
+    """What onnx.checker, with shape inference, has against a model; None if nothing.
+
+    The payloads stay where they are: a weight of the main graph, be it an initializer or a
+    Constant node, is shown to the checker as an input of its type.
+    Source: onnx.checker.check_model(full_check=True).
+    """
+    copy = stored.small()
+    inputs = {i.name for i in copy.graph.input}
+    light = []
+    for tensor in copy.graph.initializer:
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            light.append(tensor)
+        elif tensor.name not in inputs:
+            info = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+            copy.graph.input.append(info)
+    del copy.graph.initializer[:]
+    copy.graph.initializer.extend(light)
+    nodes = [(node, _large_constant(node)) for node in copy.graph.node]
+    for node, value in nodes:
+        if value is not None:
+            info = onnx.helper.make_tensor_value_info(node.output[0], value.data_type, value.dims)
+            copy.graph.input.append(info)
+    del copy.graph.node[:]
+    copy.graph.node.extend(node for node, value in nodes if value is None)
+    for tensor in tensors(copy):
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            size = payload_size(tensor)
+            del tensor.external_data[:]
+            tensor.ClearField("data_location")
+            tensor.raw_data = bytes(size)
+    try:
+        onnx.checker.check_model(copy, full_check=True)
+    except Exception as error:
+        return " ".join(str(error).split())
+    return None
+
+
+def _large_constant(node: onnx.NodeProto) -> onnx.TensorProto | None:
+    """The value of a Constant node whose payload is elsewhere."""
+    if node.op_type != "Constant" or node.domain not in ("", "ai.onnx"):
+        return None
+    if len(node.output) != 1 or len(node.attribute) != 1 or not node.attribute[0].HasField("t"):
+        return None
+    tensor = node.attribute[0].t
+    return tensor if tensor.data_location == onnx.TensorProto.EXTERNAL else None

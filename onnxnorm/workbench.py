@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from onnxnorm.storage import Staged, Stored
+from onnxnorm.staging import Staged
+from onnxnorm.storage import Stored
 
 if TYPE_CHECKING:
     from onnxnorm.parity import ParityChecker

@@ -25,7 +25,7 @@ from onnx import (
     helper,
 )
 
-from onnxnorm.storage import INLINE_LIMIT, REFERENCE_KEY
+from onnxnorm.wire import INLINE_LIMIT, REFERENCE_KEY
 
 DOMAINS: Final = ("", "com.example", "com.example.unknown")
 TYPES: Final = tuple(v for k, v in TensorProto.DataType.items() if k != "UNDEFINED")

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, numpy_helper, parser
 
 from onnxnorm import cli, registry
-from onnxnorm.storage import INLINE_LIMIT
+from onnxnorm.wire import INLINE_LIMIT
 
 HEAD: Final = '<ir_version: 8, opset_import: ["" : 17]>'
 SMALL: Final = f"""{HEAD}
@@ -972,8 +972,8 @@ def test_a_provider_that_is_not_there(place: Workplace, good: Path) -> None:
     [
         "onnxnorm.parity.ParityChecker.check",
         "onnxnorm.latency.measure",
-        "onnxnorm.storage.Staged.commit",
-        "onnxnorm.storage.Staged._write",
+        "onnxnorm.staging.Staged.commit",
+        "onnxnorm.staging.Staged._write",
         "onnxnorm.pipeline.Pipeline.run",
     ],
 )

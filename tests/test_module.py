@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from onnxnorm import storage
+from onnxnorm import staging, storage
 from onnxnorm.errors import ModelError
 from onnxnorm.facts import Facts
 from onnxnorm.module import SITE_KEY, Module, Node, Value, Weight, dense, reads
@@ -60,7 +60,7 @@ def test_a_file_is_written_back_as_it_was(
     (tmp_path / "in.onnx").write_bytes(data)
     stored = storage.load(tmp_path / "in.onnx")
     assert Module(stored).export() is stored
-    assert storage.save(stored, tmp_path / "out.onnx") == (tmp_path / "out.onnx",)
+    assert staging.save(stored, tmp_path / "out.onnx") == (tmp_path / "out.onnx",)
     assert (tmp_path / "out.onnx").read_bytes() == data
 
 
@@ -85,7 +85,7 @@ def test_a_model_in_memory_is_not_changed(
     stored = storage.from_proto(model)
     same(stored.complete(), model)
     assert model.SerializeToString() == data
-    storage.save(stored, tmp_path / "out.onnx")
+    staging.save(stored, tmp_path / "out.onnx")
     assert (tmp_path / "out.onnx").read_bytes() == data
 
 
@@ -316,7 +316,7 @@ def test_what_a_module_keeps_goes_with_it() -> None:
     opened = Module(stored)
     kept = opened.stored.keep("w", np.ones(5000, np.float32))
     assert opened.stored.array(kept).sum() == 5000
-    assert len(stored._sources) == 0  # or every attempt would leave its weights behind
+    assert len(stored.sources) == 0  # or every attempt would leave its weights behind
 
 
 @pytest.mark.parametrize("indices", [[1, 5], [[0, 1], [1, 2]]])

@@ -15,7 +15,7 @@ from onnxnorm import storage
 from onnxnorm.facts import Facts
 from onnxnorm.pipeline import Pipeline, Run
 from onnxnorm.rewrite import Pass, Plan, Rewriter
-from onnxnorm.storage import INLINE_LIMIT
+from onnxnorm.wire import INLINE_LIMIT
 
 MODEL = """
 <ir_version: 8, opset_import: ["" : 17]>
