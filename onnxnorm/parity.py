@@ -334,18 +334,21 @@ def _same(a: Any, b: Any) -> bool:
     return bool(np.array_equal(a, b))
 
 
-def _misplaced(truth: Array, baseline: Array, run: Array) -> int:
+def _misplaced(truth: Array, baselines: Sequence[Array], run: Array) -> int:
     """Count the elements that are NaN or infinite where the original's are not, or the reverse.
 
-    A finite element where the original overflowed and the truth did not is no fault: it is
-    measured like any other.
+    The original may have run more than once, each run overflowing elsewhere; one that did what the
+    candidate does is enough. A finite element where the original overflowed and the truth did not
+    is no fault: it is measured like any other.
     """
-    b, r = baseline.astype(np.float64), run.astype(np.float64)
-    same = (np.isnan(b) & np.isnan(r)) | (b == r)
-    rescued = np.isfinite(truth) & np.isfinite(r)
-    odd = ~np.isfinite(b) | ~np.isfinite(r)
-    exact = ~np.isfinite(truth) & ((np.isnan(truth) & np.isnan(r)) | (truth == r))
-    return int(np.sum(odd & ~same & ~rescued & ~exact))
+    r = run.astype(np.float64)
+    wrong = ~(np.isfinite(truth) & np.isfinite(r))
+    wrong &= ~(~np.isfinite(truth) & ((np.isnan(truth) & np.isnan(r)) | (truth == r)))
+    for baseline in baselines:
+        b = baseline.astype(np.float64)
+        odd = ~np.isfinite(b) | ~np.isfinite(r)
+        wrong &= odd & ~((np.isnan(b) & np.isnan(r)) | (b == r))
+    return int(np.sum(wrong))
 
 
 # --- one model and what its runs are measured against ------------------------------------------
@@ -1000,7 +1003,7 @@ class ParityChecker:
     ) -> Level:
         own = optimize and name not in reference.misfused and True in reference.runs
         baseline = reference.runs[own]
-        reason = self._mismatch(reference, name, runs, baseline)
+        reason = self._mismatch(reference, name, runs, baseline, optimize)
         if reason is not None:
             return _failed(reason)
         sample = baseline[0][name]
@@ -1034,10 +1037,18 @@ class ParityChecker:
         )
 
     def _mismatch(
-        self, reference: _Reference, name: str, runs: Outputs, baseline: Outputs
+        self,
+        reference: _Reference,
+        name: str,
+        runs: Outputs,
+        baseline: Outputs,
+        optimize: bool,
     ) -> str | None:
         """Return what is wrong with an output apart from its numbers."""
-        for truth, run, other in zip(reference.truths, runs, baseline, strict=True):
+        every = [reference.runs[level] for level in reference.runs if optimize or not level]
+        for index, (truth, run, other) in enumerate(
+            zip(reference.truths, runs, baseline, strict=True)
+        ):
             if name not in run:
                 return "the candidate has no such output"
             if name not in other:
@@ -1056,9 +1067,11 @@ class ParityChecker:
                 exact = theirs.astype(np.float64) if exact is None else exact
                 if exact.shape != mine.shape:
                     return f"its shape is {list(mine.shape)}, the truth's {list(exact.shape)}"
-                odd = _misplaced(exact, theirs, mine)
+                own = [leaves[index].get(name) for leaves in every]
+                odd = _misplaced(exact, [v for v in own if np.shape(v) == mine.shape], mine)
                 if odd:
-                    return f"{odd} elements are NaN or infinite in one of the models only"
+                    are = "element is" if odd == 1 else "elements are"
+                    return f"{odd} {are} NaN or infinite in one of the models only"
         return None
 
     def _exact_level(

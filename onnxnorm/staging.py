@@ -10,6 +10,7 @@ import tempfile
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +20,7 @@ import onnx
 
 from onnxnorm.errors import ModelError, OutputError, writing
 from onnxnorm.storage import PROTOBUF_LIMIT, File, Memory, Stored, load, tensors
-from onnxnorm.wire import INLINE_LIMIT, Piece, length_of, splice
+from onnxnorm.wire import INLINE_LIMIT, Piece, Range, length_of, splice
 
 _ALIGNMENT: Final = 4096  # of large tensors in a data file, so that a page never holds two of them
 _BLOCK: Final = 8 << 20  # bytes copied at a time where the kernel cannot
@@ -159,51 +160,95 @@ class Staged:
         proto = onnx.ModelProto()
         proto.CopyFrom(stored.proto)
         data = self.model.with_name(self.model.name + ".data")
-        at = 0
-        with data.open("wb") as out:
-            for tensor in tensors(proto):
-                if not (external := tensor.data_location == onnx.TensorProto.EXTERNAL) and not (
-                    tensor.HasField("raw_data") and len(tensor.raw_data) >= INLINE_LIMIT
-                ):
-                    continue
-                run = stored.range_of(tensor) if external else None
-                if run is None:
-                    size = len(tensor.raw_data)
-                else:
-                    size = run[2] if isinstance(run, tuple) else run.length
-                if size == 0:
-                    # There is no empty range in a file that might be empty.
-                    del tensor.external_data[:]
-                    tensor.ClearField("data_location")
-                    tensor.raw_data = b""
-                    continue
-                aligned = -(-at // _ALIGNMENT) * _ALIGNMENT if size >= _ALIGNMENT else at
-                if aligned > at:
-                    os.lseek(out.fileno(), aligned, os.SEEK_SET)  # a hole, not zeros
-                    at = aligned
-                if isinstance(run, tuple):
-                    _copy(*run, out.fileno())
-                elif run is not None:
-                    _emit(out.fileno(), run, stored)
-                else:
-                    _emit(out.fileno(), tensor.raw_data, stored)
-                    tensor.ClearField("raw_data")
-                del tensor.external_data[:]
-                for key, value in (("location", data.name), ("offset", at), ("length", size)):
-                    entry = tensor.external_data.add()
-                    entry.key, entry.value = key, str(value)
-                tensor.data_location = onnx.TensorProto.EXTERNAL
-                at += size
-            out.truncate(at)
+        layout = _Layout()
+        for tensor in tensors(proto):
+            piece = _payload(stored, tensor)
+            if piece is None:
+                continue
+            size = len(piece) if isinstance(piece, bytes) else piece.length
+            del tensor.external_data[:]
+            tensor.ClearField("data_location")
+            tensor.ClearField("raw_data")
+            if size == 0:
+                tensor.raw_data = b""  # there is no empty range in a file that might be empty
+                continue
+            at = layout.place(piece, size)
+            for key, value in (("location", data.name), ("offset", at), ("length", size)):
+                entry = tensor.external_data.add()
+                entry.key, entry.value = key, str(value)
+            tensor.data_location = onnx.TensorProto.EXTERNAL
         skeleton = proto.SerializeToString()
         if len(skeleton) > PROTOBUF_LIMIT:
             raise OutputError(
                 "the graph alone, without its weights, is larger than 2 GB",
                 "Such a model cannot be one ONNX file; split it.",
             )
+        if layout.runs:
+            with data.open("wb") as out:
+                for run in layout.runs:
+                    os.lseek(out.fileno(), run.at, os.SEEK_SET)  # over a hole, where there is one
+                    _emit(out.fileno(), run.piece, stored)
         self.model.write_bytes(skeleton)
-        if at == 0:
-            data.unlink()
+
+
+@dataclass
+class _Run:
+    """Bytes that go to one place of a data file in one go."""
+
+    piece: bytes | Range | _FileRange
+    at: int
+
+
+class _Layout:
+    """Where payloads lie in a data file.
+
+    Payloads that follow each other in their source, with nothing or a little between them, keep
+    their distance and are copied at once: one large copy is up to twice as fast as many small ones.
+
+    Attributes:
+        runs: What to copy, in the order of the file.
+    """
+
+    def __init__(self) -> None:
+        self.runs: list[_Run] = []
+        self._end = 0
+
+    def place(self, piece: bytes | Range | _FileRange, size: int) -> int:
+        """Append a payload; returns its offset."""
+        last = self.runs[-1].piece if self.runs else None
+        if isinstance(piece, _FileRange) and isinstance(last, _FileRange):
+            gap = piece.offset - (last.offset + last.length)
+            if piece.file is last.file and 0 <= gap < _ALIGNMENT:
+                last.length += gap + size
+                self._end += gap + size
+                return self._end - size
+        at = -(-self._end // _ALIGNMENT) * _ALIGNMENT if size >= _ALIGNMENT else self._end
+        if isinstance(piece, _FileRange):
+            piece = _FileRange(piece.file, piece.offset, piece.length)  # it may grow
+        self.runs.append(_Run(piece, at))
+        self._end = at + size
+        return at
+
+
+@dataclass
+class _FileRange:
+    """A run of bytes of a file."""
+
+    file: File
+    offset: int
+    length: int
+
+
+def _payload(stored: Stored, tensor: onnx.TensorProto) -> bytes | Range | _FileRange | None:
+    """A tensor's payload, where it is outside the skeleton or large; None where it stays."""
+    if tensor.data_location != onnx.TensorProto.EXTERNAL:
+        large = tensor.HasField("raw_data") and len(tensor.raw_data) >= INLINE_LIMIT
+        return tensor.raw_data if large else None
+    run = stored.range_of(tensor)
+    if isinstance(run, tuple):
+        return _FileRange(*run)
+    source = stored.sources[run.source]
+    return _FileRange(source, run.offset, run.length) if isinstance(source, File) else run
 
 
 class _HiddenFolder:
@@ -238,11 +283,14 @@ def _same_folder(a: Path, b: Path) -> bool:
     return a.resolve() == b.resolve()
 
 
-def _emit(out: int, piece: Piece, stored: Stored) -> None:
+def _emit(out: int, piece: Piece | _FileRange, stored: Stored) -> None:
     if isinstance(piece, bytes):
         view = memoryview(piece)
         while view:
             view = view[os.write(out, view) :]
+        return
+    if isinstance(piece, _FileRange):
+        _copy(piece.file, piece.offset, piece.length, out)
         return
     source = stored.sources[piece.source]
     if isinstance(source, File):
