@@ -56,6 +56,7 @@ class _Recipe:
     integers: str = "varied"  # varied, ones, zeros
     padded_masks: bool = True
     sizes: int = 0  # which row of the tables of sizes comes first
+    lone: bool = False  # free axes of all inputs but the first are 1, as a state's batch is
 
     def describe(self) -> str:
         parts = {
@@ -77,6 +78,10 @@ _RECIPES: Final = (
     _Recipe(batched=False, padded_masks=False, sizes=4),
     _Recipe(batched=False, padded_masks=False, sizes=5),
     _Recipe(batched=False, padded_masks=False, sizes=6),
+    _Recipe(batched=False, padded_masks=False, sizes=7),
+    _Recipe(batched=False, padded_masks=False, lone=True),
+    _Recipe(batched=False, padded_masks=False, sizes=5, lone=True),
+    _Recipe(batched=False, padded_masks=False, sizes=7, lone=True),
     _Recipe(batched=False, padded_masks=False, floats="small"),
     _Recipe(batched=False, padded_masks=False, floats="ones", integers="ones"),
     _Recipe(batched=False, padded_masks=False, floats="zeros", integers="zeros"),
@@ -86,9 +91,27 @@ _RECIPES: Final = (
 
 # Two sizes of a row are used together: a model that bakes one in shows with the other.
 # The last rows of the sequences are for waveforms, whose windows take hundreds of samples.
-_SPATIAL: Final = ((64, 96), (224, 256), (32, 48), (128, 160), (299, 331), (384, 416), (512, 640))
-_SEQUENCE: Final = ((16, 11), (8, 5), (1, 1), (32, 24), (128, 64), (512, 576), (16000, 12000))
-_OTHER: Final = ((4, 3), (2, 5), (1, 1), (8, 6), (16, 12), (64, 48), (512, 384))
+_SPATIAL: Final = (
+    (64, 96),
+    (224, 256),
+    (32, 48),
+    (128, 160),
+    (299, 331),
+    (384, 416),
+    (512, 640),
+    (416, 384),
+)
+_SEQUENCE: Final = (
+    (16, 11),
+    (8, 5),
+    (1, 1),
+    (32, 24),
+    (128, 64),
+    (256, 288),
+    (512, 576),
+    (16000, 12000),
+)
+_OTHER: Final = ((4, 3), (2, 5), (1, 1), (8, 6), (16, 12), (64, 48), (512, 384), (256, 192))
 
 _MASK_NAME: Final = re.compile(r"mask", re.IGNORECASE)
 _POSITION_NAME: Final = re.compile(r"position|cache_pos", re.IGNORECASE)
@@ -332,6 +355,8 @@ def _layout(
     batch = _batch_symbol(inputs)
     free = [s for s in symbols if s not in bound and s != batch]
     pairs = {s: _size_pair(s, symbols[s], recipe.sizes) for s in free}
+    if recipe.lone:
+        pairs |= {s: (1, 1) for s in free if symbols[s][0][0] is not inputs[0]}
     fixed = dict(bound)
     settled = batch is not None and batch in bound
     if recipe.batched and batch is not None and not settled:

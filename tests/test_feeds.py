@@ -251,3 +251,19 @@ def test_smaller_keeps_the_first_sample() -> None:
     feed = Feed({"x": np.arange(6).reshape(3, 2)}, "three", 3)
     assert smaller(feed).values["x"].tolist() == [[0, 1]]
     assert smaller(smaller(feed)).samples == 1
+
+
+def test_the_states_of_a_recurrent_model_may_have_a_batch_of_one() -> None:
+    inputs = [
+        helper.make_tensor_value_info("input", TensorProto.FLOAT, [None, None]),
+        helper.make_tensor_value_info("state", TensorProto.FLOAT, [2, None, 8]),
+    ]
+    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)]
+    node = helper.make_node("Identity", ["input"], ["y"])
+    proto = helper.make_model(helper.make_graph([node], "g", inputs, outputs))
+    shapes = {
+        (feed.values["input"].shape[1], feed.values["state"].shape)
+        for feeds in candidates(proto)
+        for feed in feeds
+    }
+    assert {(256, (2, 1, 8)), (16000, (2, 1, 8))} <= shapes
