@@ -346,7 +346,7 @@ def _taken(model: Model) -> Iterator[Stored]:
             yield stored
     else:
         raise UsageError(
-            f"a {type(model).__name__} is not a model",
+            f"an object of type {type(model).__name__} is not a model",
             "Pass a path, an onnx.ModelProto, an onnx_ir.Model or torch's ONNXProgram.",
         )
 

@@ -30,6 +30,7 @@ from onnxnorm.float64 import is_float_dtype, is_float_type
 
 Array: TypeAlias = NDArray[Any]
 Dim: TypeAlias = int | str
+Sizes: TypeAlias = dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,8 @@ _SEQUENCE: Final = (
     (16000, 12000),
 )
 _OTHER: Final = ((4, 3), (2, 5), (1, 1), (8, 6), (16, 12), (64, 48), (512, 384), (256, 192))
+
+_MOST_ELEMENTS: Final = 1 << 26  # of one choice of inputs, where its sizes are our own guess
 
 _MASK_NAME: Final = re.compile(r"mask", re.IGNORECASE)
 _POSITION_NAME: Final = re.compile(r"position|cache_pos", re.IGNORECASE)
@@ -211,13 +214,15 @@ def candidates(
         yield [_own(inputs, arrays)]
         return
     bound = _bind(inputs, shapes or {})
+    inputs = [i if i.name in (shapes or {}) else _fitting(i, proto) for i in inputs]
     limits = {i.name: _limits(proto, i) for i in inputs if not is_float_type(i.elem_type)}
     previous: list[Any] = []
     for recipe in _RECIPES:
         layout = _layout(inputs, recipe, bound, count)
         padded = recipe.padded_masks and any(_MASK_NAME.search(i.name) for i in inputs)
         signature = [recipe.floats, recipe.integers, padded, layout]
-        if signature in previous:
+        too_large = recipe.sizes and _elements(inputs, layout) > _MOST_ELEMENTS
+        if signature in previous or too_large:
             continue
         previous.append(signature)
         yield _build(inputs, recipe, layout, shapes or {}, limits, seed)
@@ -241,7 +246,7 @@ def _inputs(proto: onnx.ModelProto) -> list[_Input]:
         if not kind.HasField("tensor_type"):
             raise UsageError(
                 f"input '{value.name}' is neither a tensor nor a sequence of tensors",
-                "Give the inputs in an .npz file with --inputs, or use --no-parity --no-latency.",
+                "No inputs can be made for it; use --no-parity --no-latency.",
             )
         tensor = kind.tensor_type
         dims: tuple[Dim, ...] | None = None
@@ -255,6 +260,52 @@ def _inputs(proto: onnx.ModelProto) -> list[_Input]:
             )
         found.append(_Input(value.name, tensor.elem_type, dims, sequence))
     return found
+
+
+# Nodes that give their output the sizes of their first input, where the others are weights.
+_KEEPS_SIZES: Final = frozenset({"Add", "Cast", "Div", "Identity", "Mul", "Sub"})
+
+
+def _fitting(entry: _Input, proto: onnx.ModelProto) -> _Input:
+    """Return the input with the channels, and the rank, that the weights behind it ask for."""
+    sizes = _table_sizes(proto)
+    frontier, seen = [entry.name], set()
+    while frontier:
+        name = frontier.pop()
+        seen.add(name)
+        for node in proto.graph.node:
+            if name not in node.input:
+                continue
+            if node.op_type in _KEEPS_SIZES:
+                frontier += [out for out in node.output if out not in seen]
+            table = sizes.get(node.input[1], ()) if len(node.input) > 1 else ()
+            if name != node.input[0] or 0 in table:  # 0 is an axis that is not known
+                continue
+            values = {a.name: a.i for a in node.attribute}
+            axis, size, rank = -1, 0, 0
+            if node.op_type in {"Conv", "ConvTranspose"} and len(table) > 2:
+                axis, rank = 1, len(table)
+                size = table[1] * values.get("group", 1) if node.op_type == "Conv" else table[0]
+            elif node.op_type == "MatMul" and len(table) == 2:
+                size = table[0]
+            elif node.op_type == "Gemm" and len(table) == 2 and not values.get("transA"):
+                size, rank = table[1 if values.get("transB") else 0], 2
+            if not size:
+                continue
+            dims = entry.dims
+            if dims is None and rank:
+                dims = tuple("?0" if a == 0 else f"?{rank}.{a}" for a in range(rank))
+            if dims and len(dims) > max(axis, 0) and isinstance(dims[axis], str):
+                settled = list(dims)
+                settled[axis] = size
+                return replace(entry, dims=tuple(settled))
+            return replace(entry, dims=dims)
+    return entry
+
+
+def _elements(inputs: Sequence[_Input], layout: Sequence[tuple[Sizes, int]]) -> int:
+    """Return the elements of all inputs over all feeds."""
+    return sum(math.prod(_concrete(i, sizes, {})) for sizes, _ in layout for i in inputs)
 
 
 def _bind(inputs: Sequence[_Input], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
@@ -342,9 +393,6 @@ def _size_pair(symbol: str, places: Sequence[tuple[_Input, int]], step: int) -> 
     if _SEQUENCE_NAME.search(symbol) or (rank in {2, 3} and axis == 1):
         return _SEQUENCE[step]
     return _OTHER[step]
-
-
-Sizes: TypeAlias = dict[str, int]
 
 
 def _layout(

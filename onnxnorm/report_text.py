@@ -85,7 +85,9 @@ def _changes(report: Json) -> str:
     elif not parts and not report["passes"] and not planned:
         parts.append(f"no pass was run; {counted(len(found), 'normalization')} found")
     elif not parts and not found:
-        parts.append("no normalization found")
+        missed = len(norms) - len(found)
+        near = f" ({counted(missed, 'near miss')})" if missed else ""
+        parts.append(f"no normalization {'recognised' if near else 'found'}{near}")
     elif not parts:
         number = sum(refused.values())
         tail = f": {number} refused" if number else ""
@@ -176,7 +178,12 @@ def _place(row: Json) -> tuple[str, str | None]:
 
 
 def _refused(report: Json) -> list[Group]:
-    sites = [site for site in report["sites"] if site["action"] == "refused"]
+    missed = {(n["site"], n["reason"]) for n in report["norms"] if not n["recognised"]}
+    sites = [
+        site
+        for site in report["sites"]
+        if site["action"] == "refused" and (site["site"], site["reason"]) not in missed
+    ]
     told = {site["site"] for site in report["sites"] if site["action"] != "applied"}
     norms = [n for n in report["norms"] if n["action"] == "refused" and n["recognised"]]
     return grouped([*sites, *(norm for norm in norms if norm["site"] not in told)])
@@ -323,6 +330,8 @@ def _used(measures: Json) -> float | None:
         top, bottom = measures.get(error), measures.get(budget)
         if top is None or bottom is None:
             continue
+        if not bottom and top and measures["passed"]:
+            continue  # integers that differ at ties: they agree, and have no budget
         shares.append(top / bottom if bottom else math.inf if top else 0.0)
     return max(shares, default=None)
 
@@ -354,10 +363,13 @@ def parity_cells(name: str, optimizer: str, measures: Json) -> list[str]:
 
 
 def error_cell(measures: Json, whose: Literal["", "baseline_"]) -> str:
-    """Return `maximum / RMS` in ulp of the output's scale, or `maximum abs` where it has no ulp."""
+    """Return `maximum / RMS` in ulp of the output's scale, or `maximum abs` where it has no ulp.
+
+    An output that could not be compared has no error: `-`.
+    """
     error, rms = measures[f"{whose}error"], measures.get(f"{whose}error_rms")
     if error is None:
-        return "not finite"
+        return "-"
     in_ulp = measures.get(f"{whose}error_ulp")
     if in_ulp is None:
         return f"{spell_number(error)} abs"

@@ -267,3 +267,21 @@ def test_the_states_of_a_recurrent_model_may_have_a_batch_of_one() -> None:
         for feed in feeds
     }
     assert {(256, (2, 1, 8)), (16000, (2, 1, 8))} <= shapes
+
+
+@pytest.mark.parametrize("shape", [None, ["N", "C", "H", "W"], [None] * 4])
+def test_channels_are_those_of_the_weight(shape: Sequence[Any] | None) -> None:
+    nodes = [
+        helper.make_node("Mul", ["x", "s"], ["m"]),
+        helper.make_node("Conv", ["m", "w"], ["y"], group=2),
+    ]
+    weights = {"s": np.float32(2.0), "w": np.zeros((4, 5, 3, 3), np.float32)}
+    proto = model([info("x", TensorProto.FLOAT, shape)], nodes, weights)
+    assert {feed.values["x"].shape[1] for feeds in candidates(proto) for feed in feeds} == {10}
+    (given, *_) = make_feeds(proto, shapes={"x": (1, 3, 8, 8)})
+    assert given.values["x"].shape == (1, 3, 8, 8)
+
+
+def test_no_choice_of_sizes_fills_the_memory() -> None:
+    proto = model([info("x", TensorProto.FLOAT, ["N", "C", "H", "W"])])
+    assert max(sum(f.values["x"].size for f in feeds) for feeds in candidates(proto)) <= 1 << 26

@@ -29,7 +29,7 @@ from onnxnorm.parity import Level, OutputParity, ParityResult
 from onnxnorm.report import Report, load_schema, report_form
 from onnxnorm.report_markdown import render_markdown
 from onnxnorm.report_terminal import Progress, render_inspect, render_terminal
-from onnxnorm.report_text import verdict
+from onnxnorm.report_text import REASONS, parity_cells, verdict
 
 SCHEMA = load_schema()
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
@@ -630,7 +630,7 @@ NOT_TOLD = "; outputs not checked (--no-parity); latency not measured (--no-late
         ),
         (
             {"passes": [PASS], "norms": [norm("m", recognised=False, action="none", reason="r")]},
-            "No normalization found",
+            "No normalization recognised (1 near miss)",
         ),
     ],
 )
@@ -706,6 +706,28 @@ def test_rounding_does_not_cross_the_limit(error: float, passed: bool, text: str
     assert text in verdict(full(parity={**PARITY, "passed": passed, "outputs": [row]}).to_json())
 
 
+def test_integers_that_differ_at_ties_have_no_share_of_a_budget() -> None:
+    tied = measures(1, 0, budget=0.0, budget_rms=0.0, passed=True, cosine=None)
+    row = {**output("ids", 1, 0), **tied, "optimized": tied}
+    report = full(parity={**PARITY, "outputs": [row]}).to_json()
+    assert "outputs agree with the original within the derived tolerance;" in verdict(report)
+    assert parity_cells("ids", "off", row)[-1] == "-"
+
+
+def test_what_could_not_be_compared_has_no_figures() -> None:
+    absent = {**measures(1, 1, passed=False), "error": None, "baseline_error": None}
+    assert parity_cells("y", "off", absent)[2:4] == ["-", "-"]
+
+
+def test_a_near_miss_that_a_pass_refused_is_told_once() -> None:
+    row = norm("y", recognised=False, action="refused", into=None, reason="training_mode is set")
+    report = minimal(norms=[row], sites=[site(row)], passes=[PASS]).to_json()
+    assert REASONS["Refused"](report) == []
+    assert [group.reason for group in REASONS["Near misses, not recognised"](report)] == [
+        "training_mode is set"
+    ]
+
+
 # ** terminal **
 
 
@@ -761,7 +783,7 @@ def test_failed_outputs_come_first_with_their_reasons() -> None:
     rows = [line.split() for line in text.splitlines() if line.endswith("FAILED")]
     assert [row[0] for row in rows] == ["ids", "on", "z"]
     assert rows[0][2:] == ["3", "abs", "0", "/", "0", "-", "-", "7.9e5", "FAILED"]
-    assert rows[2][2:4] == ["not", "finite"]
+    assert rows[2][2:4] == ["-", "0"]
     assert "\n  y, optimizer on: a NaN moved\n" in text
     assert "\n  ids, optimizer off: 3 integers differ\n" in text
     assert "\n  and 7 more outputs, none above 0.83 of budget\n" in text
