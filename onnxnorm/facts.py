@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -52,6 +53,7 @@ _MOVES: Final = frozenset(
 )
 _FORWARDS: Final = _MOVES | {"Identity"}
 _MOVED_LIMIT: Final = 256 << 20  # bytes; a larger result is not worth holding
+_HELD_LIMIT: Final = 64 << 10  # bytes; a larger result is computed again rather than held
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,23 @@ class Type:
     shape: tuple[int | str | None, ...] | None
 
 
+class _Computed:
+    """A large result of a node on constants: it goes with the last array on it."""
+
+    def __init__(self, array: Array, compute: Callable[[], Array | None]) -> None:
+        self.shape, self.dtype, self.nbytes = array.shape, array.dtype, array.nbytes
+        self._compute = compute
+        self._held = weakref.ref(array)
+
+    def array(self) -> Array:
+        array = self._held()
+        if array is None:
+            array = self._compute()
+            assert array is not None, "it could be computed before"
+            self._held = weakref.ref(array)
+        return array
+
+
 class Constant:
     """A value known before the model runs; its array is read when asked for.
 
@@ -82,7 +101,7 @@ class Constant:
     def __init__(self, name: str, source: AnyValue, content: Any, facts: Facts) -> None:
         self.name = name
         self.source = source
-        self._content = content  # TensorProto, or ndarray
+        self._content = content  # TensorProto, ndarray, or _Computed
         self._facts = facts
         is_proto = isinstance(content, onnx.TensorProto)
         self.shape: tuple[int, ...] = tuple(content.dims) if is_proto else tuple(content.shape)
@@ -110,7 +129,9 @@ class Constant:
         """The values; read-only, memory-mapped where the tensor is large."""
         if isinstance(self._content, onnx.TensorProto):
             return self._facts.module.stored.array(self._content)
-        array: Array = self._content
+        array: Array = (
+            self._content.array() if isinstance(self._content, _Computed) else self._content
+        )
         return array
 
     def float64(self) -> NDArray[np.float64]:
@@ -161,7 +182,40 @@ class Facts:
         """The scope whose output a value is, if any: such a value must keep its name."""
         return self._outputs.get(value)
 
+    def pinned(self, value: AnyValue) -> str | None:
+        """What a value is that makes it keep its name whoever reads it; None where nothing does.
+
+        An output of a scope, or what quantization annotations or the training information name.
+        """
+        scope = self.output_of(value)
+        if scope is not None:
+            return f"an output of {scope.path}" if scope.path else "a graph output"
+        if value.scope is not None and value.name in value.scope.mentioned:
+            return "named by quantization annotations or training information"
+        return None
+
     # ** constants **
+
+    def readers(self, constant: Constant) -> int:
+        """How many places read the tensor behind a constant, by itself or through Identity."""
+        total = self._readers.get(constant.source)
+        if total is not None:
+            return total
+        total, frontier = 0, [constant.source]
+        while frontier:
+            value = frontier.pop()
+            total += self.pinned(value) is not None
+            for use in self.uses(value):
+                if use.node.op == "Identity" and use.node.domain == "":
+                    frontier += use.node.outputs
+                else:
+                    total += 1
+        self._readers[constant.source] = total
+        return total
+
+    @cached_property
+    def _readers(self) -> dict[AnyValue, int]:
+        return {}
 
     def constant(self, value: AnyValue) -> Constant | None:
         """A value as a constant, in every spelling; None for one that is not.
@@ -216,7 +270,7 @@ class Facts:
         content = self._constant_node(node) if node.op == "Constant" else self._moved(node)
         return None if content is None else Constant(value.name, value, content, self)
 
-    def _moved(self, node: Node) -> Array | None:
+    def _moved(self, node: Node) -> Array | _Computed | None:
         """The result of an operator that only moves or repeats constants, computed now."""
         if node.op not in _MOVES or not node.inputs or len(node.outputs) != 1:
             return None
@@ -237,7 +291,7 @@ class Facts:
             proto = onnx.helper.make_node(
                 "Cast", [inputs[0].name], [node.outputs[0].name], to=like.element
             )
-        given: dict[str, Array] = {}
+        given: dict[str, Constant] = {}
         for value in inputs:
             constant = self.constant(value) if value.name else None
             if value.name and constant is None:
@@ -245,16 +299,24 @@ class Facts:
             if constant is not None:
                 if constant.nbytes > _MOVED_LIMIT:
                     return None
-                given[value.name] = constant.array()
+                given[value.name] = constant
+        opsets = node.scope.opsets
+
+        def compute() -> Array | None:
+            return _run(proto, {name: c.array() for name, c in given.items()}, opsets)
+
         try:
             with warnings.catch_warnings():
                 # A cast that overflows gives what the processor likes.
                 warnings.simplefilter("error", RuntimeWarning)
-                if _size(node, [given[v.name] for v in inputs if v.name]) <= _MOVED_LIMIT:
-                    return _run(proto, given, node.scope.opsets)
+                if _size(node, [given[v.name].array() for v in inputs if v.name]) > _MOVED_LIMIT:
+                    return None
+                array = compute()
         except Exception:  # what the reference cannot do stays in the graph
             return None
-        return None
+        if array is None or array.nbytes <= _HELD_LIMIT:
+            return array
+        return _Computed(array, compute)
 
     def _constant_node(self, node: Node) -> Any:
         for attribute in node.proto.attribute:

@@ -109,7 +109,8 @@ class _Matcher:
         depth = len(self.found.nodes)
         if node.op not in pattern.types or node.domain != pattern.domain:
             wanted = " or ".join(pattern.types)
-            return Mismatch(node, f"it follows {node.op} '{node.label}', not {wanted}", depth)
+            found = f"{node.domain}.{node.op}" if node.domain else node.op
+            return Mismatch(node, f"it follows {found} '{node.label}', not {wanted}", depth)
         if pattern.name in self.found.nodes and self.found.nodes[pattern.name] is not node:
             return Mismatch(node, f"another node is '{pattern.name}' already", depth)
         self.found.nodes[pattern.name] = node
@@ -155,7 +156,12 @@ class _Matcher:
                 wanted = " or ".join(pattern.types)
                 found = f"it follows '{value.name}', which no node computes, not {wanted}"
                 return self.fail(reader, found)
-            return self.node(pattern, producer)
+            failed = self.node(pattern, producer)
+            if failed is None and producer.scope is not reader.scope:
+                # Moved into a body, it would run as often as the body does.
+                found = f"it follows {producer.op} '{producer.label}', which is outside the body"
+                return self.fail(reader, f"{found} {reader.scope.path}", soft=True)
+            return failed
         return self.alternatives(pattern, value, reader)
 
     def alternatives(self, pattern: OneOf, value: AnyValue, reader: Node) -> Mismatch | None:
@@ -190,10 +196,8 @@ def _escapes(found: Match) -> Mismatch | None:
         for position, value in enumerate(node.outputs):
             if not value.name or (not inner and position == 0):
                 continue
-            scope = facts.output_of(value)
-            if scope is not None:
-                where = f"an output of {scope.path}" if scope.path else "a graph output"
-                return Mismatch(node, f"its result '{value.name}' is {where}", depth, False)
+            if (pinned := facts.pinned(value)) is not None:
+                return Mismatch(node, f"its result '{value.name}' is {pinned}", depth, False)
             for use in facts.uses(value):
                 if use.node not in inside or position > 0:
                     reason = (

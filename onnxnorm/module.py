@@ -23,7 +23,6 @@ from onnxnorm.errors import ModelError
 from onnxnorm.storage import Array, Stored
 
 SITE_KEY: Final = "onnxnorm.site"  # the metadata key that names, on a new node, the site it is from
-_STANDARD_DOMAINS: Final = ("", "ai.onnx")
 
 
 class Value(gs.Variable):
@@ -142,12 +141,17 @@ class Node(gs.Node):
             attrs={a.name: _attribute(a) for a in proto.attribute},
             inputs=list(inputs),
             outputs=list(outputs),
-            domain="" if proto.domain in _STANDARD_DOMAINS else proto.domain,
+            domain="" if proto.domain in wellformed.STANDARD_DOMAINS else proto.domain,
         )
         self.proto = proto
         self.scope = scope
         self.site = site
         self.bodies: list[tuple[str, int, Scope]] = []
+
+    def parameter(self, *names: str) -> str | None:
+        """The first of these attributes that is a parameter of the function; None if none is."""
+        refers = gs.Node.AttributeRef
+        return next((name for name in names if isinstance(self.attrs.get(name), refers)), None)
 
     @property
     def label(self) -> str:
@@ -187,6 +191,8 @@ class Scope:
         owner: The node whose body this is; None for the main graph and for functions.
         parent: The scope around a body; None for the main graph and for functions.
         touched: Whether an edit has changed this scope or one inside it.
+        mentioned: Names of values that are needed although no node here need read them: those
+            that quantization annotations refer to and, in the main graph, training information.
     """
 
     def __init__(
@@ -207,6 +213,9 @@ class Scope:
         self.values: dict[str, Value | Weight] = {}
         self.weights: dict[Weight, None] = {}
         self.touched = False
+        self.mentioned = _annotated(proto) if isinstance(proto, onnx.GraphProto) else set()
+        if owner is None and not self.is_function:
+            self.mentioned |= _trained(module.proto)
         self._read()
         self._defined = set(self.values)
 
@@ -373,6 +382,28 @@ class Scope:
         return proto
 
 
+def _annotated(graph: onnx.GraphProto) -> set[str]:
+    """The scales and zero points that quantization annotations name."""
+    return {e.value for q in graph.quantization_annotation for e in q.quant_parameter_tensor_names}
+
+
+def _trained(model: onnx.ModelProto) -> set[str]:
+    """The names that training knows: its graphs run as one with the main graph."""
+    names: set[str] = set()
+    for info in model.training_info:
+        for binding in (*info.initialization_binding, *info.update_binding):
+            names |= {binding.key, binding.value}
+        graphs = [info.initialization, info.algorithm]
+        while graphs:
+            graph = graphs.pop()
+            names.update(output.name for output in graph.output)
+            for node in graph.node:
+                names.update(node.input)
+                for attribute in node.attribute:
+                    graphs += [attribute.g, *attribute.graphs]
+    return names
+
+
 def _drop(messages: Any, names: set[str], name: Callable[[Any], str]) -> None:
     """Remove the messages that have one of these names from a repeated field."""
     kept = [m for m in messages if name(m) not in names]
@@ -403,14 +434,15 @@ class Module:
         self._given = stored
         self._paths: set[str] = set()
         self.names: set[str] = set()
-        opsets = _opsets(self.proto.opset_import)
+        opsets = wellformed.versions(self.proto.opset_import)
         self.scopes: list[Scope] = []
         self.main = Scope(self, "", self.proto.graph, None, opsets)
         self.scopes.insert(0, self.main)
         for function in self.proto.functions:
             overload = f":{function.overload}" if function.overload else ""
             path = self.fresh_path(f"{function.domain}.{function.name}{overload}")
-            self.scopes.append(Scope(self, path, function, None, _opsets(function.opset_import)))
+            imported = wellformed.versions(function.opset_import)
+            self.scopes.append(Scope(self, path, function, None, imported))
         for scope in self.scopes:
             self.names.update(node.name for node in scope.nodes if node.name)
             _check_order(scope)
@@ -475,10 +507,6 @@ def _attribute(proto: onnx.AttributeProto) -> Any:
         )
     value = onnx.helper.get_attribute_value(proto)
     return list(value) if hasattr(value, "append") else value
-
-
-def _opsets(imports: Any) -> dict[str, int]:
-    return {("" if i.domain in _STANDARD_DOMAINS else i.domain): i.version for i in imports}
 
 
 def _duplicate(name: str, kind: str) -> ModelError:

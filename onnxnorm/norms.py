@@ -27,7 +27,8 @@ class Norm:
         output: Name of the result.
         axes: The axes that the statistics are taken over; non-negative where the rank is known,
             None where it is needed and unknown.
-        epsilon: Added to the variance; None where the kind has none.
+        epsilon: Added to the variance; None where the kind has none, or a caller of the function
+            gives it.
         recognised: False for a near miss: it resembles the kind and is not one.
         reason: For a near miss, the condition that failed.
     """
@@ -49,6 +50,9 @@ def training_reason(node: Node) -> str | None:
     outputs from 7, training_mode from 14.
     """
     opset = node.scope.opsets[""]
+    name = "training_mode" if opset >= 14 else "is_test" if opset < 7 else ""
+    if node.parameter(name) is not None:
+        return f"{name} is a parameter of the function"
     if opset >= 14:
         training, said = node.attrs.get("training_mode", 0) != 0, "training_mode is set"
     elif opset >= 7:
@@ -70,14 +74,16 @@ def find_norms(facts: Facts) -> Iterator[Norm]:
         kind, axes_of, default_epsilon = row
         known = facts.type(node.inputs[0])
         rank = len(known.shape) if known is not None and known.shape is not None else None
-        epsilon = None if default_epsilon is None else node.attrs.get("epsilon", default_epsilon)
+        epsilon = default_epsilon
+        if epsilon is not None:
+            epsilon = None if node.parameter("epsilon") else node.attrs.get("epsilon", epsilon)
         training = training_reason(node) if kind == "batch_norm" else None
         yield Norm(
             kind=kind,
             node=node,
             input=node.inputs[0].name,
             output=node.outputs[0].name,
-            axes=axes_of(node, rank),
+            axes=None if node.parameter("axis") else axes_of(node, rank),
             # Attributes are float32; the decimal that was meant is its shortest spelling.
             epsilon=None if epsilon is None else float(f"{epsilon:.7g}"),
             recognised=training is None,

@@ -145,22 +145,22 @@ class Pipeline:
         """One pass until it has nothing to do: what it applied, and what it refused at the end."""
         applied: list[Remark] = []
         skipped: dict[str, Remark] = {}  # over all rounds: a later one may swallow the place
-        for _ in range(ROUNDS):
+        nodes, rounds = sum(1 for _ in module.nodes()), 0
+        while rounds < ROUNDS:
             facts = Facts(module)
             rewriter = Rewriter(module, facts)
             rest: list[Remark] = []
             claimed: set[Node] = set()
-            waiting = False
-            for plan in list(rule.plan(facts)):
-                remark = self._verdict(rule, plan, deny, allow)
+            # Before the first commit, which may take away what others name.
+            decided = [(plan, self._verdict(rule, plan, deny, allow)) for plan in rule.plan(facts)]
+            for plan, remark in decided:
                 if remark is not None and remark.outcome == "skipped":
                     skipped[remark.site] = remark
                 elif remark is not None:
                     rest.append(remark)
                 elif isinstance(plan, Plan):
-                    if claimed.intersection(plan.nodes):
-                        waiting = True  # its turn comes in the next round, on the new graph
-                        continue
+                    if any(node in claimed or node in rewriter.dead for node in plan.nodes):
+                        continue  # its turn comes in the next round, on the new graph
                     claimed.update(plan.nodes)
                     verifier.remember_types(facts)
                     rewriter.begin(rule.name, plan)
@@ -168,10 +168,11 @@ class Pipeline:
                     rewriter.commit()
             rewriter.finish()
             applied += rewriter.log
-            if rewriter.log:
-                verifier.check(rule.name)
-            elif not waiting:
+            if not rewriter.log:
                 return applied, [*rest, *skipped.values()]
+            verifier.check(rule.name)
+            before, nodes = nodes, sum(1 for _ in module.nodes())
+            rounds += nodes >= before  # making a graph smaller comes to an end by itself
         raise VerificationError(
             f"{rule.name} still changes the graph after {ROUNDS} rounds",
             f"This is a defect of {rule.name}; please report it with the model.",

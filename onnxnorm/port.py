@@ -9,10 +9,11 @@ hold the result, and that a copy of a shared one is not too large.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
+import ml_dtypes
 import numpy as np
 import onnx
 from numpy.typing import NDArray
@@ -47,6 +48,7 @@ _REAL: Final = (
     onnx.TensorProto.BFLOAT16,
     onnx.TensorProto.DOUBLE,
 )
+_finfo: Final[Callable[[Any], Any]] = ml_dtypes.finfo  # it has no types of its own
 _WEIGHT: Final = 1
 _BIAS: Final = 2
 
@@ -68,7 +70,7 @@ class Port:
     features: int
     _layout: Layout
     _groups: int
-    _weight_uses: int
+    _facts: Facts
 
     @classmethod
     def of(cls, node: Node, facts: Facts) -> Port | str:
@@ -86,6 +88,8 @@ class Port:
             bias = facts.constant(given)
             if bias is None:
                 return f"bias '{given.name}' is not constant: {facts.why_not_constant(given)}"
+        if node.parameter("group") is not None:
+            return f"group of '{node.label}' is a parameter of the function"
         groups = int(node.attrs.get("group", 1))
         for constant in (weight, bias):
             if constant is not None and not is_real(constant.dtype):
@@ -97,33 +101,44 @@ class Port:
             return f"weight '{weight.name}' has {weight.shape[0]} inputs for {groups} groups"
         if bias is not None and bias.shape != (features,):
             return f"bias '{bias.name}' has shape {list(bias.shape)} for {features} features"
-        return cls(node, weight, bias, features, layout, groups, _uses(node, facts))
+        return cls(node, weight, bias, features, layout, groups, facts)
 
     @property
     def shares_weight(self) -> bool:
         """Whether others read this weight too, so that changing it means a copy."""
-        return self._weight_uses > 1
+        return self._facts.readers(self.weight) > 1
 
     def scaled(self, scale: NDArray[np.float64]) -> Array:
         """S * W in float64, rounded once to the weight's type; `scale` has one entry a feature."""
         weight = self.weight.array()
         out = np.empty_like(weight)
         for rows in self._blocks(weight):
-            out[rows] = self._scaled_rows(weight, scale, rows)
+            out[rows] = rounded(self._product(weight, scale, rows), weight.dtype)
         return out
 
-    def fits(self, scale: NDArray[np.float64]) -> bool:
-        """Whether every entry of s * W is finite in the weight's type."""
-        weight = self.weight.array()
-        return all(
-            np.isfinite(self._scaled_rows(weight, scale, rows).astype(np.float64)).all()
-            for rows in self._blocks(weight)
-        )
+    def misfit(self, scale: NDArray[np.float64]) -> str | None:
+        """What the weight's type cannot hold of s * W, as a clause; None where it holds it.
 
-    def _scaled_rows(self, weight: Array, scale: NDArray[np.float64], rows: slice) -> Array:
+        Every entry must be finite. The largest must be zero or a normal number: entries below the
+        normal ones keep their distance to the largest, and lose digits only where all are so small.
+        """
+        weight = self.weight.array()
+        largest = 0.0
+        for rows in self._blocks(weight):
+            product = self._product(weight, scale, rows)
+            if not np.isfinite(rounded(product, weight.dtype).astype(np.float64)).all():
+                return f"is not finite in {weight.dtype}"
+            largest = max(largest, float(np.abs(product).max(initial=0.0)))
+        if 0.0 < largest < float(_finfo(weight.dtype).smallest_normal):
+            return f"is too small for {weight.dtype}, {largest:.1e} at most"
+        return None
+
+    def _product(
+        self, weight: Array, scale: NDArray[np.float64], rows: slice
+    ) -> NDArray[np.float64]:
         with _quiet():
-            product = weight[rows].astype(np.float64) * self._rows(scale, rows)
-        return rounded(product, weight.dtype)
+            product: NDArray[np.float64] = weight[rows].astype(np.float64) * self._rows(scale, rows)
+        return product
 
     def _blocks(self, weight: Array) -> Iterator[slice]:
         """Runs of rows small enough that their float64 copies do not count."""
@@ -168,20 +183,3 @@ def rounded(array: NDArray[np.float64], dtype: np.dtype[Any]) -> Array:
     with _quiet():
         out: Array = array.astype(dtype)
     return out
-
-
-def _uses(node: Node, facts: Facts) -> int:
-    """How many places read the stored tensor behind a node's weight, through Identity too."""
-    constant = facts.constant(node.inputs[_WEIGHT])
-    if constant is None:  # pragma: no cover - asked of constants only
-        return 0
-    total, frontier = 0, [constant.source]
-    while frontier:
-        value = frontier.pop()
-        total += facts.output_of(value) is not None
-        for use in facts.uses(value):
-            if use.node.op == "Identity" and use.node.domain == "":
-                frontier.append(use.node.outputs[0])
-            else:
-                total += 1
-    return total

@@ -144,11 +144,16 @@ class Rewriter:
     Args:
         module: The module to change.
         facts: The facts under which the plans were made.
+
+    Attributes:
+        dead: Nodes that are gone; a plan that names one of them no longer holds.
+        log: The sites that were committed, in order.
     """
 
     def __init__(self, module: Module, facts: Facts) -> None:
         self.module = module
         self.facts = facts
+        self.dead: set[Node] = set()
         self.log: list[Remark] = []
         self._plan: Plan | None = None
         self._site = ""
@@ -156,7 +161,6 @@ class Rewriter:
         self._drafts: list[_Draft] = []
         self._constants: list[Weight] = []
         self._inserted: dict[Node, list[Node]] = {}  # a removed root -> what stands in its place
-        self._dead: set[Node] = set()
         self._scopes: dict[Scope, None] = {}
 
     # ** staging **
@@ -240,9 +244,7 @@ class Rewriter:
         anchor = root.outputs[0]
         gone = [_described(root)]
         region = self._region(plan)
-        freed = [v for node in plan.nodes for v in node.inputs]
-        root.outputs.clear()
-        root.inputs.clear()
+        freed = self._unlink(root)
         made = []
         for draft in self._drafts:
             node = Node(draft.proto, scope, draft.inputs, draft.outputs, self._site)
@@ -254,9 +256,6 @@ class Rewriter:
             scope.values[weight.name] = weight
             scope.weights[weight] = None
         self._inserted[root] = made
-        self._dead.add(root)
-        scope.touch()
-        self._scopes[scope] = None
         gone += self._sweep([*freed, *(v for n in plan.nodes for v in n.outputs)])
         remark = Remark(
             "applied",
@@ -278,7 +277,7 @@ class Rewriter:
             nodes: list[Node] = []
             for node in scope.nodes:
                 nodes += self._inserted.get(node, ())
-                if node not in self._dead:
+                if node not in self.dead:
                     nodes.append(node)
             scope.graph.nodes[:] = nodes
 
@@ -287,7 +286,7 @@ class Rewriter:
         gone = []
         while candidates:
             value = candidates.pop()
-            if value.outputs or self.facts.output_of(value) is not None:
+            if value.outputs or self.facts.pinned(value) is not None:
                 continue
             if isinstance(value, Weight):
                 scope = value.scope
@@ -299,18 +298,28 @@ class Rewriter:
                         scope.graph.inputs[:] = [v for v in scope.inputs if v is not value]
                 continue
             node = value.inputs[0] if value.inputs else None
-            if node is None or node in self._dead:
+            if node is None or node in self.dead:
                 continue
-            if any(v.outputs or self.facts.output_of(v) is not None for v in node.outputs):
+            if any(v.outputs or self.facts.pinned(v) is not None for v in node.outputs):
                 continue
-            candidates += list(node.inputs)
-            self._dead.add(node)
-            self._scopes[node.scope] = None
-            node.scope.touch()
             gone.append(_described(node))
-            node.inputs.clear()
-            node.outputs.clear()
+            candidates += self._unlink(node)
         return gone
+
+    def _unlink(self, node: Node) -> list[AnyValue]:
+        """Take a node and its bodies out of the graph; returns what they read."""
+        freed = list(node.inputs)
+        for _, _, body in node.bodies:
+            freed += body.outputs
+            for inner in body.nodes:
+                freed += self._unlink(inner)
+            self.module.scopes.remove(body)
+        node.inputs.clear()
+        node.outputs.clear()
+        self.dead.add(node)
+        node.scope.touch()
+        self._scopes[node.scope] = None
+        return freed
 
     def _region(self, plan: Plan) -> Region | None:
         nodes, scope, outputs = plan.nodes, plan.root.scope, plan.root.outputs

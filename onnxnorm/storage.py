@@ -563,8 +563,6 @@ def _assign(message: Any, name: str, value: Any) -> None:
     target = getattr(message, name)
     if hasattr(target, "MergeFrom"):
         target.MergeFrom(value)
-    elif hasattr(target, "CopyFrom"):  # pragma: no cover - messages have MergeFrom too
-        target.CopyFrom(value)
     else:
         setattr(message, name, value)
 

@@ -19,7 +19,7 @@ from onnx import AttributeProto, TensorProto, numpy_helper
 from onnxnorm.errors import ModelError
 from onnxnorm.storage import Stored, payload_size
 
-_STANDARD_DOMAINS: Final = ("", "ai.onnx")
+STANDARD_DOMAINS: Final = ("", "ai.onnx")
 _NEWEST_VERSION: Final = 2**31 - 1  # onnx and onnxruntime hold versions in 32 bits
 _COMPLEX: Final = (TensorProto.COMPLEX64, TensorProto.COMPLEX128)
 _AGAIN: Final = "Export the model again."
@@ -32,9 +32,9 @@ def check(stored: Stored) -> None:
         ModelError: One of them cannot be.
     """
     proto = stored.proto
-    _Checker(stored, _versions(proto.opset_import)).graph(proto.graph)
+    _Checker(stored, versions(proto.opset_import)).graph(proto.graph)
     for function in proto.functions:
-        _Checker(stored, _versions(function.opset_import)).nodes(function.node)
+        _Checker(stored, versions(function.opset_import)).nodes(function.node)
 
 
 class _Checker:
@@ -68,7 +68,7 @@ class _Checker:
                         _AGAIN,
                     )
                 seen.add(attribute.name)
-                if node.domain in _STANDARD_DOMAINS and attribute.name in known:
+                if node.domain in STANDARD_DOMAINS and attribute.name in known:
                     self.attribute(node, attribute, known[attribute.name])
                 self.content(attribute)
 
@@ -151,8 +151,13 @@ def _attribute_types(op: str, version: int) -> Mapping[str, int]:
     return {name: value(str(a.type).rpartition(".")[2]) for name, a in schema.attributes.items()}
 
 
-def _versions(imports: Iterable[onnx.OperatorSetIdProto]) -> dict[str, int]:
-    versions = {}
+def versions(imports: Iterable[onnx.OperatorSetIdProto]) -> dict[str, int]:
+    """Domain to imported version; ONNX's own domain is "" in both of its spellings.
+
+    Raises:
+        ModelError: A version cannot be.
+    """
+    found = {}
     for opset in imports:
         if not 0 <= opset.version <= _NEWEST_VERSION:
             raise ModelError(
@@ -160,8 +165,8 @@ def _versions(imports: Iterable[onnx.OperatorSetIdProto]) -> dict[str, int]:
                 f" '{opset.domain or 'ai.onnx'}', which cannot be",
                 _AGAIN,
             )
-        versions["" if opset.domain in _STANDARD_DOMAINS else opset.domain] = opset.version
-    return versions
+        found["" if opset.domain in STANDARD_DOMAINS else opset.domain] = opset.version
+    return found
 
 
 def _label(node: onnx.NodeProto) -> str:

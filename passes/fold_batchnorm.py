@@ -4,9 +4,9 @@
         ->  Conv(x, s * W, s * (b - mean) + beta)      s = gamma / sqrt(variance + epsilon)
 
 and the same for ConvTranspose, per output channel. Exact over the reals. In floating point s is
-formed in float64 and each parameter is rounded once on the way back, so the folded model is no
-further from the truth than the original. Source: the definitions of BatchNormalization, Conv and
-ConvTranspose in the ONNX operator specification.
+formed in float64 and each parameter is rounded once on the way back, which adds half a unit in its
+last place and saves the roundings of the BatchNormalization itself. Source: the definitions of
+BatchNormalization, Conv and ConvTranspose in the ONNX operator specification.
 """
 
 from __future__ import annotations
@@ -73,9 +73,10 @@ class FoldBatchnorm(RewritePass):
             return Refusal(
                 "beta - mean * gamma / sqrt(variance + epsilon) is not finite", at="batchnorm"
             )
-        bias = port.shifted(scale, shift).astype(np.float64)
-        if not (np.isfinite(bias).all() and port.fits(scale)):
-            return Refusal(f"the folded weight is not finite in {port.weight.dtype}", at="conv")
+        if not np.isfinite(port.shifted(scale, shift).astype(np.float64)).all():
+            return Refusal(f"the folded bias is not finite in {port.weight.dtype}", at="conv")
+        if misfit := port.misfit(scale):
+            return Refusal(f"the folded weight {misfit}", at="conv")
         return None
 
     def rewrite(self, m: Match, rw: Rewriter) -> None:
@@ -100,6 +101,8 @@ def _refuse_training(m: Match) -> Refusal | None:
     node = m.node("batchnorm")
     if reason := training_reason(node):
         return Refusal(reason, at="batchnorm", advice=_EVAL_MODE)
+    if name := node.parameter("epsilon", "spatial"):
+        return Refusal(f"{name} is a parameter of the function", at="batchnorm")
     if node.scope.opsets[""] < 9 and m.attr("batchnorm", "spatial", 1) == 0:
         return Refusal("spatial is 0: it has statistics for every position", at="batchnorm")
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any, Final
 
@@ -232,6 +233,36 @@ def test_a_constant_knows_its_size_and_its_source() -> None:
     assert constant(known, "i").nbytes == 2
     np.testing.assert_array_equal(found.float64(), np.array([1.0, 2.0]), strict=True)
     assert known.constant(value(known, "c")) is found
+
+
+def test_readers_of_a_constant_are_those_of_its_source() -> None:
+    known = facts(
+        "main (float[2] x) => (float[2] y, float[2] k) <float[2] w = {1, 2}, float[2] v = {1, 2}> {"
+        " a = Identity (w) b = Identity (a) k = Identity (a)"
+        " c = Add (x, b) d = Mul (c, w) y = Add (d, v) }"
+    )
+    assert known.readers(constant(known, "w")) == known.readers(constant(known, "b")) == 3
+    assert known.readers(constant(known, "v")) == 1
+    assert (known.pinned(value(known, "k")), known.pinned(value(known, "w"))) == (
+        "a graph output",
+        None,
+    )
+
+
+def test_large_results_are_let_go_and_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(facts_module, "_HELD_LIMIT", 4)
+    known = facts(
+        after("float[3] w = {1, 2, 3}", "d = Unsqueeze (w, a) c = Squeeze (d)").replace(
+            "<float", "<int64[1] a = {0}, float"
+        )
+    )
+    found = constant(known, "c")
+    first = found.array()
+    assert found.array() is first
+    gone = weakref.ref(first)
+    del first
+    assert gone() is None
+    assert_constant(found, np.array([1, 2, 3], np.float32))
 
 
 def test_bodies_see_the_constants_around_them() -> None:

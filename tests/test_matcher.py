@@ -95,6 +95,22 @@ def test_a_value_that_a_body_reads_escapes() -> None:
     assert "'m' is also read by node 'p' (Neg)" in failed.reason
 
 
+def test_nodes_of_other_domains_and_of_other_scopes_do_not_match() -> None:
+    source = MODEL.replace('"" : 17', '"" : 17, "other" : 1').replace("= Mul", "= other.Mul")
+    failed = found(AFFINE, source)
+    assert isinstance(failed, Mismatch)
+    assert failed.reason == "it follows other.Mul 'm', not Mul"
+    source = MODEL.replace("(float[2] x,", "(bool flag, float[2] x,").replace(
+        "y = Add (m, shift)",
+        """y = If (flag) <then_branch = a () => (float[2] p) { p = Add (m, shift) },
+                          else_branch = b () => (float[2] q) { q = Neg (x) }>""",
+    )
+    failed = found(AFFINE, source, "p")
+    assert isinstance(failed, Mismatch)
+    assert failed.reason == "it follows Mul 'm', which is outside the body y/then_branch/"
+    assert not failed.structural
+
+
 def test_a_repeated_name_is_one_value() -> None:
     square = op("Mul", var("x"), var("x"))
     assert isinstance(found(square, MODEL.replace("(scale, x)", "(x, x)"), "m"), Match)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, parser
 
 from onnxnorm import storage
 from onnxnorm.facts import Facts
@@ -79,6 +79,25 @@ def test_an_unknown_rank_leaves_axes_that_need_it_open() -> None:
     assert rows("LayerNormalization", None, axis=1)[0].axes is None
     assert rows("BatchNormalization", None, weights=4)[0].axes is None
     assert rows("Softmax", None, weights=0)[0].axes == (-1,)
+
+
+def test_what_callers_of_a_function_give_is_open() -> None:
+    model = parser.parse_model("""
+    <ir_version: 9, opset_import: ["" : 17, "local" : 1]>
+    main (float[2,3] x) => (float[2,3] y) { y = local.Block <e = 1.0, a = 1, t = 0> (x) }
+    <domain: "local", opset_import: ["" : 17]> Block <e, a, t> (x) => (z)
+    {
+       w = Constant <value_floats = [1.0, 2.0, 3.0]> ()
+       y = LayerNormalization <epsilon: float = @e, axis: int = @a> (x, w)
+       z = BatchNormalization <training_mode: int = @t> (y, w, w, w, w)
+    }
+    """)
+    layer, batch = find_norms(Facts(Module(storage.from_proto(model))))
+    assert (layer.axes, layer.epsilon, layer.recognised) == (None, None, True)
+    assert (batch.recognised, batch.reason) == (
+        False,
+        "training_mode is a parameter of the function",
+    )
 
 
 def test_what_is_no_norm_has_no_row() -> None:

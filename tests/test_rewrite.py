@@ -100,6 +100,56 @@ def test_absent_inputs_are_empty_names_and_trailing_ones_are_dropped() -> None:
     assert ops(only.stored.proto.graph)[0] == "Clip(x)->m"
 
 
+def test_what_annotations_and_training_name_stays() -> None:
+    stays = "what annotations or training information name"
+    for kind in ("none", "annotation", "binding", "step"):
+        model = parser.parse_model(MODEL)
+        if kind == "annotation":
+            entry = model.graph.quantization_annotation.add(
+                tensor_name="y"
+            ).quant_parameter_tensor_names.add()
+            entry.key, entry.value = "SCALE_TENSOR", "w"
+        elif kind == "binding":
+            entry = model.training_info.add().update_binding.add()
+            entry.key, entry.value = "w", "w_next"
+        elif kind == "step":
+            step = model.training_info.add().algorithm
+            step.node.append(onnx.helper.make_node("Neg", ["w"], ["w_next"]))
+        rule = At("m", lambda plan, rw: rw.replace("Abs", [plan.root.inputs[0]]))
+        done = Pipeline([rule]).run(storage.from_proto(model))
+        names = [t.name for t in done.stored.proto.graph.initializer]
+        assert names == (["unused"] if kind == "none" else ["w", "unused"]), stays
+
+
+def test_bodies_go_with_their_node_and_so_do_plans_for_them() -> None:
+    source = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    main (bool flag, float[2] x) => (float[2] y) <float[2] w = {1.0, 2.0}>
+    {
+       c = If (flag) <
+         then_branch = a () => (float[2] p) { q = Mul (x, w)
+                                              p = Neg (q) },
+         else_branch = b () => (float[2] p) { p = Neg (w) }
+       >
+       y = Add (x, c)
+    }
+    """
+
+    @dataclass(frozen=True)
+    class Everywhere(At):
+        def plan(self, facts: Facts) -> Iterator[Plan]:
+            for node in facts.module.nodes():
+                if node.op in ("Add", "Mul"):
+                    yield Plan(node, (node,), None)
+
+    rule = Everywhere("", lambda plan, rw: rw.replace("Abs", [plan.root.inputs[0]]))
+    done = Pipeline([rule]).run(storage.from_proto(parser.parse_model(source)))
+    assert [r.site for r in done.applied] == ["at:y"], "the other place is gone with its body"
+    assert ops(done.stored.proto.graph) == ["Abs(x)->y"]
+    assert [t.name for t in done.stored.proto.graph.initializer] == []
+    assert done.nodes == (5, 1)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16", "int64", "bool"])
 @pytest.mark.parametrize("count", [0, 1, INLINE_LIMIT])
 def test_constants_keep_their_values_wherever_they_are_held(dtype: str, count: int) -> None:

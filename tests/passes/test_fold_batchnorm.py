@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper, numpy_helper, parser
 
+from onnxnorm import pipeline, storage
 from onnxnorm import port as port_module
-from onnxnorm import storage
 from onnxnorm.passes import fold_batchnorm
 from onnxnorm.passes.fold_batchnorm import FoldBatchnorm
 from onnxnorm.testing import assert_parity, assert_refuses, assert_rewrites, assert_sound, run
@@ -99,6 +99,20 @@ def test_a_shared_weight_is_copied_and_never_edited() -> None:
     assert_rewrites(before, after, FoldBatchnorm())
 
 
+def test_a_weight_shared_through_identity_is_copied_for_each() -> None:
+    before = BEFORE.replace("(float[N,2,2,2] y)", "(float[N,2,2,2] y, float[N,2,2,2] z)")
+    before = before.replace("c = Conv (x, w)", "same = Identity (w)\n c = Conv (x, same)")
+    before = before.replace(
+        "variance)\n}",
+        "variance)\n d = Conv (x, w)\n z = BatchNormalization (d, beta, gamma, mean, variance)\n}",
+    )
+    done = run(before, FoldBatchnorm())
+    assert [r.site for r in done.applied] == ["fold-batchnorm:y", "fold-batchnorm:z"]
+    assert [n.op_type for n in done.stored.proto.graph.node] == ["Conv", "Conv"]
+    assert_sound(before, done, FoldBatchnorm())
+    assert_parity(before, done.stored.complete())
+
+
 def test_a_chain_of_two_batchnorms_folds_to_one_convolution() -> None:
     before = BEFORE.replace("y = Batch", "m = Batch").replace(
         "variance)\n}",
@@ -109,6 +123,18 @@ def test_a_chain_of_two_batchnorms_folds_to_one_convolution() -> None:
     assert [r.site for r in done.applied] == ["fold-batchnorm:m", "fold-batchnorm:y"]
     assert [n.op_type for n in done.stored.proto.graph.node] == ["Conv"]
     assert_parity(before, done.stored.complete())
+
+
+def test_a_chain_may_be_longer_than_the_rounds_of_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "ROUNDS", 2)
+    chain = "".join(
+        f"c{i + 1} = BatchNormalization (c{i}, gamma, beta, mean, variance)\n" for i in range(5)
+    )
+    before = BEFORE[: BEFORE.index("c = Conv")] + "c0 = Conv (x, w)\n" + chain + "y = Neg (c5)\n}"
+    assert [n.op_type for n in run(before, FoldBatchnorm()).stored.proto.graph.node] == [
+        "Conv",
+        "Neg",
+    ]
 
 
 def test_folds_in_the_bodies_of_control_flow_and_keeps_same_names_apart() -> None:
@@ -161,6 +187,52 @@ def test_folds_in_a_function_with_constant_nodes() -> None:
     assert_parity(before, done.stored.complete())
 
 
+@pytest.mark.parametrize(
+    ("of_conv", "of_batchnorm", "reason"),
+    [
+        ("", "epsilon: float = @p", "epsilon is a parameter of the function"),
+        ("", "training_mode: int = @p", "training_mode is a parameter of the function"),
+        ("<group: int = @p>", "epsilon = 0.5", "group of 'c' is a parameter of the function"),
+        ("<strides: ints = @p>", "momentum: float = @p", None),
+    ],
+)
+def test_attributes_that_callers_give(of_conv: str, of_batchnorm: str, reason: str | None) -> None:
+    before = f"""
+    <ir_version: 9, opset_import: ["" : 17, "local" : 1]>
+    main (float[N,1,2,2] x) => (float[N,1,2,2] y) {{ y = local.Block <p = 1> (x) }}
+    <domain: "local", opset_import: ["" : 17]> Block <p> (x) => (y)
+    {{
+       a = Constant <value_floats = [3.0]> ()
+       w = Constant <value = float[1,1,1,1] {{2.0}}> ()
+       c = Conv {of_conv} (x, w)
+       y = BatchNormalization <{of_batchnorm}> (c, a, a, a, a)
+    }}
+    """
+    if reason is None:
+        assert run(before, FoldBatchnorm()).applied
+    else:
+        assert_refuses(before, FoldBatchnorm(), reason)
+
+
+def test_a_convolution_outside_a_loop_is_not_moved_into_it() -> None:
+    before = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    main (int64 n, bool k, float[N,1,2,2] s, float[N,1,2,2] x) => (float[N,1,2,2] out)
+    <float[1,1,1,1] w = {2.0}, float[1] a = {1.0}>
+    {
+       c = Conv (x, w)
+       out = Loop (n, k, s) <body = b (int64 i, bool c1, float[N,1,2,2] s1)
+         => (bool c2, float[N,1,2,2] s2)
+       {
+          c2 = Identity (c1)
+          y = BatchNormalization (c, a, a, a, a)
+          s2 = Add (s1, y)
+       }>
+    }
+    """
+    assert_refuses(before, FoldBatchnorm(), "follows Conv 'c', which is outside the body out/body/")
+
+
 def test_models_before_ir_4_list_their_weights_as_inputs() -> None:
     model = parser.parse_model(
         BEFORE.replace("ir_version: 8", "ir_version: 3").replace(": 17", ": 8")
@@ -200,6 +272,7 @@ TRAINING = "y, rm, rv = BatchNormalization <training_mode: int = 1, epsilon"
         ),
         ("mean = {1.0, 0.0}", "mean = {inf, 0.0}", "beta - mean * gamma"),
         ("w = {2.0, 4.0}", "w = {3e38, 4.0}, float[2] big = {9.0, 1.0}", "not finite in float32"),
+        ("beta = {2.0, 0.5}", "beta = {3e38, 0.0}, float[2] b = {3e38, 0.0}", "folded bias is not"),
         ("y = BatchNormalization <epsilon", TRAINING, "training_mode is set"),
         ("c = Conv (x, w)", "u = Neg (w)\n c = Conv (x, u)", "node 'u' (Neg) computes it"),
         (
@@ -218,6 +291,8 @@ TRAINING = "y, rm, rv = BatchNormalization <training_mode: int = 1, epsilon"
 def test_refuses(old: str, new: str, reason: str) -> None:
     before = BEFORE.replace(old, new)
     assert before != BEFORE
+    if "float[2] b =" in new:
+        before = before.replace("Conv (x, w)", "Conv (x, w, b)")
     if "big" in new:
         before = before.replace("(c, gamma", "(c, big")
     before = before.replace("inf", "1e999") if "inf" in new else before
@@ -270,6 +345,25 @@ def test_opset_6_folds_in_test_mode() -> None:
     model = parser.parse_model(BEFORE.replace(": 17", ": 6"))
     model.graph.node[1].attribute.append(helper.make_attribute("is_test", 1))
     assert len(run(model, FoldBatchnorm()).applied) == 1
+
+
+@pytest.mark.parametrize(
+    ("dtype", "gamma", "folds"),
+    [(np.float16, 2.0**-11, False), (np.float16, 2.0**-10, True), (np.float32, 2.0**-11, True)],
+)
+def test_refuses_weights_that_would_lose_their_digits(
+    dtype: Any, gamma: float, folds: bool
+) -> None:
+    # |s W| is gamma / 16 at most; the smallest normal number of float16 is 2^-14.
+    before = BEFORE.replace("{2.0, 4.0}", "{0.03125, 0.0625}").replace("{4.0, 9.0}", "{1.0, 1.0}")
+    model = parser.parse_model(before.replace("{1.0, 3.0}", f"{{{gamma}, {gamma}}}"))
+    for tensor in model.graph.initializer:
+        values = numpy_helper.to_array(tensor).astype(dtype)
+        tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    if folds:
+        assert run(model, FoldBatchnorm()).applied
+    else:
+        assert_refuses(model, FoldBatchnorm(), "the folded weight is too small for float16")
 
 
 def test_refuses_a_copy_that_is_too_large() -> None:
