@@ -1020,8 +1020,12 @@ def test_an_interruption_while_it_really_runs(place: Workplace) -> None:
     )
     while process.poll() is None and not list(place.out.parent.iterdir()):
         time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
+    out = err = ""
+    for _ in range(6):  # Python drops one that arrives while an object is being finalized
+        process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            out, err = process.communicate(timeout=10)
+            break
     assert process.returncode == 130
     check_lines(out, err)
     assert place.listing() == before
