@@ -44,6 +44,7 @@ class Workbench:
     progress: Progress | None
     provider: str | None = None
     _checker: ParityChecker | None = None
+    _original: Path | None = None
 
     def resolve(self, wanted: str) -> None:
         """Decide where models run: "cpu", "cuda" or "auto".
@@ -61,6 +62,12 @@ class Workbench:
             return stored.path
         return self.stack.enter_context(Staged(stored, None)).model
 
+    def original(self) -> Path:
+        """The file of the original, written once where it came from memory."""
+        if self._original is None:
+            self._original = self.on_disk(self.stored)
+        return self._original
+
     def checker(self) -> ParityChecker:
         """The parity checker, with the truth and the baseline computed once."""
         from onnxnorm.parity import ParityChecker
@@ -68,7 +75,7 @@ class Workbench:
         if self._checker is None:
             self._checker = self.stack.enter_context(
                 ParityChecker(
-                    self.on_disk(self.stored),
+                    self.original(),
                     shapes=self.shapes,
                     seed=self.seed,
                     inputs=None if self.inputs is None else Path(self.inputs),
@@ -89,7 +96,7 @@ class Workbench:
         from onnxnorm.latency import measure
 
         return measure(
-            self.on_disk(self.stored),
+            self.original(),
             candidate,
             self.feed(),
             provider=self.provider or "cpu",
