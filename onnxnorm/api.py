@@ -14,6 +14,7 @@ from typing import Any, Final, Literal, TypeAlias
 import onnx
 
 from onnxnorm import staging, storage, verifier
+from onnxnorm.copying import HeadStart
 from onnxnorm.errors import (
     ModelError,
     ParityError,
@@ -87,6 +88,7 @@ def optimize(
     dry_run: bool = False,
     in_place: bool = False,
     time_budget: float = TIME_BUDGET,
+    ahead: HeadStart | None = None,
     progress: Progress | None = None,
     after_pass: Callable[[str, Stored], None] | None = None,
 ) -> Result:
@@ -115,6 +117,7 @@ def optimize(
         dry_run: Plan and apply in memory, check and write nothing.
         in_place: Let `output` be the input itself.
         time_budget: Seconds that parity may take; latency takes half as many.
+        ahead: A copy of the model's data file, begun for `output`; taken up where it fits.
         progress: Called as progress(what, fraction done or None).
         after_pass: Called with a pass's name and the model after it changed something.
 
@@ -151,7 +154,7 @@ def optimize(
                 told.parity = proof.result.to_json()
                 told.warnings += [f"{r.site} was taken back: {r.reason}." for r in proof.taken_back]
             else:
-                candidate = stack.enter_context(Staged(run.stored, place))
+                candidate = stack.enter_context(Staged(run.stored, place, ahead))
                 told.parity_skipped = "--no-parity was given"
                 told.warnings.append("The outputs were not compared with those of the original.")
             _time(bench, told, run, candidate, asked=latency, proven=parity)
@@ -163,7 +166,7 @@ def optimize(
             elif in_place:
                 told.notes.append("Nothing was changed, so nothing was written.")
             else:
-                files = staging.save(run.stored, place)
+                files = staging.save(run.stored, place, ahead)
         if target != "onnx":
             told.notes.append(
                 f"No pass of this version writes a form for {target} alone: the model is the one"

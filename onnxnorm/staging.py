@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import errno
 import os
-import secrets
 import shutil
 import tempfile
-import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Final
+from typing import Final, TypeAlias
 
 import onnx
 
+from onnxnorm.copying import DEAD_SHARE, HeadStart, HiddenFolder, copy_range, data_path
 from onnxnorm.errors import ModelError, OutputError, writing
 from onnxnorm.storage import PROTOBUF_LIMIT, File, Memory, Stored, load, tensors
 from onnxnorm.wire import INLINE_LIMIT, Piece, Range, length_of, splice
 
 _ALIGNMENT: Final = 4096  # of large tensors in a data file, so that a page never holds two of them
-_BLOCK: Final = 8 << 20  # bytes copied at a time where the kernel cannot
+_ZEROS: Final = bytes(1 << 20)
 
 
 class Staged:
@@ -33,13 +31,23 @@ class Staged:
     leaving the context removes whatever was not moved. Until `commit` nothing at the destination
     has changed.
 
+    Args:
+        stored: The model to write.
+        target: Where it will go; None for a temporary folder.
+        ahead: A copy of the model's data file, begun for this target. It is used where it fits,
+            and gone afterwards in any case.
+
     Attributes:
         model: The staged .onnx file, with its data files beside it; it can be run.
     """
 
-    def __init__(self, stored: Stored, target: Path | None) -> None:
+    def __init__(self, stored: Stored, target: Path | None, ahead: HeadStart | None = None) -> None:
         self._target = target
-        self._hidden = _HiddenFolder(target)
+        if ahead is not None and not (ahead.target == target and _is_of(ahead, stored)):
+            ahead.close()
+            ahead = None
+        self._ahead = ahead
+        self._hidden = HiddenFolder(target) if ahead is None else ahead.folder
         self._folder = self._hidden.path
         try:
             self.model = self._folder / (target.name if target else "model.onnx")
@@ -62,6 +70,8 @@ class Staged:
 
     def close(self) -> None:
         """Remove the staging folder and all that is still in it."""
+        if self._ahead is not None:
+            self._ahead.close()
         self._hidden.remove()
 
     def commit(self) -> tuple[Path, ...]:
@@ -152,6 +162,9 @@ class Staged:
         for source, place in files:
             assert isinstance(source, File)
             place.parent.mkdir(parents=True, exist_ok=True)
+            if self._ahead is not None and self._ahead.is_of(source.descriptor):
+                self._ahead.finish().replace(place)
+                continue
             with place.open("wb") as out:
                 _copy(source, 0, source.size, out.fileno())
 
@@ -159,20 +172,22 @@ class Staged:
         """Every payload of `INLINE_LIMIT` bytes or more into one data file beside the model."""
         proto = onnx.ModelProto()
         proto.CopyFrom(stored.proto)
-        data = self.model.with_name(self.model.name + ".data")
-        layout = _Layout()
+        data = data_path(self.model)
+        outside: list[tuple[onnx.TensorProto, _Payload, int]] = []
         for tensor in tensors(proto):
             piece = _payload(stored, tensor)
             if piece is None:
                 continue
-            size = len(piece) if isinstance(piece, bytes) else piece.length
+            size = _length(piece)
             del tensor.external_data[:]
             tensor.ClearField("data_location")
             tensor.ClearField("raw_data")
             if size == 0:
                 tensor.raw_data = b""  # there is no empty range in a file that might be empty
-                continue
-            at = layout.place(piece, size)
+            else:
+                outside.append((tensor, piece, size))
+        layout = _lay_out([piece for _, piece, _ in outside], list(stored.files.values()))
+        for (tensor, _, size), at in zip(outside, layout.places, strict=True):
             for key, value in (("location", data.name), ("offset", at), ("length", size)):
                 entry = tensor.external_data.add()
                 entry.key, entry.value = key, str(value)
@@ -183,22 +198,44 @@ class Staged:
                 "the graph alone, without its weights, is larger than 2 GB",
                 "Such a model cannot be one ONNX file; split it.",
             )
-        if layout.runs:
-            with data.open("wb") as out:
-                for run in layout.runs:
-                    os.lseek(out.fileno(), run.at, os.SEEK_SET)  # over a hole, where there is one
-                    _emit(out.fileno(), run.piece, stored)
+        if outside:
+            self._write_data(data, layout, stored)
         self.model.write_bytes(skeleton)
+
+    def _write_data(self, data: Path, layout: _Layout, stored: Stored) -> None:
+        runs = [*layout.kept, *layout.added]
+        begun = False
+        if self._ahead is not None:
+            begun = bool(layout.kept) and self._ahead.finish() == data
+            if not begun:
+                self._ahead.abandon()
+        with data.open("r+b" if begun else "wb") as out:
+            if begun:  # the kept runs are there; what is between them goes, as if never copied
+                for start, end in layout.gaps:
+                    os.lseek(out.fileno(), start, os.SEEK_SET)
+                    for at in range(start, end, len(_ZEROS)):
+                        _emit(out.fileno(), _ZEROS[: end - at], stored)
+                out.truncate(layout.kept[-1].end)
+                runs = layout.added
+            for run in runs:
+                os.lseek(out.fileno(), run.at, os.SEEK_SET)  # over a hole, where there is one
+                _emit(out.fileno(), run.piece, stored)
 
 
 @dataclass
 class _Run:
     """Bytes that go to one place of a data file in one go."""
 
-    piece: bytes | Range | _FileRange
+    piece: _Payload
     at: int
 
+    @property
+    def end(self) -> int:
+        """Where it ends in the data file."""
+        return self.at + _length(self.piece)
 
+
+@dataclass
 class _Layout:
     """Where payloads lie in a data file.
 
@@ -206,28 +243,86 @@ class _Layout:
     their distance and are copied at once: one large copy is up to twice as fast as many small ones.
 
     Attributes:
-        runs: What to copy, in the order of the file.
+        places: The offset of each payload.
+        kept: Runs of the input's data file that stay where they are, in order.
+        added: The other runs.
+        gaps: What is left free before and between the kept runs, as (start, end).
     """
 
-    def __init__(self) -> None:
-        self.runs: list[_Run] = []
-        self._end = 0
+    places: list[int]
+    kept: list[_Run] = field(default_factory=list)
+    added: list[_Run] = field(default_factory=list)
+    gaps: list[tuple[int, int]] = field(default_factory=list)
 
-    def place(self, piece: bytes | Range | _FileRange, size: int) -> int:
-        """Append a payload; returns its offset."""
-        last = self.runs[-1].piece if self.runs else None
+
+def _lay_out(pieces: Sequence[_Payload], files: Sequence[File]) -> _Layout:
+    kept = _in_place(pieces, files[0]) if len(files) == 1 else None
+    return kept or _one_after_another(pieces)
+
+
+def _in_place(pieces: Sequence[_Payload], base: File) -> _Layout | None:
+    """What is kept of a data file stays at its offset; None where too much would be unused.
+
+    New payloads go where others were left out, else behind. So a copy can be begun before anybody
+    knows what will change, and file systems that share blocks between files can share these.
+    """
+    layout = _Layout([])
+    ours = [p for p in pieces if isinstance(p, _FileRange) and p.file is base]
+    for offset, length in sorted((p.offset, p.length) for p in ours):
+        last = layout.kept[-1] if layout.kept else None
+        if last is not None and offset - last.end < _ALIGNMENT:
+            longer = max(last.end, offset + length) - last.at
+            last.piece = _FileRange(base, last.at, longer)
+        else:
+            layout.kept.append(_Run(_FileRange(base, offset, length), offset))
+    if not layout.kept:
+        return None
+    starts = [0, *(run.end for run in layout.kept)]
+    layout.gaps = [(a, run.at) for a, run in zip(starts, layout.kept, strict=False) if a < run.at]
+    free, end = list(layout.gaps), layout.kept[-1].end
+    for piece in pieces:
+        if isinstance(piece, _FileRange) and piece.file is base:
+            layout.places.append(piece.offset)
+            continue
+        size = _length(piece)
+        for number, (start, stop) in enumerate(free):
+            at = _aligned(start, size)
+            if at + size <= stop:
+                free[number] = (at + size, stop)
+                break
+        else:
+            at = _aligned(end, size)
+            end = at + size
+        layout.places.append(at)
+        layout.added.append(_Run(piece, at))
+    unused = sum(stop - start for start, stop in free)
+    return layout if unused * DEAD_SHARE <= end else None
+
+
+def _one_after_another(pieces: Sequence[_Payload]) -> _Layout:
+    layout, end = _Layout([]), 0
+    for piece in pieces:
+        last = layout.added[-1].piece if layout.added else None
         if isinstance(piece, _FileRange) and isinstance(last, _FileRange):
             gap = piece.offset - (last.offset + last.length)
             if piece.file is last.file and 0 <= gap < _ALIGNMENT:
-                last.length += gap + size
-                self._end += gap + size
-                return self._end - size
-        at = -(-self._end // _ALIGNMENT) * _ALIGNMENT if size >= _ALIGNMENT else self._end
+                last.length += gap + piece.length
+                layout.places.append(end + gap)
+                end += gap + piece.length
+                continue
+        size = _length(piece)
+        at = _aligned(end, size)
         if isinstance(piece, _FileRange):
             piece = _FileRange(piece.file, piece.offset, piece.length)  # it may grow
-        self.runs.append(_Run(piece, at))
-        self._end = at + size
-        return at
+        layout.places.append(at)
+        layout.added.append(_Run(piece, at))
+        end = at + size
+    return layout
+
+
+def _aligned(at: int, size: int) -> int:
+    """The first offset from `at` on where a payload of this size may begin."""
+    return -(-at // _ALIGNMENT) * _ALIGNMENT if size >= _ALIGNMENT else at
 
 
 @dataclass
@@ -239,7 +334,14 @@ class _FileRange:
     length: int
 
 
-def _payload(stored: Stored, tensor: onnx.TensorProto) -> bytes | Range | _FileRange | None:
+_Payload: TypeAlias = "bytes | Range | _FileRange"
+
+
+def _length(piece: _Payload) -> int:
+    return len(piece) if isinstance(piece, bytes) else piece.length
+
+
+def _payload(stored: Stored, tensor: onnx.TensorProto) -> _Payload | None:
     """A tensor's payload, where it is outside the skeleton or large; None where it stays."""
     if tensor.data_location != onnx.TensorProto.EXTERNAL:
         large = tensor.HasField("raw_data") and len(tensor.raw_data) >= INLINE_LIMIT
@@ -251,32 +353,9 @@ def _payload(stored: Stored, tensor: onnx.TensorProto) -> bytes | Range | _FileR
     return _FileRange(source, run.offset, run.length) if isinstance(source, File) else run
 
 
-class _HiddenFolder:
-    """A new folder beside `target`, or for temporary files, gone when nobody holds this object.
-
-    Its removal is arranged before it exists, so that an interruption at any moment leaves none.
-    """
-
-    def __init__(self, target: Path | None) -> None:
-        mark = secrets.token_hex(8)
-        if target is None:
-            self.path = Path(tempfile.gettempdir(), f"onnxnorm-{mark}")
-        else:
-            self.path = target.parent / f".{target.name[:40]}.{mark}"
-        self.remove = weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
-        with writing(target or self.path):
-            if target is not None:
-                _check_place(target)
-            self.path.mkdir(mode=0o700)
-
-
-def _check_place(target: Path) -> None:
-    if target.is_dir():
-        raise IsADirectoryError(errno.EISDIR, "it is a folder")
-    if target.exists() and not target.is_file():  # a rename would replace the device itself
-        raise OutputError(f"{target} is not a regular file", "Give the name of a file.")
-    if not target.parent.is_dir():
-        raise FileNotFoundError(errno.ENOENT, f"the folder {target.parent} does not exist")
+def _is_of(ahead: HeadStart, stored: Stored) -> bool:
+    files = list(stored.files.values())
+    return len(files) == 1 and ahead.is_of(files[0].descriptor)
 
 
 def _same_folder(a: Path, b: Path) -> bool:
@@ -300,47 +379,10 @@ def _emit(out: int, piece: Piece | _FileRange, stored: Stored) -> None:
 
 
 def _copy(source: File, offset: int, length: int, out: int) -> None:
-    """Copy a run of bytes from file to file inside the kernel where it can."""
-    end = offset + length
-    if hasattr(os, "copy_file_range"):
-        try:
-            while offset < end:
-                done = os.copy_file_range(source.descriptor, out, end - offset, offset)
-                if done == 0:
-                    break
-                offset += done
-        except OSError as error:
-            # These say that this pair of file systems cannot do it, not that the copy failed.
-            if error.errno not in (
-                errno.EXDEV,
-                errno.EINVAL,
-                errno.ENOSYS,
-                errno.EOPNOTSUPP,
-                errno.EBADF,
-                errno.EPERM,
-            ):
-                raise
-    if hasattr(os, "sendfile"):
-        try:
-            while offset < end:
-                done = os.sendfile(out, source.descriptor, offset, end - offset)
-                if done == 0:
-                    break
-                offset += done
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSOCK):
-                raise
-    os.lseek(source.descriptor, offset, os.SEEK_SET)
-    while offset < end:
-        block = memoryview(os.read(source.descriptor, min(_BLOCK, end - offset)))
-        if not block:
-            raise OSError(errno.EIO, f"{source.path} became shorter while it was read")
-        offset += len(block)
-        while block:
-            block = block[os.write(out, block) :]
+    copy_range(source.descriptor, offset, length, out, source.path)
 
 
-def save(stored: Stored, path: str | Path) -> tuple[Path, ...]:
+def save(stored: Stored, path: str | Path, ahead: HeadStart | None = None) -> tuple[Path, ...]:
     """Write a model atomically; returns the files written, the model first.
 
     The weights stay in the model file below 2 GB and go to `<name>.data` beside it above, or
@@ -349,7 +391,7 @@ def save(stored: Stored, path: str | Path) -> tuple[Path, ...]:
     Raises:
         OutputError: It could not be written; nothing at `path` has changed.
     """
-    with Staged(stored, Path(path)) as staged:
+    with Staged(stored, Path(path), ahead) as staged:
         return staged.commit()
 
 
@@ -359,4 +401,4 @@ def check_target(target: Path) -> None:
     Raises:
         OutputError: It is a folder, or its folder is missing or not writable.
     """
-    _HiddenFolder(target).remove()
+    HiddenFolder(target).remove()

@@ -4,6 +4,9 @@
 `INLINE_LIMIT` bytes or more is a reference (source, offset, length). `splice` is its inverse. The
 reference is itself valid ONNX: a tensor whose `data_location` is EXTERNAL and whose `external_data`
 holds one entry under `REFERENCE_KEY`. Source: the protobuf encoding, and onnx.proto.
+
+onnx is imported when a message of it is made, which `external_entries` does not do: it serves
+before there was time to import anything.
 """
 
 from __future__ import annotations
@@ -11,9 +14,10 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
-import onnx
+if TYPE_CHECKING:
+    import onnx
 
 REFERENCE_KEY: Final = "onnxnorm:source"
 INLINE_LIMIT: Final = 1024  # bytes; smaller tensors (shapes, axes, epsilons) stay in the skeleton
@@ -55,6 +59,8 @@ def reference_of(tensor: onnx.TensorProto) -> Range | None:
 
 def refer(tensor: onnx.TensorProto, run: Range, *, stated: bool = False) -> None:
     """Make a tensor stand for a payload; `stated` if the original says where its data are."""
+    import onnx
+
     entry = tensor.external_data.add()
     entry.key, entry.value = REFERENCE_KEY, f"{run.source}:{run.offset}:{run.length}"
     if stated:
@@ -123,6 +129,8 @@ def strip(view: memoryview, kind: str, base: int, stripped: list[Range], depth: 
 
     What is left out is added to `stripped`.
     """
+    import onnx
+
     if depth > _DEPTH_LIMIT:
         raise WireError(f"it nests more than {_DEPTH_LIMIT} levels deep")
     children = _CHILDREN[kind]
@@ -160,6 +168,8 @@ def strip(view: memoryview, kind: str, base: int, stripped: list[Range], depth: 
 
 def splice(skeleton: bytes) -> Iterator[Piece]:
     """The file that a skeleton stands for: bytes of ours, and runs of bytes of the sources."""
+    import onnx
+
     marks: list[int] = []
     key = REFERENCE_KEY.encode()
     at = skeleton.find(key)
@@ -214,6 +224,28 @@ def splice(skeleton: bytes) -> Iterator[Piece]:
             pending.clear()
             yield piece
     yield b"".join(pending)
+
+
+def external_entries(model: bytes) -> Iterator[dict[str, str]]:
+    """What a model file says of each tensor that it keeps elsewhere: location, offset, length.
+
+    Raises:
+        WireError: It does not follow the protobuf encoding.
+        ValueError: An entry is not text.
+    """
+    pending = [("model", memoryview(model))]
+    while pending:
+        kind, view = pending.pop()
+        entries: dict[str, str] = {}
+        for number, _, value, end in records(view, len(view)):
+            child = _CHILDREN[kind].get(number)
+            if child is not None:
+                pending.append((child, view[value:end]))
+            elif kind == "tensor" and number == _EXTERNAL_DATA:
+                pair = {n: bytes(view[v:e]) for n, _, v, e in records(view, end, value)}
+                entries[pair.get(1, b"").decode()] = pair.get(2, b"").decode()
+        if entries:
+            yield entries
 
 
 def length_of(pieces: Iterable[Piece]) -> int:

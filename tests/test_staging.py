@@ -10,15 +10,21 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
+import onnx
 import pytest
+from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from onnxnorm import staging, storage
+from onnxnorm import copying, staging, storage
+from onnxnorm.copying import HeadStart
 from onnxnorm.errors import ModelError, OutputError
 from onnxnorm.staging import Staged
+from onnxnorm.storage import Stored
 from tests.layouts import (
     LARGE,
     OTHER,
@@ -159,6 +165,130 @@ def test_a_staged_model_can_be_run_and_goes_away(tmp_path: Path) -> None:
     assert not staged.model.parent.exists()
 
 
+# ** where weights lie in a data file **
+
+
+PAGE: Final = 4096
+
+
+def pages(value: int, count: int = 1) -> NDArray[Any]:
+    return np.full((count, PAGE // 4), value, np.float32)
+
+
+# In one file, one after the other: pages 0, 1 to 40, 41 and 42, 43 to 82, and 83.
+GIVEN: Final = {"a": pages(1), "b": pages(2, 40), "c": pages(3, 2), "d": pages(4, 40)} | {
+    "e": pages(5)
+}
+
+
+def edited(stored: Stored, keep: str, new: dict[str, NDArray[Any]]) -> Stored:
+    """The model as a pass leaves it: without some of its weights, others behind them."""
+    kept = [t for t in stored.proto.graph.initializer if t.name in keep]
+    added = [stored.keep(name, array) for name, array in new.items()]
+    proto = copies(new | {t.name: GIVEN[t.name] for t in kept})
+    del proto.graph.initializer[:]
+    proto.graph.initializer.extend([*kept, *added])
+    return stored.with_proto(proto)
+
+
+def offsets(path: Path) -> dict[str, int]:
+    tensors = storage.load(path).proto.graph.initializer
+    return {t.name: int(e.value) for t in tensors for e in t.external_data if e.key == "offset"}
+
+
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize(
+    ("keep", "new", "places", "size"),
+    [
+        # what replaces a weight goes where that one was
+        ("abde", {"n": pages(9, 2)}, {"a": 0, "b": 1, "d": 43, "e": 83, "n": 41}, 84),
+        ("bd", {"n": pages(9), "m": pages(8, 2)}, {"b": 1, "d": 43, "n": 0, "m": 41}, 83),
+        # two share the place of one, and the rest of a place is empty
+        ("abd", {"n": pages(9)[:, :300], "m": pages(8)}, {"a": 0, "n": 41, "m": 42}, 83),
+        ("abd", {"n": pages(9)}, {"a": 0, "b": 1, "d": 43, "n": 41}, 83),
+        ("bcde", {}, {"b": 1, "c": 41, "d": 43, "e": 83}, 84),
+        # what fits nowhere goes behind, and what is left out there leaves nothing
+        ("abcd", {"n": pages(9, 3)}, {"a": 0, "d": 43, "n": 83}, 86),
+        ("abcd", {}, {"a": 0, "b": 1, "c": 41, "d": 43}, 83),
+        # too much would be empty
+        ("ad", {"n": pages(9)}, {"a": 0, "d": 1, "n": 41}, 42),
+        ("", {"n": pages(9)}, {"n": 0}, 1),
+    ],
+)
+def test_weights_that_stay_keep_their_place(
+    tmp_path: Path,
+    keep: str,
+    new: dict[str, NDArray[Any]],
+    places: dict[str, int],
+    size: int,
+    begun: bool,
+) -> None:
+    model = externalize(copies(GIVEN), tmp_path, dict.fromkeys(GIVEN, Place("weights")))
+    stored = edited(storage.load(write(model, tmp_path / "m.onnx")), keep, new)
+    target = tmp_path / "out" / "m.onnx"
+    target.parent.mkdir()
+    ahead = HeadStart(tmp_path / "weights", target) if begun else None
+    files = staging.save(stored, target, ahead)
+    assert files == (target, target.with_name("m.onnx.data"))
+    assert sorted(tree(target.parent)) == ["m.onnx", "m.onnx.data"]
+    found = offsets(target)
+    assert {name: found[name] for name in places} == {n: p * PAGE for n, p in places.items()}
+    wanted = np.zeros(size * PAGE, np.uint8)
+    for tensor in stored.proto.graph.initializer:
+        array = (GIVEN | new)[tensor.name]
+        at = found[tensor.name]
+        wanted[at : at + array.nbytes] = np.ascontiguousarray(array).view(np.uint8).ravel()
+    assert files[1].read_bytes() == wanted.tobytes()
+    assert_runs(target, {t.name: (GIVEN | new)[t.name] for t in stored.proto.graph.initializer})
+
+
+def test_weights_that_share_their_data_still_do(tmp_path: Path) -> None:
+    given = {"a": pages(1, 20), "b": pages(1, 20), "c": pages(1)}
+    model = externalize(copies(given), tmp_path, {"a": Place("weights")})
+    for tensor in model.graph.initializer[1:]:  # the same, and a part of it
+        entries = [("location", "weights"), ("offset", "0"), ("length", str(len(tensor.raw_data)))]
+        tensor.ClearField("raw_data")
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        for key, value in entries:
+            tensor.external_data.add(key=key, value=value)
+    stored = changed(storage.load(write(model, tmp_path / "m.onnx")))
+    files = staging.save(stored, tmp_path / "out.onnx")
+    assert offsets(files[0]) == {"a": 0, "b": 0, "c": 0}
+    assert files[1].read_bytes() == (tmp_path / "weights").read_bytes()
+    assert_runs(files[0], given)
+
+
+@pytest.mark.parametrize("place", ["weights", "m.onnx.data", "sub/weights"])
+def test_a_model_that_did_not_change_takes_up_a_copy(tmp_path: Path, place: str) -> None:
+    source, folder = tmp_path / "in", tmp_path / "out"
+    model = externalize(copies({"w": LARGE}), source, {"w": Place(place, gap=50)})
+    stored = storage.load(write(model, source / "m.onnx"))
+    folder.mkdir()
+    staging.save(stored, folder / "m.onnx", HeadStart(source / place, folder / "m.onnx"))
+    assert tree(folder) == tree(source)
+
+
+@pytest.mark.parametrize("case", ["another file", "another target", "two files", "inside"])
+def test_a_copy_of_something_else_is_left_alone(tmp_path: Path, case: str) -> None:
+    places = {"large": Place("w"), "other": Place("v" if case == "two files" else "w")}
+    if case == "inside":
+        places.clear()
+    path = write(externalize(copies(WEIGHTS), tmp_path, places), tmp_path / "m.onnx")
+    stored = changed(storage.load(path))
+    (tmp_path / "x").write_bytes(bytes(LARGE.nbytes + OTHER.nbytes))
+    staging.save(stored, tmp_path / "plain.onnx")
+    before = tree(tmp_path)
+    target = tmp_path / "out.onnx"
+    data = tmp_path / ("x" if case in ("another file", "inside") else "w")
+    ahead = HeadStart(data, target.with_name("n.onnx") if case == "another target" else target)
+    staging.save(stored, target, ahead)
+    after = tree(tmp_path)
+    assert {name: after[name] for name in before} == before
+    assert {name.replace("out", "plain") for name in after - before.keys()} <= before.keys()
+    assert_arrays(storage.load(target), WEIGHTS)
+    assert after.get("out.onnx.data") == before.get("plain.onnx.data")
+
+
 # ** writing that fails **
 
 
@@ -208,6 +338,39 @@ FAILURES: Final = [
     for change in changes
     for existing in before
 ]
+
+
+@pytest.mark.parametrize("change", [True, False])
+@pytest.mark.parametrize("existing", [True, False])
+@pytest.mark.parametrize(
+    ("name", "owner", "error"),
+    [
+        ("copy_file_range", os, NO_SPACE),
+        ("replace", Path, BROKEN),
+        ("replace", Path, KeyboardInterrupt()),
+    ],
+)
+def test_an_output_stays_whole_wherever_a_copy_begun_before_fails(
+    tmp_path: Path, name: str, owner: Any, error: BaseException, change: bool, existing: bool
+) -> None:
+    source, folder = tmp_path / "in", tmp_path / "out"
+    model = externalize(copies(GIVEN), source, dict.fromkeys(GIVEN, Place("weights")))
+    stored = storage.load(write(model, source / "m.onnx"))
+    stored = edited(stored, "abde", {"n": pages(9, 2)}) if change else stored
+    folder.mkdir()
+    if existing:
+        write(
+            externalize(copies({"w": SMALL}), folder, {"w": Place("m.onnx.data")}),
+            folder / "m.onnx",
+        )
+    before = tree(tmp_path)
+    kind = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else OutputError
+    for failing in failures(owner, name, error):
+        ahead = HeadStart(source / "weights", folder / "m.onnx")
+        failed = refusal(partial(staging.save, stored, folder / "m.onnx", ahead), kind)
+        assert (failed is not None) == (failing.left < 0)
+        assert failed is None or tree(tmp_path) == before
+    assert not [p for p in folder.iterdir() if p.name.startswith(".")]
 
 
 @pytest.mark.parametrize(("name", "owner", "error", "change", "existing"), FAILURES)
@@ -267,7 +430,7 @@ def test_a_full_disk_leaves_the_old_output(tmp_path: Path) -> None:
     before = tree(tmp_path)
     script = """
         import resource
-        from onnxnorm import staging, storage
+        from onnxnorm import copying, staging, storage
         from onnxnorm.errors import OutputError
         resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
         try:
@@ -341,7 +504,7 @@ def test_copies_do_without_the_kernel(
         if how == "short writes":
             original = os.write
             monkeypatch.setattr(os, "write", lambda out, data: original(out, data[:300]))
-    monkeypatch.setattr(staging, "_BLOCK", 1000)
+    monkeypatch.setattr(copying, "_BLOCK", 1000)
     staging.save(stored, tmp_path / "out.onnx")
     assert (tmp_path / "out.onnx").read_bytes() == wanted
 
