@@ -9,7 +9,6 @@ True
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,12 +19,15 @@ if TYPE_CHECKING:
     from onnxnorm.errors import OnnxNormError as OnnxNormError
     from onnxnorm.report import Report as Report
 
-__version__ = version("onnxnorm")
+    __version__: str
+
 __all__ = ["OnnxNormError", "Report", "Result", "compare", "inspect", "optimize"]
 
 
 def __getattr__(name: str) -> Any:
     """Import what is asked for: a process that only measures need not import the compiler."""
+    if name == "__version__":
+        return import_module("importlib.metadata").version("onnxnorm")
     homes = {"OnnxNormError": "errors", "Report": "report"}
     if name not in __all__:
         raise AttributeError(f"module 'onnxnorm' has no attribute '{name}'")
@@ -33,4 +35,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted([*globals(), *__all__, "__version__"])

@@ -2,6 +2,9 @@
 
 Results go to stdout, progress and errors to stderr. Exit codes: 0 done; 1 the outputs do not
 agree or could not be compared, and nothing was written; 2 wrong usage or bad input.
+
+What takes time to import is imported by the command that needs it, once it is at work: the copy of
+a large model's data then runs meanwhile.
 """
 
 from __future__ import annotations
@@ -10,26 +13,27 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, Final, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias
 
 import click
-from rich.console import Console
 
-from onnxnorm import api
+from onnxnorm.copying import head_start
 from onnxnorm.errors import OnnxNormError, UsageError
-from onnxnorm.registry import catalogue, default_passes, options
-from onnxnorm.report import Report, report_form
-from onnxnorm.report_terminal import Progress, render_inspect, render_terminal
-from onnxnorm.staging import check_target
-from onnxnorm.storage import Stored
+
+if TYPE_CHECKING:
+    from onnxnorm.report import Report
+    from onnxnorm.report_terminal import Progress
+    from onnxnorm.storage import Stored
 
 _Command: TypeAlias = Callable[..., Any]
 _NAME: Final = "onnxnorm"
 _COMPLETION: Final = "_ONNXNORM_COMPLETE"  # set by the shell that asks for completions
 _INTERRUPTED: Final = 130
+_TIME_BUDGET: Final = 60.0  # api.TIME_BUDGET, which is not there before api is imported
 _MODEL: Final = click.Path(path_type=Path)
 
 
@@ -92,7 +96,7 @@ _measuring = _options(
     click.option(
         "--time-budget",
         type=click.FloatRange(min=0, min_open=True),
-        default=api.TIME_BUDGET,
+        default=_TIME_BUDGET,
         show_default=True,
         metavar="SECONDS",
         help="For parity; latency takes half as many.",
@@ -157,12 +161,6 @@ def optimize(
         raise UsageError(
             "there is no OUT.onnx to write", "Name it, or give --in-place or --dry-run."
         )
-    _check_reports(reports, source, output)
-    if print_after not in (None, "all", *catalogue()):
-        raise UsageError(
-            f"--print-after names '{print_after}', which is no pass",
-            "`onnxnorm passes` lists them; 'all' prints after each.",
-        )
 
     def after_pass(name: str, stored: Stored) -> None:
         if print_after in ("all", name):
@@ -170,13 +168,19 @@ def optimize(
 
             click.echo(f"// after {name}\n{printer.to_text(stored.proto.graph)}", err=True)
 
-    with Progress(quiet=quiet) as progress:
+    with ExitStack() as stack:
+        if no_parity and output is not None and not given["dry_run"]:
+            given["ahead"] = stack.enter_context(head_start(source, output))
+        _check_reports(reports, source, output)
+        _check_pass(print_after)
+        from onnxnorm import api
+
         result = api.optimize(
             source,
             output,
             parity=not no_parity,
             latency=not no_latency,
-            progress=progress,
+            progress=stack.enter_context(_progress(quiet=quiet)),
             after_pass=after_pass if print_after else None,
             **given,
         )
@@ -197,6 +201,8 @@ def inspect(
     quiet: bool,
 ) -> None:
     """List every normalization of MODEL.onnx, what would be done, and what is in the way."""
+    from onnxnorm import api
+
     _check_reports(reports, source)
     report = api.inspect(source, passes=passes)
     _show(report, reports, as_json=as_json, verbose=verbose, quiet=quiet)
@@ -220,8 +226,10 @@ def compare(
     **given: Any,
 ) -> None:
     """Compare the outputs and the latency of any two models; A is the one to trust."""
+    from onnxnorm import api
+
     _check_reports(reports, first, second)
-    with Progress(quiet=quiet) as progress:
+    with _progress(quiet=quiet) as progress:
         report = api.compare(
             first,
             second,
@@ -239,6 +247,8 @@ def compare(
 @click.option("--json", "as_json", is_flag=True, help="Print the catalogue as JSON.")
 def passes(*, as_json: bool) -> None:
     """List the passes: what each does, and its options."""
+    from onnxnorm.registry import catalogue, default_passes, options
+
     default = default_passes()
     rows: list[dict[str, Any]] = [
         {
@@ -264,8 +274,37 @@ def passes(*, as_json: bool) -> None:
             click.echo(f"    {key}={option['default']}  ({option['type']})")
 
 
+@contextmanager
+def _progress(*, quiet: bool) -> Iterator[Progress | None]:
+    """A progress bar, unless nothing is to be said: then rich is not needed at all."""
+    if quiet:
+        yield None
+        return
+    from onnxnorm.report_terminal import Progress
+
+    with Progress() as progress:
+        yield progress
+
+
+def _check_pass(print_after: str | None) -> None:
+    if print_after in (None, "all"):
+        return
+    from onnxnorm.registry import catalogue
+
+    if print_after not in catalogue():
+        raise UsageError(
+            f"--print-after names '{print_after}', which is no pass",
+            "`onnxnorm passes` lists them; 'all' prints after each.",
+        )
+
+
 def _check_reports(reports: Sequence[Path], *models: Path | None) -> None:
     """Refuse a report that cannot be written before any work is done for it."""
+    if not reports:
+        return
+    from onnxnorm.report import report_form
+    from onnxnorm.staging import check_target
+
     taken = {os.path.realpath(model) for model in models if model is not None}
     for path in reports:
         report_form(path)
@@ -291,6 +330,10 @@ def _show(
     if as_json:
         click.echo(json.dumps(data, indent=2, ensure_ascii=False))
     elif not quiet:
+        from rich.console import Console
+
+        from onnxnorm.report_terminal import render_inspect, render_terminal
+
         console = Console(soft_wrap=False)
         if report.command == "inspect":
             render_inspect(data, console, verbose=verbose)
