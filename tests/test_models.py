@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import sys
 from pathlib import Path
 
@@ -252,3 +253,12 @@ def test_a_childs_status_and_memory_are_its_own() -> None:
     )
     assert status == 3
     assert peak > 300_000_000
+
+
+def test_the_interval_of_a_median_holds_it() -> None:
+    draw = random.Random(0)
+    assert bench_large.interval([1.25] * 10, draw) == (1.25, 1.25)
+    low, high = bench_large.interval([1.0, 1.1, 1.2, 1.3, 9.0], draw)
+    assert (low, high) == (1.0, 9.0)
+    low, high = bench_large.interval([1 + i / 100 for i in range(101)], draw)
+    assert 1.35 < low < 1.5 < high < 1.65
