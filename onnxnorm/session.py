@@ -287,6 +287,11 @@ class BoundRun:
         return self._call
 
 
+# What onnxruntime says of a bound output whose shape is another than in the run before: since
+# 1.24, and before that.
+_OTHER_SHAPE: Final = ("pre-allocated output", "OrtValue shape verification failed")
+
+
 class _BoundCall:
     """Runs an io binding, and binds its outputs anew where their shapes differ by run."""
 
@@ -306,7 +311,7 @@ class _BoundCall:
             self._native.run_with_iobinding(self._binding)
         except Exception as error:
             # A reused output of another shape: only models with random operators do this.
-            if self._rebind or "pre-allocated output" not in str(error):
+            if self._rebind or not any(said in str(error) for said in _OTHER_SHAPE):
                 raise
             self._rebind = True
             self._bind_outputs()
