@@ -17,6 +17,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from onnxnorm import float64, storage
+from onnxnorm.errors import RuntimeRejection
 from onnxnorm.session import open_session, runtime_version
 from onnxnorm.truth import Evaluator
 
@@ -753,13 +754,46 @@ def one_node_model(c: Case, opset: int) -> tuple[onnx.ModelProto, dict[str, Any]
     return model, {n: a for n, a in arrays.items() if n not in fixed}
 
 
-@pytest.mark.parametrize(("c", "opset"), PARAMETERS)
-def test_agrees_with_onnxruntime(c: Case, opset: int, tmp_path: Path) -> None:
+# Where the later version of an operator says, for our case, what the earlier one said, and 1.23 of
+# onnxruntime falls short at the later: it has no kernel for LpNormalization 22, and the divisor of
+# its AveragePool 19 leaves out the padding below (onnxruntime issue 26708).
+EARLIER = {("LpNormalization", 22): 21, ("AveragePool", 19): 18}
+
+
+def runtime_says(c: Case, opset: int, path: Path) -> dict[str, Any]:
     model, feeds = one_node_model(c, opset)
-    path = tmp_path / "one.onnx"
     onnx.save(model, path)
     with open_session(path, optimize=False) as session:
-        expected = session.run(feeds)
+        return session.run(feeds)
+
+
+def expected_of(c: Case, opset: int, path: Path) -> dict[str, Any]:
+    """What onnxruntime computes; at the earlier opset where it does otherwise at this one."""
+    earlier = EARLIER.get((c.op, opset))
+    if earlier is None or c.attributes.keys() & {"dilations", "ceil_mode"}:
+        return runtime_says(c, opset, path)
+    expected = runtime_says(c, earlier, path)
+    try:
+        found = runtime_says(c, opset, path)
+    except RuntimeRejection as error:
+        if "no kernel" not in error.hint:
+            raise
+        return expected
+    same = all(np.allclose(found[n], y, rtol=0, atol=rounding(y)) for n, y in expected.items())
+    return found if same else expected
+
+
+def rounding(want: Any) -> float:
+    scale = np.max(np.abs(want), initial=0.0, where=np.isfinite(want))
+    return HALF_THE_DIGITS * float(scale)
+
+
+@pytest.mark.parametrize(("c", "opset"), PARAMETERS)
+def test_agrees_with_onnxruntime(c: Case, opset: int, tmp_path: Path) -> None:
+    path = tmp_path / "one.onnx"
+    expected = expected_of(c, opset, path)
+    model, feeds = one_node_model(c, opset)
+    onnx.save(model, path)
     with Evaluator(storage.load(path)) as evaluator:
         found = evaluator.run(feeds)
         narrow = "float64 except 1 node in float32: NonMaxSuppression (1)"
@@ -769,8 +803,7 @@ def test_agrees_with_onnxruntime(c: Case, opset: int, tmp_path: Path) -> None:
         assert got.shape == want.shape
         if float64.is_float_dtype(want.dtype):
             assert got.dtype == np.float64
-            scale = np.max(np.abs(want), initial=0.0, where=np.isfinite(want))
-            np.testing.assert_allclose(got, want, rtol=0, atol=HALF_THE_DIGITS * scale)
+            np.testing.assert_allclose(got, want, rtol=0, atol=rounding(want))
         elif c.op.startswith(("QLinear", "QuantizeLinear", "Dynamic")):
             # onnxruntime multiplies scales in float32, so a tie may round to the neighbour
             assert np.max(np.abs(got.astype(int) - want.astype(int))) <= 1

@@ -228,7 +228,9 @@ def test_optimizations_are_all_or_none(
 ) -> None:
     really = tmp_path / "really.onnx"
     with open_session(write(TWICE), optimize=optimize, optimized_model_path=really) as opened:
-        assert opened.placement == {"CPUExecutionProvider": len(left)}
+        # onnxruntime tells where nodes are since 1.24.
+        told = hasattr(onnxruntime.InferenceSession, "get_provider_graph_assignment_info")
+        assert opened.placement == ({"CPUExecutionProvider": len(left)} if told else {})
     assert [node.op_type for node in onnx.load(really).graph.node] == left
 
 
