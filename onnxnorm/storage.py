@@ -8,6 +8,7 @@ written, so the weights of a tensor that no pass touches never enter this proces
 
 from __future__ import annotations
 
+import errno
 import math
 import mmap
 import os
@@ -481,7 +482,7 @@ def _open_external(stored: Stored, tensor: onnx.TensorProto, folder: Path) -> No
     if location not in stored.files:
         try:
             inside = folder.resolve()
-            target = (folder / location).resolve()
+            target = _resolved(folder / location)
         except (OSError, RuntimeError):  # a circle of links
             inside, target = folder, Path("/")
         if Path(location).is_absolute() or not target.is_relative_to(inside):
@@ -513,6 +514,16 @@ def _open_external(stored: Stored, tensor: onnx.TensorProto, folder: Path) -> No
             f" it needs bytes {offset} to {offset + expected}, the file has {have}",
             "Copy the data file again; it is truncated or belongs to another model.",
         )
+
+
+def _resolved(path: Path) -> Path:
+    """Where a path leads, be there a file or not; an error where links lead round in a circle."""
+    try:
+        return path.resolve(strict=True)
+    except OSError as error:
+        if error.errno == errno.ELOOP:  # without `strict` Python 3.13 returns the link itself
+            raise
+    return path.resolve()
 
 
 def _wrong_size(tensor: onnx.TensorProto, have: int) -> ModelError:
