@@ -262,3 +262,14 @@ def test_the_interval_of_a_median_holds_it() -> None:
     assert (low, high) == (1.0, 9.0)
     low, high = bench_large.interval([1 + i / 100 for i in range(101)], draw)
     assert 1.35 < low < 1.5 < high < 1.65
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs_to_its_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--gigabytes", "0.01", "--width", "256", "--rounds", "2"]
+    # A limit may be missed here: a small copy takes less time than to start a process.
+    assert bench_large.main(["--dir", str(tmp_path), *options]) in (0, 1)
+    *rounds, last = capsys.readouterr().out.splitlines()[1:]
+    assert [line.partition(":")[0] for line in rounds] == ["round 1", "round 2"]
+    assert last.startswith("peak ")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["large.onnx", "large.onnx.data"]

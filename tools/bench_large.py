@@ -9,9 +9,8 @@ their way, and with memory at hand for what they write; both are timed until the
 until the bytes are on disk. What counts is the ratio of the two within a round: the median over all
 rounds and its bootstrap interval, because a shared machine drifts from round to round. The
 processor time is printed as well: where others keep every core busy, the time that is gained by
-copying beside other work is lost again, and it tells that apart. The limits
-are: peak resident memory below 700 MB plus four times the largest changed tensor, and 1.5 times the
-copy.
+copying beside other work is lost again. The limits are: peak resident memory below 700 MB plus four
+times the largest changed tensor, and 1.5 times the copy.
 
 The process runs with its bytecode compiled, as an installed package does.
 """
@@ -178,7 +177,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     shutil.rmtree(out)
     shutil.rmtree(folder / "bytecode")
-    pairs = [[run[k] / copied[k] for run, copied in zip(runs, copies, strict=True)] for k in (0, 1)]
+    pairs = [
+        [run[k] / copied[k] for run, copied in zip(runs, copies, strict=True)] for k in range(3)
+    ]
     ratios = [statistics.median(each) for each in pairs]
     spans = [interval(each, draw) for each in pairs]
     result = {
