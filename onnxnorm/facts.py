@@ -18,6 +18,7 @@ from typing import Any, Final, TypeAlias
 import numpy as np
 import onnx
 from numpy.typing import NDArray
+from onnx import numpy_helper
 
 from onnxnorm.module import Module, Node, Scope, Value, Weight, dense
 from onnxnorm.storage import Array, payload_size
@@ -52,6 +53,13 @@ _MOVES: Final = frozenset(
     }
 )
 _FORWARDS: Final = _MOVES | {"Identity"}
+_RUNTIME_NORMS: Final = {
+    "SimplifiedLayerNormalization",
+    "SkipLayerNormalization",
+    "SkipSimplifiedLayerNormalization",
+}
+_RANKS: Final = "onnxnorm.ranks"  # the domain of a function that only a copy for inference has
+_GROUPED: Final = 12  # nodes between taking a tensor into groups and back
 _MOVED_LIMIT: Final = 256 << 20  # bytes; a larger result is not worth holding
 _HELD_LIMIT: Final = 64 << 10  # bytes; a larger result is computed again rather than held
 
@@ -153,6 +161,7 @@ class Facts:
 
     def __init__(self, module: Module) -> None:
         self.module = module
+        self.kept: dict[str, Any] = {}  # what analyses beyond this class found, by their name
 
     # ** users and producers **
 
@@ -360,8 +369,8 @@ class Facts:
     def type(self, value: AnyValue) -> Type | None:
         """What shape inference says of a value; None where it says nothing.
 
-        Shapes are inferred on a copy without weights. Values of functions have no types: they
-        differ from call to call.
+        Shapes are inferred on a copy without weights. A value of a function has what all calls of
+        the function have in common.
         """
         if isinstance(value, Weight):
             proto = value.proto
@@ -375,13 +384,95 @@ class Facts:
     def types(self) -> dict[tuple[str, str], Type]:
         """Inferred types by (scope path, value name), for the main graph and all bodies."""
         model = self.module.export().small()
+        self._show_constants(model.graph)
+        _restore_shapes(model.graph)
+        _show_runtime_norms(model.graph, self.module.main.opsets[""])
+        _show_ranks(model)
         # Inference that fails leaves the types that the file itself states; the C++ side raises
         # several unrelated types.
         with suppress(Exception):
             model = onnx.shape_inference.infer_shapes(model)
         found: dict[tuple[str, str], Type] = {}
         self._collect(model.graph, self.module.main, found)
+        functions = {(f.domain, f.name, f.overload): f for f in model.functions}
+        for scope in self._called():
+            function = functions[_name(scope)]
+            graph = onnx.GraphProto(name=function.name, node=function.node)
+            for index, value in enumerate(scope.inputs):
+                known = self._common(scope, index, found)
+                if known is not None and known.element:
+                    graph.input.append(
+                        onnx.helper.make_tensor_value_info(value.name, known.element, known.shape)
+                    )
+            imports = [onnx.helper.make_opsetid(d, v) for d, v in scope.opsets.items()]
+            called = onnx.helper.make_model(graph, opset_imports=imports)
+            called.functions.extend(f for f in model.functions if f.domain != _RANKS)
+            with suppress(Exception):
+                called = onnx.shape_inference.infer_shapes(called)
+            self._collect(called.graph, scope, found)
         return found
+
+    def _called(self) -> Iterator[Scope]:
+        """The functions of the model, each after all that call it."""
+        waiting = [s for s in self.module.scopes if isinstance(s.proto, onnx.FunctionProto)]
+        while waiting:
+            ready = [
+                scope
+                for scope in waiting
+                if not any(_outermost(call.scope) in waiting for call in self._calls(scope))
+            ]
+            if not ready:
+                return  # functions that call each other: what the runtime does not load
+            for scope in ready:
+                waiting.remove(scope)
+                yield scope
+
+    def _calls(self, scope: Scope) -> list[Node]:
+        return self._by_operator.get(_name(scope), [])
+
+    def _common(
+        self, scope: Scope, index: int, found: Mapping[tuple[str, str], Type]
+    ) -> Type | None:
+        """What the types of one input have in common over all calls of a function."""
+        common: Type | None = None
+        for call in self._calls(scope):
+            value = call.inputs[index] if index < len(call.inputs) else None
+            if value is None or not value.name:
+                return None
+            if isinstance(value, Weight):
+                known = self.type(value)
+            else:
+                known = found.get((value.scope.path if value.scope else "", value.name))
+            if known is None or (common is not None and known.element != common.element):
+                return None
+            common = known if common is None else Type(known.element, _meet(known, common))
+        return common
+
+    @cached_property
+    def _by_operator(self) -> dict[tuple[str, str, str], list[Node]]:
+        known: dict[tuple[str, str, str], list[Node]] = {}
+        for node in self.module.nodes():
+            if node.domain:
+                known.setdefault((node.domain, node.op, node.proto.overload), []).append(node)
+        return known
+
+    def _show_constants(self, graph: onnx.GraphProto) -> None:
+        """Give shape inference the constants that it does not find itself: axes, pads, shapes."""
+        stored = {t.name for t in graph.initializer}
+        untyped = Facts(self.module)  # what is constant may depend on types, which are to come
+        untyped.__dict__["types"] = {}
+        for node, proto in zip(self.module.main.nodes, graph.node, strict=True):
+            for index, value in enumerate(node.inputs[1:], 1):
+                made = self.producer(value)
+                if made is None or made.op == "Constant" or value.name in stored:
+                    continue
+                constant = untyped.constant(value)
+                if constant is None or constant.dtype != np.int64 or len(constant.shape) > 1:
+                    continue
+                if constant.nbytes <= _HELD_LIMIT:
+                    name = f"{value.name}/{node.label}/{index}"
+                    graph.initializer.append(numpy_helper.from_array(constant.array(), name))
+                    proto.input[index] = name
 
     def _collect(
         self, graph: onnx.GraphProto, scope: Scope, found: dict[tuple[str, str], Type]
@@ -389,12 +480,105 @@ class Facts:
         for info in [*graph.value_info, *graph.output, *graph.input]:
             if info.type.HasField("tensor_type"):
                 found[scope.path, info.name] = _type(info.type.tensor_type)
-        for node, proto in zip(scope.nodes, graph.node, strict=True):
+        nodes = [node for node in scope.nodes if node.bodies]
+        protos = [p for p in graph.node if any(a.HasField("g") or a.graphs for a in p.attribute)]
+        for node, proto in zip(nodes, protos, strict=True):
             for name, index, body in node.bodies:
                 for attribute in proto.attribute:
                     if attribute.name == name:
                         inner = attribute.g if index < 0 else attribute.graphs[index]
                         self._collect(inner, body, found)
+
+
+def _name(scope: Scope) -> tuple[str, str, str]:
+    """Domain, name and overload of a function."""
+    assert isinstance(scope.proto, onnx.FunctionProto), "it is a function"
+    return scope.proto.domain, scope.proto.name, scope.proto.overload
+
+
+def _meet(one: Type, other: Type) -> tuple[int | str | None, ...] | None:
+    """The dims that two shapes share; None where even the rank differs."""
+    if one.shape is None or other.shape is None or len(one.shape) != len(other.shape):
+        return None
+    return tuple(a if a == b else None for a, b in zip(one.shape, other.shape, strict=True))
+
+
+def _outermost(scope: Scope) -> Scope:
+    """The main graph or the function that a body is in."""
+    while scope.parent is not None:
+        scope = scope.parent
+    return scope
+
+
+def _restore_shapes(graph: onnx.GraphProto) -> None:
+    """Tell shape inference what a Reshape to the shape of something gives.
+
+        Reshape(f(Reshape(x, groups)), Shape(x))   ->   Identity(x)      in the copy for inference
+
+    Before opset 14 inference gives up the rank there, and with it all that follows.
+    """
+    made = {name: node for node in graph.node for name in node.output}
+    for node in graph.node:
+        shape = (
+            made.get(node.input[1]) if node.op_type == "Reshape" and len(node.input) > 1 else None
+        )
+        if shape is None or shape.op_type != "Shape" or shape.attribute:
+            continue
+        before = made.get(node.input[0])
+        for _ in range(_GROUPED):
+            if before is None or not before.input:
+                break
+            if before.op_type == "Reshape" and before.input[0] == shape.input[0]:
+                node.op_type = "Identity"
+                del node.input[:]
+                node.input.append(shape.input[0])
+                del node.attribute[:]
+                break
+            before = made.get(before.input[0])
+
+
+def _show_ranks(model: onnx.ModelProto) -> None:
+    """Let shape inference keep the rank behind a Reshape whose shape is computed.
+
+    From opset 14 on it does. An older Reshape is called through a function that imports opset 14.
+    """
+    imports = {o.domain or "": o for o in model.opset_import}
+    if "" not in imports or not 5 <= imports[""].version < 14 or model.ir_version < 4:
+        return
+    known = {t.name for t in model.graph.initializer}
+    known |= {n.output[0] for n in model.graph.node if n.op_type == "Constant" and n.output}
+    called = False
+    for node in model.graph.node:
+        if node.op_type == "Reshape" and len(node.input) == 2 and node.input[1] not in known:
+            node.domain, called = _RANKS, True
+    if called:
+        body = onnx.helper.make_node("Reshape", ["x", "shape"], ["y"])
+        opset = onnx.helper.make_opsetid("", 14)
+        model.functions.append(
+            onnx.helper.make_function(_RANKS, "Reshape", ["x", "shape"], ["y"], [body], [opset])
+        )
+        model.opset_import.append(onnx.helper.make_opsetid(_RANKS, 1))
+        model.ir_version = max(model.ir_version, 8)
+
+
+def _show_runtime_norms(graph: onnx.GraphProto, opset: int) -> None:
+    """Tell shape inference that the outputs of onnxruntime's own norms have their input's shape."""
+    names = _RUNTIME_NORMS | ({"LayerNormalization"} if opset < 17 else set())
+    if not any(node.op_type in names for node in graph.node):
+        return
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.node:
+        if node.op_type not in names or node.domain not in ("", "ai.onnx", "com.microsoft"):
+            nodes.append(node)
+            continue
+        places = (0, 3) if node.op_type.startswith("Skip") else (0,)
+        nodes += [
+            onnx.helper.make_node("Identity", node.input[:1], [node.output[place]])
+            for place in places
+            if place < len(node.output) and node.output[place]
+        ]
+    del graph.node[:]
+    graph.node.extend(nodes)
 
 
 def _type(proto: onnx.TypeProto.Tensor) -> Type:

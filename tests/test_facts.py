@@ -443,10 +443,43 @@ def test_types_in_bodies_are_those_of_their_scope() -> None:
     assert known.type(value(known, "b", "y/else_branch/")) == Type(TensorProto.DOUBLE, (5,))
 
 
-def test_values_of_functions_have_no_type() -> None:
-    model = parse(FUNCTION, '<ir_version: 10, opset_import: ["" : 20, "d" : 1]>')
+def test_values_of_functions_have_the_type_that_all_calls_share() -> None:
+    model = parse(
+        """
+    main (float[2,N] a, float[3,4] b, int64[5] c) => (float[2,N] y, float[3,4] z, int64[5] w)
+    {
+       y = d.f (a)
+       z = d.f (b)
+       w = d.g (c)
+    }
+    <domain: "d", opset_import: ["" : 20, "d" : 1]> f (x) => (y) { t = Relu (x) y = d.h (t) }
+    <domain: "d", opset_import: ["" : 20]> g (x) => (y) { y = Neg (x) }
+    <domain: "d", opset_import: ["" : 20]> h (x) => (y) { y = Exp (x) }
+    """,
+        '<ir_version: 10, opset_import: ["" : 20, "d" : 1]>',
+    )
     known = facts(model)
-    assert known.type(value(known, "x", "d.f/")) is None
+    for name, path in (("x", "d.f/"), ("t", "d.f/"), ("x", "d.h/"), ("y", "d.h/")):
+        found = known.type(value(known, name, path))
+        assert found is not None
+        assert found.element == TensorProto.FLOAT
+        assert found.shape is not None
+        assert [d for d in found.shape if isinstance(d, int)] == []
+        assert len(found.shape) == 2
+    assert known.type(value(known, "y", "d.g/")) == Type(TensorProto.INT64, (5,))
+
+
+@pytest.mark.parametrize("other", ["int64[2] b", "float[2,3,4] b"])
+def test_calls_that_share_no_type_or_rank_leave_it_open(other: str) -> None:
+    result = other.rpartition(" ")[0]
+    model = parse(
+        f"main (float[2,3] a, {other}) => (float[2,3] y, {result} z) {{ y = d.f (a) z = d.f (b) }}"
+        ' <domain: "d", opset_import: ["" : 20]> f (x) => (y) { y = Neg (x) }',
+        '<ir_version: 10, opset_import: ["" : 20, "d" : 1]>',
+    )
+    known = facts(model)
+    found = known.type(value(known, "x", "d.f/"))
+    assert found is None or found == Type(TensorProto.FLOAT, None)
 
 
 def test_what_the_file_states_holds_where_inference_fails() -> None:
