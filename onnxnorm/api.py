@@ -22,9 +22,7 @@ from onnxnorm.errors import (
     UsageError,
     VerificationError,
 )
-from onnxnorm.facts import Facts
 from onnxnorm.module import Module
-from onnxnorm.norms import find_norms
 from onnxnorm.pipeline import Pipeline, Run
 from onnxnorm.registry import select
 from onnxnorm.report import Report
@@ -103,8 +101,8 @@ def optimize(
             `torch.onnx.export(..., dynamo=True)` returns.
         output: Where to write; None keeps the result in memory.
         passes: Pass names as in `onnxnorm.registry`, or passes; None is the default list.
-        target: What the model is for: "onnx" is any runtime, "ort-cpu" and "ort-cuda" are
-            onnxruntime. No pass of this version depends on it.
+        target: What the model is for: "onnx" is any runtime and writes standard operators,
+            "ort-cpu" and "ort-cuda" are onnxruntime and may write its own.
         provider: "cpu", "cuda" or "auto", for parity and latency.
         threads: Intra-op threads for latency; None is onnxruntime's own choice.
         inputs: The user's own inputs, an .npz file.
@@ -129,7 +127,7 @@ def optimize(
         ParityError: The outputs do not agree, or onnxruntime cannot run the model.
     """
     say = progress or _silent
-    chosen = select(passes)
+    chosen = _aimed(select(passes), target)
     with ExitStack() as stack:
         stored = stack.enter_context(_taken(model))
         place = _target(stored, output, in_place=in_place)
@@ -138,7 +136,6 @@ def optimize(
             bench.resolve(provider)
         say("passes", None)
         pipeline = Pipeline(chosen, tuple(only), tuple(skip), after_pass)
-        rows = list(find_norms(Facts(Module(stored))))
         run = pipeline.run(stored)
         _check_valid(stored, run)
         told = _Told()
@@ -167,17 +164,12 @@ def optimize(
                 told.notes.append("Nothing was changed, so nothing was written.")
             else:
                 files = staging.save(run.stored, place, ahead)
-        if target != "onnx":
-            told.notes.append(
-                f"No pass of this version writes a form for {target} alone: the model is the one"
-                " that any target gets."
-            )
         report = Report(
             command="optimize",
             version=version("onnxnorm"),
             model=model_facts(stored, place, run.stored),
             nodes={"before": run.nodes[0], "after": run.nodes[1]},
-            norms=norm_rows(rows, run.remarks),
+            norms=norm_rows(run.norms, run.remarks),
             passes=[vars(s) for s in run.statistics],
             sites=site_rows(run.remarks),
             environment=_environment(bench.provider is not None, threads),
@@ -202,6 +194,7 @@ def inspect(
     model: Model,
     *,
     passes: str | Iterable[str | Pass] | None = None,
+    target: Target = "onnx",
 ) -> Report:
     """List every normalization of a model, what would be done with it, and what is in the way.
 
@@ -211,16 +204,15 @@ def inspect(
         ModelError: The model cannot be read or is broken.
         UsageError: `passes` names what does not exist.
     """
-    chosen = select(passes)
+    chosen = _aimed(select(passes), target)
     with _taken(model) as stored:
-        rows = list(find_norms(Facts(Module(stored))))
         run = Pipeline(chosen).run(stored)
         return Report(
             command="inspect",
             version=version("onnxnorm"),
             model=model_facts(stored, None, None),
             nodes={"before": run.nodes[0], "after": run.nodes[1]},
-            norms=norm_rows(rows, run.remarks),
+            norms=norm_rows(run.norms, run.remarks),
             passes=[vars(s) for s in run.statistics],
             sites=site_rows(run.remarks),
             parity_skipped="inspect runs nothing",
@@ -273,6 +265,16 @@ def compare(
             options={"provider": bench.provider, "seed": seed, "time_budget": time_budget},
             **vars(told),
         )
+
+
+def _aimed(passes: list[Pass], target: Target) -> list[Pass]:
+    """Passes that depend on the target, told of it; what the user gave them stays."""
+    return [
+        replace(p, target=target)  # type: ignore[type-var]
+        if getattr(p, "target", None) == "onnx"
+        else p
+        for p in passes
+    ]
 
 
 # ** proving and measuring **

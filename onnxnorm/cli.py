@@ -25,6 +25,7 @@ from onnxnorm.copying import head_start
 from onnxnorm.errors import OnnxNormError, UsageError
 
 if TYPE_CHECKING:
+    from onnxnorm.api import Target
     from onnxnorm.report import Report
     from onnxnorm.report_terminal import Progress
     from onnxnorm.storage import Stored
@@ -117,6 +118,15 @@ _output = _options(
 )
 
 
+_TARGET = click.option(
+    "--target",
+    type=click.Choice(["onnx", "ort-cpu", "ort-cuda"]),
+    default="onnx",
+    show_default=True,
+    help="What the model is for.",
+)
+
+
 @cli.command()
 @click.argument("source", metavar="IN.onnx", type=_MODEL)
 @click.argument("output", metavar="[OUT.onnx]", type=_MODEL, required=False)
@@ -125,13 +135,7 @@ _output = _options(
     metavar="A,B{opt=1}",
     help="What to run, in order; 'none' runs nothing.  [the default list]",
 )
-@click.option(
-    "--target",
-    type=click.Choice(["onnx", "ort-cpu", "ort-cuda"]),
-    default="onnx",
-    show_default=True,
-    help="What the model is for.",
-)
+@_TARGET
 @click.option("--only", multiple=True, metavar="SITE", help="Restrict the passes to this site.")
 @click.option("--skip", multiple=True, metavar="SITE", help="Leave this site as it is.")
 @click.option("--in-place", is_flag=True, help="Replace the input.")
@@ -190,10 +194,12 @@ def optimize(
 @cli.command()
 @click.argument("source", metavar="MODEL.onnx", type=_MODEL)
 @click.option("--passes", metavar="A,B{opt=1}", help="What would run.  [the default list]")
+@_TARGET
 @_output
 def inspect(
     source: Path,
     passes: str | None,
+    target: Target,
     reports: Sequence[Path],
     *,
     as_json: bool,
@@ -204,7 +210,7 @@ def inspect(
     from onnxnorm import api
 
     _check_reports(reports, source)
-    report = api.inspect(source, passes=passes)
+    report = api.inspect(source, passes=passes, target=target)
     _show(report, reports, as_json=as_json, verbose=verbose, quiet=quiet)
 
 

@@ -1,154 +1,755 @@
-"""The operators that are normalizations by themselves, and one row for each in a graph.
+"""Every normalization of a model in its canonical form, whatever operators spell it.
 
-Subgraphs that compute a normalization without such an operator are not listed here.
+    layer_norm     gamma * (x - E[x]) / sqrt(Var[x] + eps) + beta      over any axes
+    rms_norm       gamma * x / sqrt(E[x^2] + eps)                      over any axes
+    l2_norm        gamma * x / |x|, with the rule by which its eps comes in
+    softmax, log_softmax, batch_norm, group_norm, instance_norm, filter_response_norm, evo_norm,
+    weight_standardization, channel_affine
+
+The canonical form of a norm is a value, a `Norm`: its kind, the tensor it normalizes, axes, eps,
+factors, and the nodes that compute it now. The graph itself is not touched by recognition: a file
+of IR version 7 or older cannot hold a function for a canonical node to call, and a norm that no
+pass improves has to come back as it was. So passes read norms from here and write through
+`forms.py`.
+
+Of nested readings the outermost wins: a layer norm over the RMS norm inside it, a group norm over
+the instance norm on its groups. A near miss is a row too, with the first condition that failed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Final, TypeAlias
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Final
 
-from onnxnorm.facts import Facts
-from onnxnorm.module import Node
+import numpy as np
+import onnx
+from numpy.typing import NDArray
 
-Axes: TypeAlias = "tuple[int, ...] | None"
+from onnxnorm.channelwise import Affine, Channelwise
+from onnxnorm.exponentials import Exponentials
+from onnxnorm.facts import AnyValue, Constant, Facts
+from onnxnorm.module import Node, Scope
+from onnxnorm.moment_rules import Moments
+from onnxnorm.moments import Form, Miss, Normal
+from onnxnorm.norm_operators import Axes, norm_operator
+from onnxnorm.region import Escape, Region, slice_back
+from onnxnorm.runtime_fusions import misfused
+from onnxnorm.statics import Statics
 
 
 @dataclass(frozen=True)
 class Norm:
-    """One normalization of the model as given.
+    """One normalization of a model, in canonical form.
 
     Attributes:
-        kind: `layer_norm`, `rms_norm`, `batch_norm`, `group_norm`, `instance_norm`, `l2_norm`,
-            `softmax` or `log_softmax`.
-        node: The node that computes it.
-        input: Name of the value that is normalized.
-        output: Name of the result.
-        axes: The axes that the statistics are taken over; non-negative where the rank is known,
-            None where it is needed and unknown.
-        epsilon: Added to the variance; None where the kind has none, or a caller of the function
-            gives it.
-        recognised: False for a near miss: it resembles the kind and is not one.
-        reason: For a near miss, the condition that failed.
+        kind: What it is; for a near miss what it resembles.
+        node: The node that computes the result.
+        nodes: Every node that computes it, in graph order.
+        input: The value that is normalized.
+        output: The result.
+        axes: What the statistics are over; non-negative where the rank is known, None where the
+            kind has none or they need a rank that is not known.
+        epsilon: As the kind has it, to the last digit; None where it has none.
+        meant: The decimal that epsilon is rounded from: the shortest that its type does not tell
+            apart from it.
+        recognised: False for a near miss.
+        reason: For a near miss, the first condition that failed.
+        at: The node where it failed; None where nothing did.
+        gamma: What multiplies the normalized value, right-aligned to the input, in float64; a
+            `Value` where it is computed at run time; None for 1.
+        beta: What is added to it; in the same three forms.
+        rule: How epsilon comes in: "inside" the root, "outside" of it, as a "maximum" of the
+            norm, or "clamped" as a maximum of its square.
+        groups: How many groups of channels; 0 where there are none.
+        operator: Whether a single operator computes it.
+        obstacle: Why its nodes cannot be replaced although it is recognised; "" where they can.
+        obstacle_at: The node that stands in the way.
+        notes: What else was seen around it.
+        stable: For a decomposed softmax, whether the maximum is subtracted before exp.
+        warning: What onnxruntime would make of its nodes when it loads the model, where that is
+            wrong; "" where it is right.
     """
 
     kind: str
     node: Node
-    input: str
-    output: str
-    axes: Axes
-    epsilon: float | None
-    recognised: bool
-    reason: str
+    nodes: tuple[Node, ...]
+    input: AnyValue
+    output: AnyValue
+    axes: Axes = None
+    epsilon: float | None = None
+    recognised: bool = True
+    reason: str = ""
+    at: Node | None = None
+    gamma: NDArray[np.float64] | AnyValue | None = None
+    beta: NDArray[np.float64] | AnyValue | None = None
+    rule: str = "inside"
+    groups: int = 0
+    operator: bool = False
+    obstacle: str = ""
+    obstacle_at: Node | None = None
+    notes: tuple[str, ...] = ()
+    meant: float | None = None
+    stable: bool = True
+    warning: str = ""
 
 
-def training_reason(node: Node) -> str | None:
-    """Why a BatchNormalization's statistics are not constant; None where they are.
+def find_norms(facts: Facts) -> list[Norm]:
+    """Every normalization of a model, in graph order, the main graph first.
 
-    The operator says so in a different way in each opset: is_test before 7, the number of
-    outputs from 7, training_mode from 14.
+    What is found holds as long as the facts do, and is looked for once.
     """
-    opset = node.scope.opsets[""]
-    name = "training_mode" if opset >= 14 else "is_test" if opset < 7 else ""
-    if node.parameter(name) is not None:
-        return f"{name} is a parameter of the function"
-    if opset >= 14:
-        training, said = node.attrs.get("training_mode", 0) != 0, "training_mode is set"
-    elif opset >= 7:
-        training = any(v.name for v in node.outputs[1:])
-        said = "it has further outputs, which means training"
-    else:
-        training, said = node.attrs.get("is_test", 0) == 0, "is_test is not set"
-    return f"{said}: its statistics come from the batch" if training else None
+    found: list[Norm] | None = facts.kept.get("norms")
+    if found is None:
+        scopes = facts.module.scopes
+        found = [norm for scope in scopes for norm in _Recogniser(facts, scope).norms()]
+        facts.kept["norms"] = found
+    return found
 
 
-def find_norms(facts: Facts) -> Iterator[Norm]:
-    """Every normalization operator of a model, in graph order, the main graph first."""
-    for node in facts.module.nodes():
-        row = _ROWS.get((node.domain or "", node.op))
-        if row is None or not node.inputs or not node.outputs:
-            continue
-        if node.op == "LpNormalization" and node.attrs.get("p", 2) != 2:
-            continue
-        kind, axes_of, default_epsilon = row
-        known = facts.type(node.inputs[0])
-        rank = len(known.shape) if known is not None and known.shape is not None else None
-        epsilon = default_epsilon
-        if epsilon is not None:
-            epsilon = None if node.parameter("epsilon") else node.attrs.get("epsilon", epsilon)
-        training = training_reason(node) if kind == "batch_norm" else None
-        yield Norm(
-            kind=kind,
-            node=node,
-            input=node.inputs[0].name,
-            output=node.outputs[0].name,
-            axes=None if node.parameter("axis") else axes_of(node, rank),
-            # Attributes are float32; the decimal that was meant is its shortest spelling.
-            epsilon=None if epsilon is None else float(f"{epsilon:.7g}"),
-            recognised=training is None,
-            reason=training or "",
+@dataclass
+class _Recogniser:
+    """The norms of one scope."""
+
+    facts: Facts
+    scope: Scope
+    found: dict[Node, Norm] = field(default_factory=dict)  # by root
+    claimed: dict[Node, Norm] = field(default_factory=dict)
+
+    def norms(self) -> Iterator[Norm]:
+        order = _in_order(self.scope)
+        statics = Statics(self.facts)
+        self.moments = Moments(self.facts, self.scope, statics)
+        self.exponentials = Exponentials(self.moments)
+        for node in order:
+            self.moments.visit(node)
+            self.exponentials.visit(node)
+        backward = order[::-1]
+        for node in backward:
+            self._claim(self._activation(node))
+        for node in backward:
+            self._claim(self._softmax(node))
+        for node in backward:
+            self._claim(self._normal(node))
+        for node in order:
+            self._claim(self._standardized(node))
+        for node in order:
+            self._claim(self._operator(node))
+        for node in backward:
+            self._claim(self._near_miss(node))
+        for affine in Channelwise(self.moments, frozenset(self.claimed)).affines(order):
+            self._claim(self._affine(affine))
+        place = {node: i for i, node in enumerate(order)}
+        for root in sorted(self.found, key=lambda n: place[n]):
+            norm = self._noted(self._shared(self.found[root]))
+            yield replace(norm, nodes=tuple(sorted(norm.nodes, key=lambda n: place[n])))
+
+    def _claim(self, norm: Norm | None) -> None:
+        if norm is None:
+            return
+        self.found[norm.node] = norm
+        for inner in norm.nodes:
+            self.claimed.setdefault(inner, norm)
+
+    def _free(self, node: Node) -> bool:
+        named = bool(node.outputs) and bool(node.outputs[0].name)
+        return named and bool(node.inputs) and node not in self.claimed
+
+    # ** norms by their moments **
+
+    def _normal(self, node: Node) -> Norm | None:
+        """The outermost norm whose result `node` computes."""
+        if not self._free(node) or not self._may_end(node):
+            return None
+        operator = norm_operator(node, None) is not None
+        best: Norm | None = None
+        out = node.outputs[0]
+        for reading in self.moments.readings(out):
+            if not isinstance(reading, Form):
+                continue
+            normal = self.moments.normal(reading)
+            if not isinstance(normal, Normal):
+                continue
+            region = slice_back(self.moments, node, normal.base)
+            if region is None or not self._may_share(region.nodes, normal):
+                continue
+            if operator and len(region.nodes) == 1:
+                continue  # it is listed as the operator it is
+            norm = self._named(normal, region)
+            if norm is None:
+                continue
+            if isinstance(region.escape, Escape):
+                if self._ends_at(region.escape.value, normal):
+                    continue  # a smaller norm ends where others read: its turn comes
+                norm = replace(norm, obstacle=region.escape.reason, obstacle_at=region.escape.node)
+            if best is None or len(norm.nodes) > len(best.nodes):
+                best = norm
+        return best if best is None else self._extended(best)
+
+    def _may_share(self, nodes: tuple[Node, ...], normal: Normal) -> bool:
+        """Whether what is claimed already are statistics of the same tensor in another norm."""
+        for node in nodes:
+            other = self.claimed.get(node)
+            if other is not None:
+                same = self.moments.source(other.input) is normal.base
+                if not same or other.node is node or other.operator:
+                    return False
+        return True
+
+    def _shared(self, norm: Norm) -> Norm:
+        """A norm whose inner values are read only by norms of the same tensor has no obstacle."""
+        if not norm.obstacle or not norm.recognised:
+            return norm
+        others: dict[Node, None] = {}
+        for node in norm.nodes:
+            for value in node.outputs:
+                if node is norm.node or not value.name:
+                    continue
+                if self.facts.pinned(value) is not None:
+                    return norm
+                for use in self.facts.uses(value):
+                    if use.node not in norm.nodes:
+                        others[use.node] = None
+        base = self.moments.source(norm.input)
+        for node in others:
+            other = self.claimed.get(node)
+            if other is None or self.moments.source(other.input) is not base:
+                return norm
+            if not other.recognised:
+                return norm
+        note = "it shares its statistics with another norm of the same tensor"
+        return replace(norm, obstacle="", obstacle_at=None, notes=(*norm.notes, note))
+
+    def _may_end(self, node: Node) -> bool:
+        """Whether a norm can end at a node: not at a mere copy, but for the Cast that goes back."""
+        if node.outputs[0] not in self.moments.origin:
+            return True
+        if node.op != "Cast":
+            return False
+        base = next((r.base for r in self.moments.readings(node.outputs[0])), None)
+        types = [self.facts.type(v) for v in (base, node.inputs[0], node.outputs[0]) if v]
+        if len(types) < 3 or None in types:
+            return False
+        first, inner, outer = (t.element for t in types if t is not None)
+        return first == outer != inner
+
+    def _ends_at(self, value: AnyValue, normal: Normal) -> bool:
+        """Whether a value is itself a norm of the same tensor."""
+        for reading in self.moments.readings(value):
+            if isinstance(reading, Form) and reading.base is normal.base:
+                smaller = self.moments.normal(reading)
+                if isinstance(smaller, Normal) and smaller.kind == normal.kind:
+                    return True
+        return False
+
+    def _named(self, normal: Normal, region: Region) -> Norm | None:
+        """A norm by its moments under the name of its kind; None where a smaller one is it."""
+        base, statistic = normal.base, normal.statistic
+        rank = self.moments.rank(base)
+        varying = self._varying(normal, rank)
+        if varying is None:
+            return None
+        axes, kind = statistic.axes, normal.kind
+        spatial = rank is not None and rank > 2 and axes == tuple(range(2, rank))
+        # TensorFlow has the channels last.
+        last = rank is not None and rank > 2 and axes == tuple(range(1, rank - 1))
+        per_channel = (spatial and varying == {1}) or (
+            last and rank is not None and varying == {rank - 1}
+        )
+        miss = ""
+        if statistic.groups:
+            if kind != "layer_norm" or not varying <= {1}:
+                return None
+            channels = self._dim(base, 1)
+            kind = "group_norm"
+            if statistic.groups == channels and rank is not None and rank > 2:
+                kind, axes = "instance_norm", tuple(range(2, rank))
+        elif kind == "layer_norm":
+            whole = rank is not None and len(axes) == rank
+            if rank is not None and rank > 1 and 0 in axes and not whole:
+                kind, miss = "batch_norm", "its statistics come from the batch, as in training"
+            elif per_channel:
+                kind = "instance_norm"
+            elif not self._belongs(normal, rank, axes):
+                return None
+            elif not varying and (
+                (spatial and rank != 3)
+                or (axes == (2,) and rank in (3, None) and self._modulated(region.root))
+            ):
+                kind = "instance_norm"
+        elif kind == "rms_norm":
+            if per_channel:
+                kind = "filter_response_norm"
+            elif not self._belongs(normal, rank, axes):
+                return None
+        elif not varying <= set(axes) or normal.beta is not None:
+            return None
+        return Norm(
+            kind,
+            region.root,
+            region.nodes,
+            region.input,
+            region.root.outputs[0],
+            axes,
+            normal.epsilon,
+            recognised=not miss,
+            reason=miss,
+            at=region.root if miss else None,
+            gamma=normal.gamma,
+            beta=normal.beta,
+            rule=normal.rule,
+            groups=statistic.groups,
         )
 
+    def _belongs(self, normal: Normal, rank: int | None, axes: tuple[int, ...]) -> bool:
+        """Whether gamma and beta are those of a norm over some axes.
 
-def _from_axis(default: int) -> Callable[[Node, int | None], Axes]:
-    def axes(node: Node, rank: int | None) -> Axes:
-        axis = int(node.attrs.get("axis", default))
+        They vary along these axes; a gamma along all of them may vary along others too, as one for
+        each head of an attention does.
+        """
+        own = set(axes)
+        gamma = self._varying(replace(normal, beta=None), rank) or set()
+        wide = own | gamma if own <= gamma else own
+        return (self._varying(normal, rank) or set()) <= wide
+
+    def _varying(self, normal: Normal, rank: int | None) -> set[int] | None:
+        """The axes along which gamma or beta vary; None where they cannot be told from others."""
+        varying: set[int] = set()
+        for array in (normal.gamma, normal.beta):
+            if array is not None:
+                varying |= {a - array.ndim for a, n in enumerate(array.shape) if n > 1}
+        if not varying:
+            return varying
         if rank is None:
-            return (-1,) if axis == -1 else None
-        return tuple(range(axis % rank, rank)) if rank else ()
+            return varying if normal.statistic.axes[0] < 0 else None
+        return {a + rank for a in varying}
 
-    return axes
+    def _modulated(self, root: Node) -> bool:
+        """Whether the result is multiplied by something computed per channel, as AdaIN does it."""
+        for use in self.facts.uses(root.outputs[0]):
+            if use.node.op == "Mul" and not use.node.domain:
+                known = self.facts.type(use.node.inputs[1 - use.index])
+                shape = known.shape if known is not None else None
+                if shape is not None and shape[-1:] == (1,) and shape[-2:-1] not in ((), (1,)):
+                    return True
+        return False
+
+    def _dim(self, value: AnyValue, axis: int) -> int | None:
+        shape = self.moments.statics.shape_of(value)
+        dim = shape[axis] if shape is not None and axis < len(shape) else None
+        return dim if isinstance(dim, int) else None
+
+    def _meant(self, norm: Norm) -> float | None:
+        if norm.epsilon is None:
+            return None
+        known = self.facts.type(norm.input)
+        element = known.element if known is not None else 0
+        tolerance = _HALF_ULP.get(element, _HALF_ULP[onnx.TensorProto.FLOAT])
+        for digits in range(1, 17):
+            candidate = float(f"{norm.epsilon:.{digits}g}")
+            if abs(candidate - norm.epsilon) <= tolerance * abs(norm.epsilon):
+                return candidate
+        return norm.epsilon
+
+    def _extended(self, norm: Norm) -> Norm:
+        """A filter response norm goes on through the maximum with its threshold."""
+        if norm.kind == "filter_response_norm" and not norm.obstacle:
+            uses = self.facts.uses(norm.output)
+            if len(uses) == 1 and self.facts.pinned(norm.output) is None:
+                after = uses[0].node
+                if after.op == "Max" and len(after.inputs) == 2 and after.scope is self.scope:
+                    other = after.inputs[1 - uses[0].index]
+                    if self.moments.statics.array(other) is not None:
+                        return replace(
+                            norm,
+                            node=after,
+                            nodes=(*norm.nodes, after),
+                            output=after.outputs[0],
+                            notes=(*norm.notes, f"its threshold is the Max '{after.label}'"),
+                        )
+        return norm
+
+    # ** softmax **
+
+    def _softmax(self, node: Node) -> Norm | None:
+        if not self._free(node):
+            return None
+        part = self.exponentials.normal(node.outputs[0])
+        if part is None or node.op == "Softmax":
+            return None
+        region = slice_back(self.moments, node, part.base)
+        if region is None or any(n in self.claimed for n in region.nodes):
+            return None
+        norm = Norm(
+            part.what,
+            node,
+            region.nodes,
+            region.input,
+            node.outputs[0],
+            part.axes,
+            stable=part.stable,
+        )
+        if region.escape is not None:
+            if self.exponentials.normal(region.escape.value) is not None:
+                return None
+            norm = replace(norm, obstacle=region.escape.reason, obstacle_at=region.escape.node)
+        return norm
+
+    # ** operators **
+
+    def _operator(self, node: Node) -> Norm | None:
+        if not self._free(node):
+            return None
+        rank = self.moments.rank(node.inputs[0])
+        known = norm_operator(node, rank)
+        if known is None:
+            return None
+        return Norm(
+            known.kind,
+            node,
+            (node,),
+            node.inputs[0],
+            node.outputs[0],
+            known.axes,
+            known.epsilon,
+            recognised=not known.reason,
+            reason=known.reason,
+            at=node if known.reason else None,
+            gamma=self._factor(node, known.scale),
+            beta=self._factor(node, known.bias),
+            groups=int(node.attrs.get("num_groups", 0)) if node.op == "GroupNormalization" else 0,
+            operator=True,
+        )
+
+    def _factor(self, node: Node, index: int | None) -> AnyValue | None:
+        if index is None or index >= len(node.inputs) or not node.inputs[index].name:
+            return None
+        value: AnyValue = node.inputs[index]
+        return value
+
+    # ** normalization and activation in one **
+
+    def _activation(self, node: Node) -> Norm | None:
+        """EvoNorm: x * sigmoid(v x) / std, and x / max(std_batch, v x + std_instance)."""
+        if node.op not in ("Div", "Mul") or node.domain or not self._free(node):
+            return None
+        operands = [node.inputs] if node.op == "Div" else [node.inputs, node.inputs[::-1]]
+        for value, divisor in operands:
+            core = self._evo_s0(node, value, divisor) or self._evo_b0(node, value, divisor)
+            if core is not None:
+                return self._with_affine(core)
+        return None
+
+    def _deviation(self, value: AnyValue, power: int) -> Form | None:
+        """A standard deviation, or its inverse, as a form; None for anything else."""
+        for reading in self.moments.readings(value):
+            if (
+                isinstance(reading, Form)
+                and reading.root is not None
+                and reading.root.kind == "variance"
+                and reading.layout is None
+                and not reading.full
+                and [p[3] for p in reading.terms] == [power]
+            ):
+                return reading
+        return None
+
+    def _evo_s0(self, node: Node, value: AnyValue, divisor: AnyValue) -> Norm | None:
+        form = self._deviation(divisor, 1 if node.op == "Div" else -1)
+        gated = self.facts.producer(value)
+        if form is None or form.root is None or gated is None or gated.op != "Mul":
+            return None
+        for x, gate in (gated.inputs, gated.inputs[::-1]):
+            sigmoid = self.facts.producer(gate)
+            if sigmoid is None or sigmoid.op != "Sigmoid":
+                continue
+            scaled = self._is_scaled(sigmoid.inputs[0], form.base)
+            if scaled and self.moments.source(x) is form.base:
+                return self._evo(node, form)
+        return None
+
+    def _evo_b0(self, node: Node, value: AnyValue, divisor: AnyValue) -> Norm | None:
+        larger = self.facts.producer(divisor)
+        if node.op != "Div" or larger is None or larger.op != "Max" or len(larger.inputs) != 2:
+            return None
+        for constant, other in (larger.inputs, larger.inputs[::-1]):
+            total = self.facts.producer(other)
+            if not self._is_constant(constant) or total is None or total.op != "Add":
+                continue
+            for scaled, deviation in (total.inputs, total.inputs[::-1]):
+                form = self._deviation(deviation, 1)
+                if form is None or not self._is_scaled(scaled, form.base):
+                    continue
+                if self.moments.source(value) is form.base:
+                    return self._evo(node, form)
+        return None
+
+    def _is_constant(self, value: AnyValue) -> bool:
+        """Whether a value is a constant, or one that is only expanded at run time."""
+        made = self.facts.producer(value)
+        if made is not None and made.op == "Expand":
+            value = made.inputs[0]
+        return self.moments.statics.array(value) is not None
+
+    def _is_scaled(self, value: AnyValue, base: AnyValue) -> bool:
+        """Whether a value is the base, or a constant times it."""
+        if self.moments.source(value) is base:
+            return True
+        made = self.facts.producer(value)
+        return (
+            made is not None
+            and made.op == "Mul"
+            and any(self.moments.source(v) is base for v in made.inputs)
+            and any(self.moments.statics.array(v) is not None for v in made.inputs)
+        )
+
+    def _evo(self, node: Node, form: Form) -> Norm | None:
+        assert form.root is not None
+        assert form.statistic is not None
+        region = slice_back(self.moments, node, form.base)
+        if region is None:
+            return None
+        n = self.moments.elements(form)
+        total = form.root.factor * (n ** (form.root.halves / 2) if n else 1)
+        return Norm(
+            "evo_norm",
+            node,
+            region.nodes,
+            region.input,
+            node.outputs[0],
+            form.statistic.axes,
+            form.root.epsilon / total,
+            groups=form.statistic.groups,
+            obstacle=region.escape.reason if region.escape else "",
+            obstacle_at=region.escape.node if region.escape else None,
+        )
+
+    def _with_affine(self, norm: Norm) -> Norm:
+        """A norm with the constant Mul and Add that follow it."""
+        for ops in (("Mul",), ("Add",)):
+            uses = self.facts.uses(norm.output)
+            if len(uses) != 1 or self.facts.pinned(norm.output) is not None:
+                break
+            after = uses[0].node
+            if after.op not in ops or after.scope is not self.scope or not self._free(after):
+                continue
+            if self.moments.statics.array(after.inputs[1 - uses[0].index]) is not None:
+                nodes = (*norm.nodes, after)
+                norm = replace(norm, node=after, nodes=nodes, output=after.outputs[0])
+        return norm
+
+    # ** near misses **
+
+    def _near_miss(self, node: Node) -> Norm | None:
+        if not self._free(node) or not self._may_end(node):
+            return None
+        out = node.outputs[0]
+        if out in self.exponentials.misses:
+            kind, base, reason = self.exponentials.misses[out]
+            return self._missed(kind, node, base, None, reason, node)
+        best: Norm | None = None
+        for reading in self.moments.readings(out):
+            axes = reading.statistic.axes if reading.statistic is not None else None
+            if isinstance(reading, Miss):
+                if reading.stage != "norm":
+                    continue
+                at, why = reading.node, reading.reason
+            else:
+                said = self.moments.normal(reading)
+                if isinstance(said, Normal) and self._varying(said, None) is None:
+                    said = f"rank unknown at '{reading.base.name}', which its factors need"
+                if not isinstance(said, str):
+                    continue
+                at, why = node, said
+            norm = self._missed(reading.kind, node, reading.base, axes, why, at)
+            if norm is not None and (best is None or len(norm.nodes) > len(best.nodes)):
+                best = norm
+        return best
+
+    def _missed(
+        self, kind: str, node: Node, base: AnyValue, axes: Axes, reason: str, at: Node
+    ) -> Norm | None:
+        region = slice_back(self.moments, node, base, partly=True)
+        if region is None:
+            return None
+        inner = [self.claimed[n] for n in region.nodes if n in self.claimed]
+        if any(not norm.obstacle for norm in inner):
+            return None  # that part is a norm, and will be treated as one
+        return Norm(
+            kind,
+            node,
+            region.nodes,
+            region.input,
+            node.outputs[0],
+            axes,
+            recognised=False,
+            reason=reason,
+            at=at,
+        )
+
+    # ** per channel **
+
+    def _affine(self, affine: Affine) -> Norm | None:
+        if any(node in self.claimed for node in affine.nodes):
+            return None
+        return Norm(
+            affine.kind,
+            affine.nodes[-1],
+            affine.nodes,
+            affine.base,
+            affine.nodes[-1].outputs[0],
+            affine.axes,
+            affine.epsilon,
+            gamma=affine.scale,
+            beta=affine.shift,
+        )
+
+    # ** weights **
+
+    def _standardized(self, node: Node) -> Norm | None:
+        """A weight that is standardized in the graph: a subgraph on constants."""
+        if node.op not in ("Conv", "ConvTranspose") or node.domain or len(node.inputs) < 2:
+            return None
+        value = node.inputs[1]
+        made = self.facts.producer(value)
+        if made is None or made in self.claimed or made.op == "Constant":
+            return None
+        if self.facts.constant(value) is not None:
+            return None
+        nodes: dict[Node, None] = {}
+        leaves: list[Constant] = []
+        pending = [value]
+        while pending:
+            at = pending.pop()
+            known = self.facts.constant(at) if at.name else None
+            source = self.facts.producer(at)
+            if known is not None:
+                leaves.append(known)
+            elif source is None or source.scope is not self.scope:
+                if at.name:
+                    return None
+            elif source not in nodes:
+                nodes[source] = None
+                pending += source.inputs
+        ops = {n.op for n in nodes}
+        means = ops & {"ReduceMean", "ReduceSum"} and ops & {"Sqrt", "Pow", "ReduceL2"}
+        # Batch statistics of a constant are constant too: some networks standardize with them.
+        if not (means and "Sub" in ops) and "BatchNormalization" not in ops:
+            return None
+        weight = max(leaves, key=lambda c: c.nbytes, default=None)
+        if weight is None:
+            return None
+        epsilons = [
+            scalar
+            for n in nodes
+            if n.op in ("Add", "Max", "Clip")
+            for v in n.inputs[1:] + n.inputs[:1]
+            if (scalar := self.moments.statics.scalar(v)) is not None
+        ]
+        epsilons += [n.attrs.get("epsilon", 1e-5) for n in nodes if n.op == "BatchNormalization"]
+        return Norm(
+            "weight_standardization",
+            made,
+            tuple(nodes),
+            weight.source,
+            value,
+            tuple(range(1, len(weight.shape))),
+            epsilons[0] if epsilons else None,
+            notes=("the weight is constant, so this can be computed once",),
+        )
+
+    # ** what else is there **
+
+    def _noted(self, norm: Norm) -> Norm:
+        notes = list(norm.notes)
+        if norm.kind == "group_norm" and self._is_gated(norm.output):
+            notes.append("a SiLU follows")
+        if norm.kind in ("softmax", "log_softmax"):
+            notes += self._in_front(norm.input)
+        if norm.kind in ("instance_norm", "batch_norm") and self._is_split(norm):
+            notes.append("half of an IBN split")
+        guard = misfused(norm.nodes, self.facts)
+        warning = guard.reason if guard is not None else ""
+        return replace(norm, notes=tuple(notes), warning=warning, meant=self._meant(norm))
+
+    def _is_gated(self, value: AnyValue) -> bool:
+        """Whether x * sigmoid(x) follows."""
+        users = [u.node for u in self.facts.uses(value)]
+        if [n.op for n in users] == ["Swish"]:
+            return True
+        if sorted(n.op for n in users) != ["Mul", "Sigmoid"]:
+            return False
+        sigmoid, mul = sorted(users, key=lambda n: n.op != "Sigmoid")
+        return any(v is sigmoid.outputs[0] for v in mul.inputs)
+
+    def _in_front(self, value: AnyValue) -> Iterator[str]:
+        made = self.facts.producer(self.moments.source(value))
+        if made is not None and made.op == "Add" and self._score_like(made) is not None:
+            mask = made.inputs[self._score_like(made) or 0]
+            yield f"the mask '{mask.name}' is added in front"
+            other = made.inputs[1 - (self._score_like(made) or 0)]
+            made = self.facts.producer(self.moments.source(other))
+        if made is not None and made.op in ("Mul", "Div") and len(made.inputs) == 2:
+            for index in (1, 0) if made.op == "Mul" else (1,):
+                scale = self.moments.statics.scalar(made.inputs[index])
+                if scale:
+                    factor = 1 / scale if made.op == "Div" else scale
+                    yield f"a scale of {factor:.6g} stands in front"
+                    return
+
+    def _score_like(self, add: Node) -> int | None:
+        """Which input of an Add is the mask: the other one comes from a product of matrices."""
+        for index in (0, 1):
+            made = self.facts.producer(self.moments.source(add.inputs[index]))
+            if made is not None and made.op in ("MatMul", "Mul", "Div", "Einsum"):
+                return 1 - index
+        return None
+
+    def _is_split(self, norm: Norm) -> bool:
+        """Whether a norm stands on a part of the channels whose other part is normed otherwise."""
+        split = self.facts.producer(norm.input)
+        if split is None or split.op not in ("Split", "Slice"):
+            return False
+        concats = {u.node for u in self.facts.uses(norm.output) if u.node.op == "Concat"}
+        other = "batch_norm" if norm.kind == "instance_norm" else "instance_norm"
+        for concat in concats:
+            for value in concat.inputs:
+                made = self.facts.producer(value)
+                known = self.claimed.get(made) if made is not None else None
+                if known is not None and known.kind == other:
+                    return True
+        return False
 
 
-def _one_axis(default: int) -> Callable[[Node, int | None], Axes]:
-    def axes(node: Node, rank: int | None) -> Axes:
-        axis = int(node.attrs.get("axis", default))
-        return (axis % rank if rank else axis,)
-
-    return axes
-
-
-def _softmax(node: Node, rank: int | None) -> Axes:
-    # Before opset 13 the input is seen as a matrix: everything from the axis on is one row.
-    if node.scope.opsets[""] < 13:
-        return _from_axis(1)(node, rank)
-    return _one_axis(-1)(node, rank)
-
-
-def _all_but_channels(node: Node, rank: int | None) -> Axes:
-    return None if rank is None else tuple(a for a in range(rank) if a != 1)
-
-
-def _spatial(node: Node, rank: int | None) -> Axes:
-    return None if rank is None else tuple(range(2, rank))
-
-
-def _all_but_batch(node: Node, rank: int | None) -> Axes:
-    return None if rank is None else tuple(range(1, rank))
-
-
-def _last(node: Node, rank: int | None) -> Axes:
-    return (rank - 1,) if rank else (-1,)
-
-
-_Row: TypeAlias = "tuple[str, Callable[[Node, int | None], Axes], float | None]"
-_CONTRIB: Final = "com.microsoft"
-
-# (domain, operator) -> kind, axes, default epsilon; from the operators' schemas. onnxruntime
-# keeps SimplifiedLayerNormalization in ONNX's own domain.
-_ROWS: Final[dict[tuple[str, str], _Row]] = {
-    ("", "BatchNormalization"): ("batch_norm", _all_but_channels, 1e-5),
-    ("", "LayerNormalization"): ("layer_norm", _from_axis(-1), 1e-5),
-    ("", "RMSNormalization"): ("rms_norm", _from_axis(-1), 1e-5),
-    ("", "SimplifiedLayerNormalization"): ("rms_norm", _from_axis(-1), 1e-5),
-    ("", "InstanceNormalization"): ("instance_norm", _spatial, 1e-5),
-    ("", "GroupNormalization"): ("group_norm", _all_but_batch, 1e-5),
-    ("", "LpNormalization"): ("l2_norm", _one_axis(-1), None),
-    ("", "Softmax"): ("softmax", _softmax, None),
-    ("", "LogSoftmax"): ("log_softmax", _softmax, None),
-    (_CONTRIB, "SkipLayerNormalization"): ("layer_norm", _last, 1e-12),
-    (_CONTRIB, "EmbedLayerNormalization"): ("layer_norm", _last, 1e-12),
-    (_CONTRIB, "SimplifiedLayerNormalization"): ("rms_norm", _from_axis(-1), 1e-5),
-    (_CONTRIB, "SkipSimplifiedLayerNormalization"): ("rms_norm", _last, 1e-12),
+_HALF_ULP: Final[dict[int, float]] = {
+    onnx.TensorProto.FLOAT16: 2.0**-11,
+    onnx.TensorProto.BFLOAT16: 2.0**-8,
+    onnx.TensorProto.FLOAT: 2.0**-23,
+    onnx.TensorProto.DOUBLE: 2.0**-23,  # exporters write float32 decimals into float64 models
 }
+
+
+def _in_order(scope: Scope) -> Sequence[Node]:
+    """The nodes of a scope, each after those that it reads from."""
+    done: set[Node] = set()
+    ordered: list[Node] = []
+    for first in scope.nodes:
+        pending = [first]
+        while pending:
+            node = pending[-1]
+            if node in done:
+                pending.pop()
+                continue
+            missing = [
+                p
+                for value in node.inputs
+                for p in value.inputs
+                if p.scope is scope and p not in done
+            ]
+            if missing:
+                pending += missing
+                continue
+            pending.pop()
+            done.add(node)
+            ordered.append(node)
+    return ordered

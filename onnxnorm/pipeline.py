@@ -15,6 +15,7 @@ from typing import Final
 from onnxnorm.errors import UsageError, VerificationError
 from onnxnorm.facts import Facts
 from onnxnorm.module import Module, Node
+from onnxnorm.norms import Norm, find_norms
 from onnxnorm.remark import Remark
 from onnxnorm.rewrite import Pass, Plan, Refusal, Rewriter, site_id
 from onnxnorm.storage import Stored
@@ -49,17 +50,38 @@ class Run:
         remarks: Every decision: first what was done, in order, then what was not.
         statistics: Per pass, in the order in which they ran.
         nodes: Number of nodes in all scopes, before and after.
+        norms: The normalizations of the input.
     """
 
     stored: Stored
     remarks: tuple[Remark, ...]
     statistics: tuple[PassStatistics, ...]
     nodes: tuple[int, int]
+    norms: tuple[Norm, ...] = ()
 
     @property
     def applied(self) -> tuple[Remark, ...]:
         """The sites that were changed, in order."""
         return tuple(r for r in self.remarks if r.outcome == "applied")
+
+
+class _Current:
+    """A module and its facts as they are now."""
+
+    def __init__(self, module: Module) -> None:
+        self.module = module
+        self._facts: Facts | None = None
+
+    @property
+    def facts(self) -> Facts:
+        """The facts, which hold until a commit."""
+        if self._facts is None:
+            self._facts = Facts(self.module)
+        return self._facts
+
+    def changed(self) -> None:
+        """Forget what was true before a commit."""
+        self._facts = None
 
 
 @dataclass
@@ -101,6 +123,8 @@ class Pipeline:
             VerificationError: A pass broke an invariant, or the passes reach no fixed point.
         """
         module = Module(stored)
+        current = _Current(module)
+        norms = tuple(find_norms(current.facts))
         verifier = Verifier(module)
         before = sum(1 for _ in module.nodes())
         statistics = {p.name: PassStatistics(p.name) for p in self.passes}
@@ -111,7 +135,7 @@ class Pipeline:
             committed = 0
             for rule in self.passes:
                 started = time.perf_counter()
-                done, rest = self._fixed_point(rule, module, verifier, deny, allow)
+                done, rest = self._fixed_point(rule, current, verifier, deny, allow)
                 applied += done
                 final[rule.name] = rest
                 committed += len(done)
@@ -132,12 +156,13 @@ class Pipeline:
             self._check_sites()
         rest = [remark for remarks in final.values() for remark in remarks]
         after = sum(1 for _ in module.nodes())
-        return Run(module.export(), (*applied, *rest), tuple(statistics.values()), (before, after))
+        remarks, counted = (*applied, *rest), tuple(statistics.values())
+        return Run(module.export(), remarks, counted, (before, after), norms)
 
     def _fixed_point(
         self,
         rule: Pass,
-        module: Module,
+        current: _Current,
         verifier: Verifier,
         deny: Collection[str],
         allow: Collection[str] | None,
@@ -145,9 +170,10 @@ class Pipeline:
         """One pass until it has nothing to do: what it applied, and what it refused at the end."""
         applied: list[Remark] = []
         skipped: dict[str, Remark] = {}  # over all rounds: a later one may swallow the place
+        module = current.module
         nodes, rounds = sum(1 for _ in module.nodes()), 0
         while rounds < ROUNDS:
-            facts = Facts(module)
+            facts = current.facts
             rewriter = Rewriter(module, facts)
             rest: list[Remark] = []
             claimed: set[Node] = set()
@@ -170,6 +196,7 @@ class Pipeline:
             applied += rewriter.log
             if not rewriter.log:
                 return applied, [*rest, *skipped.values()]
+            current.changed()
             verifier.check(rule.name)
             before, nodes = nodes, sum(1 for _ in module.nodes())
             rounds += nodes >= before  # making a graph smaller comes to an end by itself
@@ -195,7 +222,7 @@ class Pipeline:
         base = Remark("skipped", rule.name, site, at=root.label, anchor=anchor.name)
         if isinstance(plan, Refusal):
             return Remark(
-                "missed" if plan.missed else "refused",
+                "missed" if plan.missed else "kept" if plan.kept else "refused",
                 rule.name,
                 site,
                 at=plan.at or root.label,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-Outcome: TypeAlias = Literal["applied", "refused", "missed", "skipped", "rolled_back"]
+Outcome: TypeAlias = Literal["applied", "refused", "missed", "kept", "skipped", "rolled_back"]
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Remark:
 
     Attributes:
         outcome: `applied`; `refused`, when a side condition failed; `missed`, when the place only
-            resembles what the pass is for; `skipped`, on the user's wish; `rolled_back`, when the
-            outputs no longer agreed.
+            resembles what the pass is for; `kept`, when it is in its best form already;
+            `skipped`, on the user's wish; `rolled_back`, when the outputs no longer agreed.
         rule: The pass.
         site: The stable name of the place: pass and anchor value.
         at: The node that decided it, by its name in the model.
@@ -42,6 +42,7 @@ class Remark:
         added: Labels of the nodes that came.
         region: Where, for an applied one; None in a function, which may be called anywhere.
         anchor: The output value of the place's root node.
+        into: What the place became, for an applied one.
         error: The measured error that rolled it back, over its budget.
     """
 
@@ -55,4 +56,5 @@ class Remark:
     added: tuple[str, ...] = ()
     region: Region | None = None
     anchor: str = ""
+    into: str = ""
     error: float | None = None

@@ -41,6 +41,7 @@ class Refusal:
         advice: What the user could change, as a sentence; "" where there is nothing.
         node: The root of the place; filled in by the pass.
         missed: The place only resembles what the pass is for.
+        kept: The place is what the pass is for, and is in its best form already.
     """
 
     reason: str
@@ -48,6 +49,7 @@ class Refusal:
     advice: str = ""
     node: Node | None = None
     missed: bool = False
+    kept: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,11 +60,13 @@ class Plan:
         root: The node whose output value survives; it names the site.
         nodes: Every node that the change replaces. Plans of one round never share one.
         detail: What `apply` needs; a `Match` for a local pattern.
+        into: What the place becomes, for the report; "" for the last operator that comes.
     """
 
     root: Node
     nodes: tuple[Node, ...]
     detail: Any
+    into: str = ""
 
 
 class Pass(ABC):
@@ -266,6 +270,7 @@ class Rewriter:
             added=tuple(_described(n) for n in made),
             region=region,
             anchor=anchor.name,
+            into=plan.into or (made[-1].op if made else ""),
         )
         self.log.append(remark)
         self._plan = None

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from onnxnorm import storage
+from onnxnorm.module import Node
 from onnxnorm.norms import Norm
 from onnxnorm.remark import Remark
 from onnxnorm.storage import Stored
+
+# Of several remarks on one place, the one that decided most about it is the row's.
+_RANK: Final = {"applied": 0, "rolled_back": 1, "refused": 2, "kept": 3, "skipped": 4, "missed": 5}
+_ACTIONS: Final = {"fold": "folded", "stream": "converted", "lower": "lowered"}  # by pass name
 
 
 def norm_rows(norms: Sequence[Norm], remarks: Sequence[Remark]) -> list[dict[str, Any]]:
@@ -18,42 +23,46 @@ def norm_rows(norms: Sequence[Norm], remarks: Sequence[Remark]) -> list[dict[str
     for remark in remarks:
         anchor = remark.site.partition(":")[2]
         known = by_anchor.get(anchor)
-        if known is None or known.outcome in ("missed", "skipped"):
+        if known is None or _RANK[remark.outcome] < _RANK[known.outcome]:
             by_anchor[anchor] = remark
     rows = []
     for norm in norms:
         scope = norm.node.scope.path
-        done = by_anchor.get(f"{scope}{norm.output}")
+        done = by_anchor.get(f"{scope}{norm.output.name}")
         action, reason = _action(norm, done)
+        at = done.at if done is not None else norm.obstacle_at or norm.at
         rows.append(
             {
                 "kind": norm.kind,
-                "input": norm.input,
-                "output": norm.output,
+                "input": norm.input.name,
+                "output": norm.output.name,
                 "axes": None if norm.axes is None else list(norm.axes),
-                "epsilon": norm.epsilon,
-                "nodes": [norm.node.label],
+                "epsilon": norm.meant,
+                "nodes": [node.label for node in norm.nodes],
                 "recognised": norm.recognised,
                 "action": action,
-                "into": done.added[-1].partition(" ")[0]
-                if done is not None and done.added
-                else None,
+                "into": (done.into or None) if done is not None else None,
                 "reason": reason,
-                "at": done.at if done is not None else None,
+                "at": at.label if isinstance(at, Node) else at,
                 "advice": (done.advice or None) if done is not None else None,
                 "site": done.site if done is not None else None,
+                "notes": list(norm.notes),
+                "warning": norm.warning or None,
             }
         )
     return rows
 
 
 def _action(norm: Norm, remark: Remark | None) -> tuple[str, str | None]:
+    if not norm.recognised:
+        return ("none", norm.reason)
+    if remark is None and norm.obstacle:
+        return ("refused", norm.obstacle)
     if remark is None:
-        said = norm.reason or f"no pass that ran rewrites a {norm.kind}"
-        return ("none", said)
+        return ("none", f"no pass that ran rewrites a {norm.kind}")
     if remark.outcome == "applied":
-        return ("folded", None)
-    if remark.outcome == "skipped":
+        return (_ACTIONS.get(remark.rule.partition("-")[0], "folded"), None)
+    if remark.outcome in ("skipped", "kept"):
         return ("kept", remark.reason)
     if remark.outcome == "missed":
         return ("none", remark.reason)

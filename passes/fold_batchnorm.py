@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxnorm.matcher import Match
-from onnxnorm.norms import training_reason
+from onnxnorm.norm_operators import training_reason
 from onnxnorm.pattern import const, maybe, op, var
 from onnxnorm.port import Port, is_real
 from onnxnorm.rewrite import Refusal, RewritePass, Rewriter

@@ -70,8 +70,8 @@ def test_rows(
     given: dict[str, Any], kind: str, axes: tuple[int, ...], epsilon: float | None
 ) -> None:
     (row,) = rows(shape=["N", 4, 6, 8], **given)
-    assert (row.kind, row.axes, row.epsilon) == (kind, axes, epsilon)
-    assert (row.input, row.output, row.recognised, row.reason) == ("x", "y0", True, "")
+    assert (row.kind, row.axes, row.meant) == (kind, axes, epsilon)
+    assert (row.input.name, row.output.name, row.recognised, row.reason) == ("x", "y0", True, "")
 
 
 def test_an_unknown_rank_leaves_axes_that_need_it_open() -> None:

@@ -1,0 +1,269 @@
+"""Constant affine maps per channel that are written with Mul, Add, Sub and Div.
+
+    y = s * x + t,   s and t constant vectors along one axis
+
+With a scale and a shift it is a batch normalization whose statistics were written out. With one of
+them it is a channel affine, and a row only where it follows or feeds a linear operator or a norm,
+for there it can be folded; the bias behind a linear operator is that operator's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxnorm.facts import AnyValue
+from onnxnorm.module import Node
+from onnxnorm.moment_rules import Moments
+from onnxnorm.norm_operators import Axes, norm_operator
+
+Vector = NDArray[np.float64]
+
+_LINEAR: Final = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+_LAYOUT: Final = frozenset(
+    {"Cast", "Dropout", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
+)
+_PLACES: Final = frozenset(
+    {"Add", "AveragePool", "Concat", "GlobalAveragePool", "MaxPool", "Relu"}
+)  # behind which batch normalizations stand, besides linear operators
+_HOPS: Final = 4  # layout operators between an affine and its linear neighbour
+
+
+@dataclass(frozen=True)
+class Affine:
+    """One chain y = s * x + t.
+
+    Attributes:
+        kind: `batch_norm` or `channel_affine`.
+        base: x.
+        nodes: The chain, in order; the last computes y.
+        scale: s, right-aligned to x; None for 1.
+        shift: t; None for 0.
+        axes: All axes but that of the channels; None where the rank is not known.
+        epsilon: What was added to the variance where the graph still says so.
+    """
+
+    kind: str
+    base: AnyValue
+    nodes: tuple[Node, ...]
+    scale: Vector | None
+    shift: Vector | None
+    axes: Axes
+    epsilon: float | None
+
+
+@dataclass(frozen=True)
+class _Chain:
+    base: AnyValue
+    nodes: tuple[Node, ...]
+    scale: Vector
+    shift: Vector
+    axis: int | None  # from the right, as in the constants
+    constants: tuple[AnyValue, ...]
+
+
+class Channelwise:
+    """Finds the affine maps of one scope.
+
+    Args:
+        moments: Knows constants and copies.
+        claimed: Nodes that belong to a norm already.
+    """
+
+    def __init__(self, moments: Moments, claimed: frozenset[Node]) -> None:
+        self._moments = moments
+        self._facts = moments.facts
+        self._claimed = claimed
+        self._chains: dict[AnyValue, _Chain] = {}
+
+    def affines(self, order: Sequence[Node]) -> Iterator[Affine]:
+        """Every longest chain, in graph order."""
+        for node in order:
+            if node not in self._claimed and node.domain == "":
+                chain = self._chain(node)
+                if chain is not None:
+                    self._chains[node.outputs[0]] = chain
+        for value, chain in list(self._chains.items()):
+            if not any(n in self._chains_into(value) for n in chain.nodes[-1:]):
+                affine = self._affine(chain)
+                if affine is not None:
+                    yield affine
+
+    def _chains_into(self, value: AnyValue) -> set[Node]:
+        """The last node of this chain, if the next node goes on with it."""
+        uses = self._facts.uses(value)
+        if len(uses) != 1 or self._facts.pinned(value) is not None:
+            return set()
+        after = self._chains.get(uses[0].node.outputs[0]) if uses[0].node.outputs else None
+        own = self._chains[value].nodes[-1]
+        return {own} if after is not None and own in after.nodes else set()
+
+    def _chain(self, node: Node) -> _Chain | None:
+        if node.op not in ("Add", "Div", "Mul", "Sub") or len(node.inputs) != 2:
+            return None
+        if node.scope.opsets.get("", 7) < 7 or not node.outputs[0].name:
+            return None
+        left, right = node.inputs
+        statics = self._moments.statics
+        constant = statics.array(right)
+        value, other, swapped = left, right, False
+        if constant is None:
+            constant, value, other, swapped = statics.array(left), right, left, True
+            if constant is None or node.op == "Div":
+                return None
+        elif statics.array(left) is not None:
+            return None
+        axis = _axis(constant)
+        if axis is None and constant.size > 1:
+            return None
+        if self._moments.rank(value) is not None and not self._moments.fits(constant, value):
+            return None
+        before = self._chains.get(value)
+        alone = len(self._facts.uses(value)) == 1 and self._facts.pinned(value) is None
+        if before is None or not alone or (None not in (axis, before.axis) and axis != before.axis):
+            before = _Chain(value, (), np.ones(()), np.zeros(()), None, ())
+        scale, shift = before.scale, before.shift
+        with np.errstate(all="ignore"):
+            if node.op == "Mul":
+                scale, shift = scale * constant, shift * constant
+            elif node.op == "Div":
+                scale, shift = scale / constant, shift / constant
+            elif node.op == "Add":
+                shift = shift + constant
+            elif swapped:
+                scale, shift = -scale, constant - shift
+            else:
+                shift = shift - constant
+        return _Chain(
+            before.base,
+            (*before.nodes, node),
+            scale,
+            shift,
+            axis if before.axis is None else before.axis,
+            (*before.constants, other),
+        )
+
+    def _affine(self, chain: _Chain) -> Affine | None:
+        chain = self._without_bias(chain)
+        if not chain.nodes or chain.axis is None:
+            return None
+        scales = chain.scale.size > 1
+        shifts = chain.shift.size > 1 and bool(chain.shift.any())
+        if not np.isfinite(chain.scale).all() or not np.isfinite(chain.shift).all():
+            return None
+        whole = scales and shifts and not self._follows(chain.base, norm=True)
+        if whole and {n.op for n in chain.nodes} == {"Mul", "Add"} and self._epsilon(chain) is None:
+            # Nothing but its place says that these are folded statistics.
+            made = self._facts.producer(self._moments.source(chain.base))
+            whole = made is None or made.op in _PLACES or self._follows(chain.base)
+        if not whole:
+            near = self._follows(chain.base) or self._feeds(chain.nodes[-1].outputs[0])
+            if not near:
+                return None
+        rank = self._moments.rank(chain.base)
+        axes = None
+        if rank is not None:
+            channel = rank + chain.axis
+            axes = tuple(a for a in range(rank) if a != channel)
+        return Affine(
+            "batch_norm" if whole else "channel_affine",
+            chain.base,
+            chain.nodes,
+            chain.scale if scales or float(chain.scale.reshape(-1)[0]) != 1 else None,
+            chain.shift if chain.shift.any() else None,
+            axes,
+            self._epsilon(chain) if whole else None,
+        )
+
+    def _without_bias(self, chain: _Chain) -> _Chain:
+        """The chain behind the Adds that are the bias of a linear operator."""
+        made = self._facts.producer(chain.base)
+        if made is None or made.op not in _LINEAR or made.domain:
+            return chain
+        bias = 0
+        while bias < len(chain.nodes) and chain.nodes[bias].op == "Add":
+            bias += 1
+        if bias == 0:
+            return chain
+        rest = chain.nodes[bias:]
+        if not rest:
+            return _Chain(chain.base, (), chain.scale, chain.shift, None, ())
+        start = chain.nodes[bias - 1].outputs[0]
+        self._chains.pop(start, None)
+        again: _Chain | None = None
+        kept = dict(self._chains)
+        for node in rest:
+            again = self._chain(node)
+            if again is None:
+                break
+            self._chains[node.outputs[0]] = again
+        self._chains = kept
+        return again if again is not None else chain
+
+    def _epsilon(self, chain: _Chain) -> float | None:
+        """What is added to a constant vector under a root, where the graph computes that."""
+        pending, seen = list(chain.constants), set()
+        rooted = False
+        while pending:
+            value = pending.pop()
+            node = self._facts.producer(value)
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            rooted = rooted or node.op in ("Pow", "Sqrt")
+            if node.op == "Add" and rooted:
+                arrays = [self._moments.statics.array(v) for v in node.inputs]
+                sizes = [a.size if a is not None else 0 for a in arrays]
+                if 1 in sizes and max(sizes) > 1:
+                    epsilon = arrays[sizes.index(1)]
+                    if epsilon is not None:
+                        return float(f"{float(epsilon.reshape(-1)[0]):.7g}")
+            pending += node.inputs
+        return None
+
+    def _follows(self, value: AnyValue, *, norm: bool = False) -> bool:
+        """Whether a linear operator or a norm computes a value, up to layout."""
+        for _ in range(_HOPS):
+            node = self._facts.producer(value)
+            if node is None:
+                return False
+            if node in self._claimed or norm_operator(node, None) is not None:
+                return True
+            if node.op in _LINEAR and not node.domain:
+                return not norm
+            if node.op == "Add" and not norm and not node.domain:  # the bias of a MatMul
+                constant = [v for v in node.inputs if self._facts.constant(v) is not None]
+                value = next((v for v in node.inputs if v not in constant), value)
+                if len(constant) != 1:
+                    return False
+            elif node.op in _LAYOUT and node.inputs:
+                value = node.inputs[0]
+            else:
+                return False
+        return False
+
+    def _feeds(self, value: AnyValue) -> bool:
+        """Whether a linear operator or a norm reads a value, up to layout."""
+        pending = [(value, 0)]
+        while pending:
+            at, hops = pending.pop()
+            for use in self._facts.uses(at):
+                if use.node.domain:
+                    continue
+                if use.node.op in _LINEAR or use.node in self._claimed:
+                    return True
+                if norm_operator(use.node, None) is not None and use.index == 0:
+                    return True
+                if use.node.op in _LAYOUT and hops < _HOPS and use.node.outputs:
+                    pending.append((use.node.outputs[0], hops + 1))
+        return False
+
+
+def _axis(constant: Vector) -> int | None:
+    """The one axis along which a constant varies, counted from the right; None for none."""
+    along = [a - constant.ndim for a, n in enumerate(constant.shape) if n > 1]
+    return along[0] if len(along) == 1 else None

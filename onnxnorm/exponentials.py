@@ -1,0 +1,271 @@
+"""What softmax and log-softmax are made of when no operator says so.
+
+    softmax      exp(x) / sum exp(x),    exp(x - max x) / sum exp(x - max x),   and Reciprocal, Mul
+    log-softmax  log(softmax(x)),  x - logsumexp(x),  (x - max x) - log sum exp(x - max x)
+
+Every node has one rule, as in `moments.py`; the axes and the tensor that the exponentials are of
+are part of what is known, so a sum over another axis or of another tensor does not fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+from onnxnorm.facts import AnyValue
+from onnxnorm.module import Node
+from onnxnorm.moment_rules import Moments
+
+_SOFT: Final = ("softmax", "log_softmax")
+_LOWEST: Final = -1e30  # what is below stands for -inf
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a value is on the way to a softmax.
+
+    Attributes:
+        what: `maximum` of x; `shifted`, x minus it; `exponential`; `total` of exponentials, and
+            its `inverse`; `logarithm` of the total; `logsumexp`; `softmax`; `log_softmax`.
+        base: The tensor x.
+        axes: What it was reduced over; for shifted values and exponentials of them what the
+            maximum was over, and None where there is none.
+        stable: Whether a maximum was subtracted before exp.
+        dropped: The reduced dims are gone.
+        of: For an exponential, its argument, which can be read as x itself.
+        flaw: Why what is made of it is no softmax.
+    """
+
+    what: str
+    base: AnyValue
+    axes: tuple[int, ...] | None
+    stable: bool = False
+    dropped: bool = False
+    of: AnyValue | None = None
+    flaw: str = ""
+
+
+@dataclass
+class Exponentials:
+    """The parts of softmaxes in one scope. `visit` every node, in order, after `moments` has.
+
+    Attributes:
+        moments: Knows copies, axes and ranks.
+        misses: Values where exponentials meet sums that are not theirs: (kind, base, reason).
+    """
+
+    moments: Moments
+    misses: dict[AnyValue, tuple[str, AnyValue, str]] = field(default_factory=dict)
+    _parts: dict[AnyValue, Part] = field(default_factory=dict)
+
+    def part(self, value: AnyValue) -> Part | None:
+        """What a value is, through copies of it."""
+        return self._parts.get(self.moments.source(value))
+
+    def normal(self, value: AnyValue) -> Part | None:
+        """The softmax or log-softmax that a value is; None where it is none."""
+        part = self._parts.get(value)
+        return part if part is not None and part.what in _SOFT else None
+
+    def visit(self, node: Node) -> None:
+        """Find out what `node` computes."""
+        rule = _RULES.get(node.op)
+        if rule is None or node.domain or not node.outputs or not node.outputs[0].name:
+            return
+        made = rule(self, node)
+        if made is not None:
+            self._parts[node.outputs[0]] = made
+
+    # ** rules **
+
+    def _maximum(self, node: Node) -> Part | None:
+        return self._over(node, "maximum", self.moments.source(node.inputs[0]))
+
+    def _logsumexp(self, node: Node) -> Part | None:
+        return self._over(node, "logsumexp", self.moments.source(node.inputs[0]), stable=True)
+
+    def _over(self, node: Node, what: str, base: AnyValue, *, stable: bool = False) -> Part | None:
+        axes = self.moments.reduced_axes(node)
+        axes = None if axes is None else self.moments.axes(base, axes) or axes
+        keepdims = bool(node.attrs.get("keepdims", 1))
+        return None if axes is None else Part(what, base, axes, stable, dropped=not keepdims)
+
+    def _exp(self, node: Node) -> Part:
+        given = self.moments.source(node.inputs[0])
+        part = self._parts.get(given)
+        if part is not None and part.what == "shifted":
+            return Part("exponential", part.base, part.axes, stable=True, of=given)
+        return Part("exponential", given, None, of=given)
+
+    def _total(self, node: Node) -> Part | None:
+        part = self.part(node.inputs[0])
+        if part is None or part.what != "exponential" or part.of is None:
+            return None
+        made = self._over(node, "total", part.base, stable=part.stable)
+        if made is None or part.axes in (None, made.axes):
+            return made
+        # The maximum was over other axes: what was shifted is itself the tensor.
+        return replace(made, base=part.of, stable=False)
+
+    def _log_total(self, node: Node) -> Part | None:
+        made = self._total(node)
+        return None if made is None else replace(made, what="logarithm")
+
+    def _log(self, node: Node) -> Part | None:
+        part = self.part(node.inputs[0])
+        if part is not None and part.what == "total" and not part.flaw:
+            return replace(part, what="logarithm")
+        if part is not None and part.what == "softmax":
+            return replace(part, what="log_softmax")
+        return None
+
+    def _softmax(self, node: Node) -> Part | None:
+        """The operator, for the Log behind it."""
+        from onnxnorm.norm_operators import norm_operator
+
+        known = norm_operator(node, self.moments.rank(node.inputs[0]))
+        if known is None or known.axes is None:
+            return None
+        return Part("softmax", self.moments.source(node.inputs[0]), known.axes, stable=True)
+
+    def _reciprocal(self, node: Node) -> Part | None:
+        part = self.part(node.inputs[0])
+        if node.op == "Pow" and self.moments.statics.scalar(node.inputs[1]) != -1:
+            return None
+        if part is not None and part.what == "total":
+            return replace(part, what="inverse")
+        return None
+
+    def _divide(self, node: Node) -> Part | None:
+        one, other = (self.part(v) for v in node.inputs)
+        if other is not None and other.what == "total":
+            if self.moments.statics.scalar(node.inputs[0]) == 1:
+                return replace(other, what="inverse")
+            return self._quotient(node, one, other)
+        return None
+
+    def _multiply(self, node: Node) -> Part | None:
+        parts = [self.part(v) for v in node.inputs]
+        for one, other in (parts, parts[::-1]):
+            if other is not None and other.what == "inverse":
+                return self._quotient(node, one, other)
+        return None
+
+    def _quotient(self, node: Node, one: Part | None, total: Part) -> Part | None:
+        if one is None or one.what != "exponential":
+            return None
+        flaw = total.flaw
+        if total.dropped:
+            flaw = "the sum has lost its axis and broadcasts along another one"
+        if flaw:
+            self.misses[node.outputs[0]] = ("softmax", one.base, flaw)
+            return None
+        same = one.base is total.base and one.axes in (None, total.axes)
+        if same and one.stable == total.stable:
+            return Part("softmax", total.base, total.axes, total.stable)
+        if one.of is total.base and not total.stable:  # over other axes than the maximum
+            return Part("softmax", total.base, total.axes)
+        if one.of is not None and self._kin(one, total):
+            reason = f"the sum is of exponentials of '{total.base.name}', another value"
+            self.misses[node.outputs[0]] = ("softmax", one.base, reason)
+        return None
+
+    def _kin(self, one: Part, total: Part) -> bool:
+        """Whether two values have one shape, as those of a softmax that was meant have."""
+        first = self.moments.facts.type(one.base)
+        second = self.moments.facts.type(total.base)
+        if first is None or second is None or first.shape is None or second.shape is None:
+            return True
+        return len(first.shape) == len(second.shape)
+
+    def _subtract(self, node: Node) -> Part | None:
+        left, right = (self.moments.source(v) for v in node.inputs)
+        one, other = self._parts.get(left), self._parts.get(right)
+        if other is None or other.dropped:
+            return None
+        if other.what == "maximum" and other.base is left:
+            return Part("shifted", left, other.axes)
+        if other.what == "logsumexp" and other.base is left:
+            return Part("log_softmax", left, other.axes, other.stable)
+        if other.what == "logarithm":
+            if one is not None and one.what == "shifted" and other.stable:
+                if one.base is other.base and one.axes == other.axes:
+                    return Part("log_softmax", one.base, one.axes, stable=True)
+            elif other.base is left and not other.stable:
+                return Part("log_softmax", left, other.axes)
+            base = one.base if one is not None else left
+            reason = "the logarithm is not of the sum of exponentials of what it is taken from"
+            if self._kin(Part("shifted", base, None), other):
+                self.misses[node.outputs[0]] = ("log_softmax", base, reason)
+        return None
+
+    def _add(self, node: Node) -> Part | None:
+        """Log sum exp(x - max x) + max x; or something added to a sum, which spoils it."""
+        parts = [self.part(v) for v in node.inputs]
+        for part, other in zip(parts, node.inputs[::-1], strict=True):
+            constant = self.moments.statics.array(other) is not None
+            if part is not None and part.what == "total" and constant:
+                return replace(part, flaw="a constant is added to the sum of exponentials")
+        for one, other in (parts, parts[::-1]):
+            if one is None or other is None:
+                continue
+            same = (one.base, one.axes, one.dropped) == (other.base, other.axes, other.dropped)
+            if one.what == "logarithm" and one.stable and other.what == "maximum" and same:
+                return replace(one, what="logsumexp")
+        return None
+
+    def _clamped(self, node: Node) -> Part | None:
+        """max(x, -inf), which JAX writes so that an empty row has a maximum."""
+        for value, other in (node.inputs[:2], node.inputs[1::-1]):
+            part = self.part(value)
+            bound = self.moments.statics.scalar(other)
+            if part is not None and part.what == "maximum" and bound is not None:
+                return part if bound < _LOWEST and len(node.inputs) == 2 else None
+        return None
+
+    def _moved(self, node: Node) -> Part | None:
+        """Reshape to the input's shape with the reduced dims at 1; Expand of that."""
+        part = self.part(node.inputs[0])
+        shape = self.moments.statics.shape_of(part.base) if part is not None else None
+        wanted = self.moments.statics.dims(node.inputs[1]) if len(node.inputs) > 1 else None
+        if part is None or part.axes is None or shape is None or wanted is None:
+            return None
+        reduced = tuple(1 if axis in part.axes else dim for axis, dim in enumerate(shape))
+        if node.op == "Reshape":
+            return replace(part, dropped=False) if wanted == reduced else None
+        return part if not part.dropped and wanted in (reduced, shape) else None
+
+    def _unsqueeze(self, node: Node) -> Part | None:
+        part = self.part(node.inputs[0])
+        if part is None or not part.dropped or part.axes is None:
+            return None
+        given = node.attrs.get("axes")
+        if len(node.inputs) > 1:
+            given = self.moments.statics.integers(node.inputs[1])
+        rank = self.moments.rank(part.base)
+        if given is None:
+            return None
+        axes = tuple(sorted(a % rank for a in given)) if rank else tuple(given)
+        return replace(part, dropped=False) if axes == part.axes else None
+
+
+_RULES: Final[Mapping[str, Callable[[Exponentials, Node], Any]]] = {
+    "Add": Exponentials._add,
+    "Div": Exponentials._divide,
+    "Exp": Exponentials._exp,
+    "Expand": Exponentials._moved,
+    "Log": Exponentials._log,
+    "Max": Exponentials._clamped,
+    "Mul": Exponentials._multiply,
+    "Pow": Exponentials._reciprocal,
+    "Reciprocal": Exponentials._reciprocal,
+    "ReduceLogSum": Exponentials._log_total,
+    "ReduceLogSumExp": Exponentials._logsumexp,
+    "ReduceMax": Exponentials._maximum,
+    "ReduceSum": Exponentials._total,
+    "Reshape": Exponentials._moved,
+    "Softmax": Exponentials._softmax,
+    "Sub": Exponentials._subtract,
+    "Unsqueeze": Exponentials._unsqueeze,
+}
