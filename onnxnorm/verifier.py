@@ -10,12 +10,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any, Final
+
 import onnx
 
 from onnxnorm.errors import VerificationError
 from onnxnorm.facts import AnyValue, Facts, Type
 from onnxnorm.module import Module, Node, Scope, Weight, reads
 from onnxnorm.storage import Stored, payload_size, tensors
+
+# Operators that onnxruntime has in ONNX's own domain, from version 1 on, beside the standard.
+RUNTIME_OPERATORS: Final = frozenset({"LayerNormalization", "SimplifiedLayerNormalization"})
 
 
 class Verifier:
@@ -86,7 +92,7 @@ class Verifier:
         if version is None:
             raise _broken(rule, node.scope, f"{node.op} is of a domain that is not imported")
         if not onnx.defs.has(node.op, version, domain):
-            if domain == "":
+            if domain == "" and node.op not in RUNTIME_OPERATORS:
                 raise _broken(rule, node.scope, f"{node.op} does not exist in opset {version}")
             return
         schema = onnx.defs.get_schema(node.op, version, domain)
@@ -197,6 +203,7 @@ def checker_complaint(stored: Stored) -> str | None:
     Source: onnx.checker.check_model(full_check=True).
     """
     copy = stored.small()
+    _set_aside(copy)
     inputs = {i.name for i in copy.graph.input}
     light = []
     for tensor in copy.graph.initializer:
@@ -225,6 +232,30 @@ def checker_complaint(stored: Stored) -> str | None:
     except Exception as error:
         return " ".join(str(error).split())
     return None
+
+
+def _set_aside(model: onnx.ModelProto) -> None:
+    """Move onnxruntime's operators out of ONNX's domain, where the checker does not know them."""
+    scopes: list[tuple[Any, list[onnx.NodeProto]]] = [(model, list(_nodes(model.graph)))]
+    scopes += [(f, list(_nodes(f))) for f in model.functions]
+    for scope, nodes in scopes:
+        opset = next((o.version for o in scope.opset_import if o.domain in ("", "ai.onnx")), 1)
+        unknown = {op for op in RUNTIME_OPERATORS if not onnx.defs.has(op, opset, "")}
+        moved = [n for n in nodes if n.op_type in unknown and n.domain in ("", "ai.onnx")]
+        for node in moved:
+            node.domain = "com.microsoft"
+        if moved and all(o.domain != "com.microsoft" for o in scope.opset_import):
+            scope.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
+            if scope is not model and all(o.domain != "com.microsoft" for o in model.opset_import):
+                model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
+
+
+def _nodes(graph: onnx.GraphProto | onnx.FunctionProto) -> Iterator[onnx.NodeProto]:
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            for body in [attribute.g] if attribute.HasField("g") else attribute.graphs:
+                yield from _nodes(body)
 
 
 def _large_constant(node: onnx.NodeProto) -> onnx.TensorProto | None:

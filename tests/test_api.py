@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 import numpy as np
 import onnx
@@ -481,10 +481,40 @@ def test_an_optimizer_that_wrote_earlier_keeps_its_file(path: Path, tmp_path: Pa
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.onnx", "out.onnx"]
 
 
-@pytest.mark.parametrize("target", ["onnx", "ort-cpu", "ort-cuda"])
-def test_no_target_changes_what_the_passes_write(target: Any, model: onnx.ModelProto) -> None:
-    result = onnxnorm.optimize(model, target=target, parity=False, latency=False)
-    plain = onnxnorm.optimize(model, parity=False, latency=False)
-    assert result.model == plain.model
-    assert any(target in note for note in result.report.notes) == (target != "onnx")
+RMS: Final = """
+<ir_version: 8, opset_import: ["" : 17]>
+main (float[2,8] x) => (float[2,8] y)
+<float two = {2.0}, float eps = {0.1}, float[1,8] g = {1,2,3,4,5,6,7,8}>
+{
+   p = Pow (x, two)
+   v = ReduceMean <axes = [-1]> (p)
+   s = Add (v, eps)
+   r = Sqrt (s)
+   d = Div (x, r)
+   y = Mul (d, g)
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("target", "ops"),
+    [
+        ("onnx", ["Pow", "ReduceMean", "Add", "Sqrt", "Div", "Mul"]),
+        ("ort-cpu", ["SimplifiedLayerNormalization"]),
+        ("ort-cuda", ["SimplifiedLayerNormalization"]),
+    ],
+)
+def test_the_target_decides_what_a_norm_is_written_with(target: Any, ops: list[str]) -> None:
+    result = onnxnorm.optimize(parser.parse_model(RMS), target=target, latency=False)
+    assert [node.op_type for node in result.model.graph.node] == ops
     assert result.report.options["target"] == target
+    assert result.report.parity is not None
+    assert result.report.parity["passed"]
+    again = onnxnorm.optimize(result.model, target=target, latency=False)
+    assert again.model == result.model, "optimizing an optimized model changes nothing"
+
+
+def test_a_pass_that_was_given_its_target_keeps_it() -> None:
+    passes = "lower-norms{target=ort-cpu}"
+    result = onnxnorm.optimize(parser.parse_model(RMS), passes=passes, parity=False, latency=False)
+    assert [node.op_type for node in result.model.graph.node] == ["SimplifiedLayerNormalization"]

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from onnxnorm import passes, registry
 from onnxnorm.errors import UsageError
 from onnxnorm.passes.fold_batchnorm import FoldBatchnorm
+from onnxnorm.passes.lower_norms import LowerNorms
 from onnxnorm.registry import catalogue, default_passes, options, select
 from onnxnorm.rewrite import Pass
 
@@ -34,14 +35,14 @@ def test_approximate_passes_are_never_on_by_default() -> None:
 
 
 def test_selections() -> None:
-    assert select(None) == select("default") == [FoldBatchnorm()]
+    assert select(None) == select("default") == [FoldBatchnorm(), LowerNorms()]
     assert select("none") == select("") == []
     assert select("fold-batchnorm{max_copy_mb=64}") == [FoldBatchnorm(max_copy_mb=64)]
     assert select(" fold-batchnorm { max_copy_mb = 64 } , fold-batchnorm") == [
         FoldBatchnorm(max_copy_mb=64),
         FoldBatchnorm(),
     ]
-    assert select(["default", FoldBatchnorm(1)]) == [FoldBatchnorm(), FoldBatchnorm(1)]
+    assert select(["default", FoldBatchnorm(1)]) == [*select(None), FoldBatchnorm(1)]
 
 
 @pytest.mark.parametrize(
