@@ -228,12 +228,16 @@ def miss_plan(kind: str, miss: str, spelling: Spelling, setting: Setting) -> Pla
             spelling = dataclasses.replace(spelling, mean="mean")
     if miss in ("part_mean", "part_variance"):
         layout = LAYOUTS["several"]
-    if miss.startswith("gamma_expands"):
+    if miss == "gamma_expands_last":  # one feature, which nobody needs to know beforehand
+        layout = Layout((2, 3, 1), (2,), ((4,),))
+    elif miss.startswith("gamma_expands"):
         layout = Layout((1, 3, 8), (2,), ((8,),))
     if miss in ("pow3", "eps_subtracted"):
-        epsilon = 20.0 if miss == "pow3" else 0.01
+        epsilon = 8.0 if miss == "pow3" else 0.01
     gamma = layout.gammas[0]
     setting = dataclasses.replace(setting, epsilon=epsilon)
+    if miss == "pow3":  # a third moment is small beside its epsilon where x is
+        setting = dataclasses.replace(setting, neighbours=False)
     return Plan(kind, layout, spelling, setting, gamma, gamma if kind != "rms_norm" else None, miss)
 
 
@@ -248,6 +252,11 @@ def _near_misses() -> Iterator[Case]:
                 setting = Setting(opset, neighbours=opset == 17)
                 plan = miss_plan(kind, miss, spelling, setting)
                 yield moment_case(f"{kind}/near/{miss}/op{opset}", plan)
+            if miss == "gamma_expands_last":
+                for knowledge in ("symbolic", "open"):
+                    setting = Setting(17, knowledge=knowledge)
+                    plan = miss_plan(kind, miss, Spelling(), setting)
+                    yield moment_case(f"{kind}/near/{miss}/{setting.label()}", plan)
     for log in (False, True):
         kind = "log_softmax" if log else "softmax"
         for miss in LOG_SOFTMAX_MISSES if log else SOFTMAX_MISSES:
@@ -435,7 +444,8 @@ def random_case(name: str, choose: Choose, family: str | None = None) -> Case:
             return softmax_case(name, log, choose("form", forms), plan)
         miss = choose("miss", LOG_SOFTMAX_MISSES if log else SOFTMAX_MISSES)
         layout = LAYOUTS["square"] if miss == "keepdims0" else layout
-        plan = dataclasses.replace(plan, layout=layout, mutation=miss)
+        setting = dataclasses.replace(setting, neighbours=False)  # small inputs hide a second Exp
+        plan = dataclasses.replace(plan, layout=layout, mutation=miss, setting=setting)
         return softmax_case(name, log, "stable", plan)
     if family == "l2_norm":
         layout = LAYOUTS[choose("layout", ROW_LAYOUTS)]

@@ -75,7 +75,8 @@ def distance(case: Case, row: Expected, values: dict[str, NDArray[Any]]) -> floa
         wanted = row.formula(x)
     if wanted.shape != y.shape:
         return np.inf
-    return float(np.abs(wanted - y).max() / np.abs(wanted).max())
+    far = np.abs(wanted - y).max() / max(np.abs(wanted).max(), 1e-30)
+    return np.inf if np.isnan(far) else float(far)
 
 
 def noise(case: Case) -> float:

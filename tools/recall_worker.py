@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import pickle
 import sys
 import warnings
 from collections.abc import Callable
@@ -24,14 +25,26 @@ PACKAGES: Final = ("onnx", "onnxruntime", "onnxruntime-gpu", "onnxscript", "onnx
 
 
 def by_onnxruntime(source: Path, target: Path) -> None:
-    """Let onnxruntime write the graph that it runs on the CPU at ORT_ENABLE_EXTENDED."""
+    """Let onnxruntime write the graph that it runs on the CPU at ORT_ENABLE_EXTENDED.
+
+    Where there are feeds it is run as well: not every graph that it runs can it write.
+    """
+    import numpy as np
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.optimized_model_filepath = os.fspath(target)
-    onnxruntime.InferenceSession(os.fspath(source), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        os.fspath(source), options, providers=["CPUExecutionProvider"]
+    )
+    given = source.with_suffix(".feeds")
+    if given.exists():
+        feeds = pickle.loads(given.read_bytes())
+        if all(np.issubdtype(array.dtype, np.number) for array in feeds.values()):
+            outputs = session.run(None, feeds)
+            target.with_suffix(".outputs").write_bytes(pickle.dumps(outputs))
 
 
 def by_transformers(source: Path, target: Path) -> None:

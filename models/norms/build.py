@@ -19,6 +19,7 @@ from models.norms.channels import (
 from models.norms.choices import (
     BFLOAT,
     FLOAT,
+    HALF,
     Plan,
     Setting,
     fixed_axes,
@@ -173,6 +174,8 @@ def l2_case(name: str, form: str, norm: str, plan: Plan) -> Case:
     others = {"z": plan.layout.shape} if plan.mutation == "other_numerator" else {}
     if others:
         where = dataclasses.replace(where, scope="main")
+    if form == "operator" and where.dtype == BFLOAT and where.opset < 22:
+        where = dataclasses.replace(where, dtype=HALF)
     if form in ("max", "rsqrt_max", "sqrt_max", "expand") and where.opset < 8:
         where = dataclasses.replace(where, opset=9)
     if form == "clip" and where.dtype != FLOAT and where.opset < 12:
@@ -223,6 +226,8 @@ def group_case(name: str, form: str, plan: Plan, silu: bool = False) -> Case:
         where = dataclasses.replace(where, scope="main")
         if where.knowledge == "unknown" or where.dtype == BFLOAT:
             where = dataclasses.replace(where, knowledge="open", dtype=FLOAT)
+    if form == "instance" and where.dtype == BFLOAT and where.opset < 22:
+        where = dataclasses.replace(where, dtype=HALF)
     if where.knowledge == "open" and not form.startswith("operator"):
         where = dataclasses.replace(where, knowledge="symbolic")
     if where.knowledge == "unknown" and form == "blocks":

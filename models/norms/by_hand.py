@@ -114,6 +114,20 @@ def _core_is_output(name: str) -> Case:
     return _by_hand(name, write)
 
 
+def _mean_is_read(name: str) -> Case:
+    """Somebody else computes with the mean."""
+    plan = legal(Plan("layer_norm", LAYOUTS["last"], Spelling(), Setting(), (8,), (8,)))
+
+    def write(s: Sheet, x: str) -> Written:
+        inside = write_moments(s, x, plan)
+        mean = next(n.output[0] for n in s.nodes if n.op_type == "ReduceMean")
+        s.output(s.do("Relu", mean), [2, 3, 1])
+        rows = (dataclasses.replace(inside.expected[0], refused=True),)
+        return Written(inside.output, (2, 3, 8), rows)
+
+    return _by_hand(name, write)
+
+
 def _stacked(name: str, second: str) -> Case:
     """One norm straight behind another."""
     plan = Plan("layer_norm", LAYOUTS["last"], Spelling(), Setting(), (8,), (8,))
@@ -450,6 +464,7 @@ def hand_written() -> Iterator[Case]:
     yield _two_affines("layer_norm/two_affines", runtime=False)
     yield _two_affines("layer_norm/two_affines_one_computed", runtime=True)
     yield _core_is_output("layer_norm/core_is_output")
+    yield _mean_is_read("layer_norm/mean_is_read")
     yield _stacked("layer_norm/before_layer_norm", "layer_norm")
     yield _stacked("layer_norm/before_rms_norm", "rms_norm")
     yield _shared_statistics("layer_norm/shared_statistics")

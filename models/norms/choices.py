@@ -183,12 +183,16 @@ def fixed_axes(layout: Layout, *parameters: tuple[int, ...] | None) -> set[int]:
 
 # Mutations behind or beside the variance, whatever way it was computed.
 _KEEP_THE_VARIANCE: Final = (
+    "clamped",
     "eps_outside",
     "eps_subtracted",
+    "eps_twice",
     "gamma_expands",
     "gamma_expands_rank",
+    "gamma_expands_last",
     "mean_output",
     "not_centred",
+    "other_root",
     "std_twice",
     "std_twice_chain",
 )
@@ -198,6 +202,8 @@ def legal(plan: Plan) -> Plan:
     """Take back the choices that opset, type, layout or the known shape rule out."""
     s, where, layout = plan.spelling, plan.setting, plan.layout
     opset, change = where.opset, dataclasses.replace
+    if plan.mutation == "clamped" and opset < 8:  # Max does not broadcast
+        where = change(where, opset=9)
     if where.dtype == BFLOAT and opset < 16:  # Pow and If have it later than the others
         where = change(where, dtype=HALF)
     if where.scope == "function" and opset < 11:
@@ -244,7 +250,10 @@ def legal(plan: Plan) -> Plan:
         s = change(s, casts="after_weight")
     if s.casts == "twice" and s.form == "gamma_inv":
         s = change(s, form="plain")
-    if where.knowledge == "unknown" and s.between in ("reshape", "transpose"):
+    ranked = where.knowledge != "unknown" and not plan.mutation.startswith(
+        ("keepdims0", "gamma_expands")
+    )
+    if not ranked and s.between in ("reshape", "transpose"):
         s = change(s, between="identity")
     gamma, beta = plan.gamma, plan.beta
     if plan.mutation or plan.runtime_gamma:
@@ -255,6 +264,8 @@ def legal(plan: Plan) -> Plan:
         s = change(s, variance="centred", subs=1, means=1)
     if plan.runtime_gamma or plan.mutation == "mean_output":
         where = change(where, scope="main")
+    if plan.mutation == "gamma_expands_last":
+        s = change(s, variance="centred")  # of one number there is no other
     if plan.mutation.startswith("gamma_expands"):
         gamma = gamma or layout.gammas[0]
         where = change(where, scope="main", neighbours=False)

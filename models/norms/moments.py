@@ -49,7 +49,9 @@ class Writer:
         if squeeze:
             return self.s.reduce(op, x, written, 0)
         if self.sp.keepdims == "unsqueeze":
-            return self.s.unsqueeze(self.s.reduce(op, x, written, 0), written)
+            # onnx.reference inserts several negative axes one after the other below opset 13
+            back = written if self.s.opset >= 13 else list(axes)
+            return self.s.unsqueeze(self.s.reduce(op, x, written, 0), back)
         return self.s.reduce(op, x, written, 1 if self.sp.keepdims == "one" else None)
 
     def count(self, x: str, axes: Sequence[int]) -> str:
@@ -203,12 +205,17 @@ LAYER_MISSES: Final = (
     "not_centred",
     "gamma_expands",
     "gamma_expands_rank",
+    "gamma_expands_last",
     "other_mean",
     "other_numerator",
     "mean_n_plus_1",
     "variance_n_plus_1",
     "std_twice",
     "std_twice_chain",
+    "other_root",
+    "eps_twice",
+    "mean_not_squared",
+    "clamped",
 )
 RMS_MISSES: Final = (
     "pow4",
@@ -220,10 +227,13 @@ RMS_MISSES: Final = (
     "centred_numerator",
     "gamma_expands",
     "gamma_expands_rank",
+    "gamma_expands_last",
     "other_numerator",
     "variance_n_plus_1",
     "std_twice",
     "std_twice_chain",
+    "other_root",
+    "eps_twice",
 )
 
 
@@ -302,6 +312,10 @@ def write_moments(s: Sheet, x: str, plan: Plan, others: Mapping[str, str] | None
         numerator = s.do("Sub", z, w.mean(z)) if centred else z
     elif miss == "centred_numerator":
         var = w.second(v)
+    elif miss == "mean_not_squared":
+        var = s.do("Relu", s.do("Sub", w.second(v), m))
+    elif miss == "clamped":  # above zero, where rounding is no excuse
+        var = w.commute("Max", w.variance(v, d, again, m), s.const(0.8, stem="least"))
     else:
         var = w.variance(v, d, again, m) if centred else w.second(d)
     if miss in ("mean_axes", "part_mean", "other_mean", "mean_n_plus_1", "keepdims0_mean"):
@@ -324,6 +338,10 @@ def write_moments(s: Sheet, x: str, plan: Plan, others: Mapping[str, str] | None
                 else _part("l2_norm", numerator, layout.axes, eps).formula,
             )
         )
+    elif miss == "eps_twice":
+        core = s.do("Div", numerator, w.with_epsilon(w.root(w.with_epsilon(var))))
+    elif miss == "other_root":
+        core = w.commute("Mul", numerator, w.power(w.with_epsilon(var), -0.25))
     elif miss == "std_twice":
         core = s.do("Div", numerator, w.with_epsilon(var))
     elif miss == "std_twice_chain":
@@ -541,7 +559,9 @@ def _finish(
 
 
 def _expanding(values: Array, layout: Layout, miss: str) -> Array:
-    """A gamma that is larger than what it scales, along the first axis or by a rank."""
+    """A gamma that is larger than what it scales: along the first or last axis, or by a rank."""
+    if miss == "gamma_expands_last":
+        return values
     if miss == "gamma_expands_rank":
         ranks = (1,) * (len(layout.shape) - values.ndim)
         wide = values.reshape((1, *ranks, *values.shape))
@@ -590,7 +610,9 @@ def for_knowledge(row: Expected, plan: Plan, core_names: list[str], w: Writer) -
     if knowledge in ("static", "symbolic") or not row.recognised:
         return row
     # A gamma over an axis of unknown extent could expand what it scales: then the norm ends at it.
-    row = dataclasses.replace(row, other_outputs=(*row.other_outputs, *core_names))
+    row = dataclasses.replace(
+        row, other_outputs=tuple(dict.fromkeys((*row.other_outputs, *core_names)))
+    )
     if knowledge == "unknown" and row.axes is not None:
         negative = tuple(a - w.rank for a in row.axes)
         if plan.spelling.negative_axes:
