@@ -346,6 +346,8 @@ def _other_kinds() -> Iterator[Case]:
                 continue
             turn += 1
             knowledge = "symbolic" if turn % 2 else "static"
+            if form == "operator18":
+                opset = 18
             setting = Setting(opset, FLOAT, knowledge, neighbours=turn % 3 == 0)
             spelling = Spelling(
                 divide=("div", "reciprocal")[turn % 2],

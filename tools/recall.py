@@ -358,7 +358,8 @@ def others(bench: Bench, tool: str, python: Path) -> dict[str, Outcome]:
             outcome.agrees, outcome.note = False, f"no longer runs: {error}"
         else:
             outcome.agrees = far <= 4 * base + noise(bench.cases[name])
-            outcome.note = "" if outcome.agrees else f"outputs changed by {far:.2g}"
+            changed = f"changed by {far:.2g}" if np.isfinite(far) else "of another shape, or none"
+            outcome.note = "" if outcome.agrees else f"outputs {changed}"
     return outcomes
 
 

@@ -65,6 +65,7 @@ def assemble(
     mutation: str = "",
     reference: bool = True,
     valid: bool = True,
+    conv: bool | None = None,
 ) -> Case:
     """Put a writer's nodes into a model.
 
@@ -79,6 +80,8 @@ def assemble(
         mutation: What was changed, if anything.
         reference: See `Case`.
         valid: See `Case`.
+        conv: Whether the neighbours are convolutions and not products over the last axis; None
+            for where a convolution is usual.
     """
     net = Sheet(name, setting.opset, setting.dtype, constants)
     known = known_shape(shape, fixed, setting.knowledge)
@@ -93,7 +96,8 @@ def assemble(
     for other, extents in (others or {}).items():
         net.input(other, known if known and extents == shape else extents)
     made: list[Written] = []
-    conv = len(shape) == 4 and setting.knowledge != "unknown" and setting.dtype == FLOAT
+    if conv is None:
+        conv = len(shape) == 4 and setting.knowledge != "unknown" and setting.dtype == FLOAT
 
     def inner(s: Sheet, x: str) -> str:
         if setting.neighbours:
@@ -201,6 +205,8 @@ def batch_case(name: str, form: str, shape: tuple[int, ...], plan: Plan) -> Case
         where = dataclasses.replace(where, neighbours=True)
     if where.knowledge == "open":
         where = dataclasses.replace(where, knowledge="symbolic")
+    if where.dtype == BFLOAT and where.opset < 22:  # Conv has it from then on
+        where = dataclasses.replace(where, dtype=HALF)
     axis = len(shape) - 1 if form.startswith("tf") else 1
     plan = dataclasses.replace(plan, setting=where)
     return assemble(
@@ -211,6 +217,8 @@ def batch_case(name: str, form: str, shape: tuple[int, ...], plan: Plan) -> Case
         fixed=(axis, len(shape) - 1),
         constants=plan.spelling.constants,
         reference=form != "operator" or where.opset >= 14,
+        # the channels of what is linear are those of the norm
+        conv=len(shape) == 4 and not form.startswith("tf"),
     )
 
 

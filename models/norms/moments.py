@@ -526,9 +526,14 @@ def _finish(
     elif miss == "mean_output":
         rows = (dataclasses.replace(row, refused=True),)
     elif miss:
-        near = dataclasses.replace(row, recognised=False, not_input=x)
-        if miss in ("not_centred", "centred_numerator"):
-            near = dataclasses.replace(near, other_kinds=("layer_norm", "rms_norm"))
+        # what a near miss resembles depends on where one looks: all of it, or what follows the mean
+        near = dataclasses.replace(
+            row,
+            recognised=False,
+            not_input=x,
+            other_kinds=(*row.other_kinds, "layer_norm", "rms_norm"),
+            other_inputs=(*row.other_inputs, numerator),
+        )
         found = [_filled(p, core_names, ends) for p in parts]
         found = [_scaled(p, g, b) for p in found]
         certain = any(not p.optional for p in found)

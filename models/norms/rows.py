@@ -71,6 +71,7 @@ def write_softmax(
     z = (others or {}).get("z", "")
     v = w.spot("input", x)
     ends: list[str] = []
+    shifts: list[str] = []
     parts: list[Expected] = []
 
     def divide(e: str, total: str) -> str:
@@ -107,6 +108,7 @@ def write_softmax(
         # a maximum over all axes is constant along each row as well
         over = tuple(range(rank)) if form == "stable_all" else axes
         d = shifted((other,) if miss == "max_axis" else over)
+        shifts.append(d)
         e = s.do("Exp", d)
         if form == "stable_all":
             w.inputs.append(d)
@@ -139,6 +141,7 @@ def write_softmax(
         y = s.do("Sub", v, s.do("Log", total(s.do("Exp", v))))
     else:
         d = shifted()
+        shifts.append(d)
         over = (other,) if miss == "sum_axis" else axes
         source = v if miss == "unshifted_sum" else z if miss == "other_denominator" else d
         if miss == "sum_axis":
@@ -170,7 +173,11 @@ def write_softmax(
         certain = any(not p.optional for p in parts)
         same = any(p.input == x for p in parts)
         near = dataclasses.replace(
-            row, recognised=False, not_input=None if same else x, optional=certain
+            row,
+            recognised=False,
+            not_input=None if same else x,
+            optional=certain,
+            other_inputs=(*row.other_inputs, *shifts),
         )
         rows = (near, *(dataclasses.replace(p, output=y, other_outputs=(*ends,)) for p in parts))
     return Written(y, plan.layout.shape, tuple(for_knowledge(r, plan, [], w) for r in rows))
@@ -274,5 +281,6 @@ def write_l2(
     if miss:
         # l1 resembles it, or nothing that we list
         quiet = miss in ("l1", "no_root", "pow4", "min")
-        rows = (dataclasses.replace(row, recognised=False, not_input=x, optional=quiet),)
+        near = dataclasses.replace(row, recognised=False, not_input=x, optional=quiet)
+        rows = (dataclasses.replace(near, other_kinds=("rms_norm",)),)
     return Written(end, plan.layout.shape, tuple(for_knowledge(r, plan, [], w) for r in rows))
