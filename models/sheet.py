@@ -101,13 +101,23 @@ class Sheet(Network):
     # ** operators whose form depends on the opset **
 
     def reduce(
-        self, op_type: str, x: str, axes: Sequence[int] | None, keepdims: int | None = 1
+        self,
+        op_type: str,
+        x: str,
+        axes: Sequence[int] | None,
+        keepdims: int | None = 1,
+        explicit: bool = False,
     ) -> str:
-        """Append a reduction; axes None is over all, keepdims None leaves the attribute out."""
+        """Append a reduction; axes None is over all, keepdims None leaves the attribute out.
+
+        `explicit` writes down noop_with_empty_axes=0, which is what its absence means.
+        """
         given: dict[str, Any] = {} if keepdims is None else {"keepdims": keepdims}
         inputs = [x]
         if axes is not None and self.opset >= _AXES_AS_INPUT.get(op_type, _AXES_AS_INPUT_OTHERS):
             inputs.append(self.ints(list(axes), "axes"))
+            if explicit:
+                given["noop_with_empty_axes"] = 0
         elif axes is not None:
             given["axes"] = list(axes)
         return self.do(op_type, *inputs, **given)

@@ -58,7 +58,7 @@ class Spelling:
 OPTIONS: Final[Mapping[str, tuple[Any, ...]]] = {
     "square": ("pow", "mul", "pow_int", "pow_one", "subs", "sum_square", "l2"),
     "mean": ("mean", "sum_div", "sum_mul", "sum_shape", "pool"),
-    "keepdims": ("one", "default", "unsqueeze"),
+    "keepdims": ("one", "default", "explicit", "unsqueeze", "reshape"),
     "negative_axes": (True, False),
     "eps_left": (False, True),
     "eps_shape": ((), (1,), (1, 1, 1)),
@@ -74,6 +74,7 @@ OPTIONS: Final[Mapping[str, tuple[Any, ...]]] = {
         "x_times_d",
         "unbiased_sum",
         "unbiased_factor",
+        "unbiased_torch",
     ),
     "form": ("plain", "gamma_inv", "inv", "tf"),
     "negated": ("no", "sub", "neg"),
@@ -193,8 +194,10 @@ _KEEP_THE_VARIANCE: Final = (
     "mean_output",
     "not_centred",
     "other_root",
+    "shift_sign",
     "std_twice",
     "std_twice_chain",
+    "two_roots",
 )
 
 
@@ -214,6 +217,10 @@ def legal(plan: Plan) -> Plan:
         s = change(s, negative_axes=False)
     if s.square == "pow_int" and opset < 12:
         s = change(s, square="pow")
+    if s.keepdims == "reshape" and (  # 0 copies an extent only where nothing moves
+        where.knowledge == "unknown" or layout.axes != (len(layout.shape) - 1,)
+    ):
+        s = change(s, keepdims="unsqueeze")
     if s.square == "subs" and not centred:
         s = change(s, square="mul")
     spatial = layout.axes == tuple(range(2, len(layout.shape)))
@@ -258,7 +265,10 @@ def legal(plan: Plan) -> Plan:
     gamma, beta = plan.gamma, plan.beta
     if plan.mutation or plan.runtime_gamma:
         s = change(s, form="plain", negated="no")
-        s = change(s, casts="before_weight" if s.casts != "none" else "none")
+        if plan.mutation in ("shift_sign", "two_roots"):
+            s = change(s, form="tf", divide="reciprocal" if s.divide == "div" else s.divide)
+        late = "after_weight" if s.form == "tf" else "before_weight"
+        s = change(s, casts=late if s.casts != "none" else "none")
     if plan.mutation and plan.mutation not in _KEEP_THE_VARIANCE:
         # with a wrong mean the ways to a variance are no longer equal
         s = change(s, variance="centred", subs=1, means=1)

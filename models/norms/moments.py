@@ -52,7 +52,11 @@ class Writer:
             # onnx.reference inserts several negative axes one after the other below opset 13
             back = written if self.s.opset >= 13 else list(axes)
             return self.s.unsqueeze(self.s.reduce(op, x, written, 0), back)
-        return self.s.reduce(op, x, written, 1 if self.sp.keepdims == "one" else None)
+        if self.sp.keepdims == "reshape" and len(axes) == 1 and axes[0] == self.rank - 1:
+            shape = [0] * (self.rank - 1) + [1]
+            return self.s.reshape(self.s.reduce(op, x, written, 0), shape)
+        keep = None if self.sp.keepdims == "default" else 1
+        return self.s.reduce(op, x, written, keep, self.sp.keepdims == "explicit")
 
     def count(self, x: str, axes: Sequence[int]) -> str:
         """N as dynamic shapes have it: Shape, Gather, product, Cast."""
@@ -134,6 +138,12 @@ class Writer:
         if how == "unbiased_sum":
             total = self.reduce("ReduceSum", self.squared(d, again), self.axes)
             return s.do("Div", total, s.const(float(self.n - 1), stem="n"))
+        if how == "unbiased_torch":  # as torch.var: the count is in the graph
+            var = self.second(d, again)
+            n = self.count(x, self.axes) if self.sp.mean == "sum_shape" else ""
+            n = n or s.const(float(self.n), stem="n")
+            less = s.do("Sub", n, s.const(1.0, stem="one"))
+            return s.do("Div", self.commute("Mul", var, n), less)
         if how == "unbiased_factor":
             factor = s.const(self.n / (self.n - 1), stem="factor")
             return self.commute("Mul", self.second(d, again), factor)
@@ -215,6 +225,9 @@ LAYER_MISSES: Final = (
     "other_root",
     "eps_twice",
     "mean_not_squared",
+    "moments_plus",
+    "shift_sign",
+    "two_roots",
     "clamped",
 )
 RMS_MISSES: Final = (
@@ -314,6 +327,8 @@ def write_moments(s: Sheet, x: str, plan: Plan, others: Mapping[str, str] | None
         var = w.second(v)
     elif miss == "mean_not_squared":
         var = s.do("Relu", s.do("Sub", w.second(v), m))
+    elif miss == "moments_plus":
+        var = s.do("Add", w.second(v), w.squared(m))
     elif miss == "clamped":  # above zero, where rounding is no excuse
         var = w.commute("Max", w.variance(v, d, again, m), s.const(0.8, stem="least"))
     else:
@@ -429,9 +444,15 @@ def _finish(
             y = w.commute("Add", y, beta[0]) if beta else y
         else:
             beta = w.parameter("beta")
-            shift = w.commute("Mul", m, r)
+            again = r
+            if miss == "two_roots":
+                again = w.inverse(s.do("Add", e or "", s.const(0.5, stem="more")))
+                again = w.commute("Mul", again, gamma[0]) if gamma else again
+            shift = w.commute("Mul", m, again)
             scaled = w.commute("Mul", v, r)
-            if beta:
+            if miss == "shift_sign":
+                y = w.commute("Add", scaled, w.commute("Add", beta[0], shift) if beta else shift)
+            elif beta:
                 y = w.commute("Add", scaled, s.do("Sub", beta[0], shift))
             else:
                 y = s.do("Sub", scaled, shift)
