@@ -140,33 +140,32 @@ def _moment_catalogue() -> Iterator[Case]:
 
 
 def _one_choice_at_a_time(kind: str) -> Iterator[Case]:
+    """Each option in float32 and in another type, at opsets that take turns."""
     turn = 0
     for choice, options in OPTIONS.items():
-        for option in options:
-            turn += 1
-            spelling = dataclasses.replace(Spelling(), **{choice: option})
-            opset = (17, 18, 12, 13, 20)[turn % 5]
-            dtype = (FLOAT, FLOAT, HALF, DOUBLE)[turn % 4]
-            layout = _BASE
-            gamma: tuple[int, ...] = (8,)
-            beta: tuple[int, ...] = (8,)
-            if option == "pool":
-                layout, gamma, beta, dtype = LAYOUTS["spatial"], (6, 1, 1), (6, 1, 1), FLOAT
-            if choice == "casts":
-                dtype = BFLOAT if turn % 2 else HALF
-            if choice == "at":
-                how = ("identity", "dropout", "reshape", "transpose", "cast")[turn % 5]
-                spelling = dataclasses.replace(spelling, between=how)
-            if option == "inv":
-                spelling = dataclasses.replace(spelling, divide="reciprocal")
-            setting = Setting(opset, dtype, epsilon=(1e-5, 1e-3, 1e-6)[turn % 3])
-            plan = Plan(
-                kind, layout, spelling, setting, gamma, beta if kind != "rms_norm" else None
-            )
-            written = legal(plan).spelling
-            if getattr(written, choice) != option:
-                continue  # the kind does not have it
-            yield moment_case(f"{kind}/{choice}={option}/{setting.label()}", plan)
+        for number, option in enumerate(options):
+            for narrow in (False, True) if number else (False,):
+                turn += 1
+                spelling = dataclasses.replace(Spelling(), **{choice: option})
+                opset = (17, 18, 12, 13, 20)[turn % 5]
+                dtype = (HALF, DOUBLE)[number % 2] if narrow else FLOAT
+                layout = _BASE
+                gamma: tuple[int, ...] = (8,)
+                beta: tuple[int, ...] | None = None if kind == "rms_norm" else (8,)
+                if option == "pool":
+                    layout, gamma, beta = LAYOUTS["spatial"], (6, 1, 1), beta and (6, 1, 1)
+                if choice == "casts":
+                    opset, dtype = (18, BFLOAT) if narrow else (17, HALF)
+                if choice == "at":
+                    how = ("identity", "dropout", "reshape", "transpose", "cast")[turn % 5]
+                    spelling = dataclasses.replace(spelling, between=how)
+                if option == "inv":
+                    spelling = dataclasses.replace(spelling, divide="reciprocal")
+                setting = Setting(opset, dtype, epsilon=(1e-5, 1e-3, 1e-2)[turn % 3])
+                plan = Plan(kind, layout, spelling, setting, gamma, beta)
+                if getattr(legal(plan).spelling, choice) != option:
+                    continue  # the kind does not have it
+                yield moment_case(f"{kind}/{choice}={option}/{setting.label()}", plan)
 
 
 def _layouts_and_affines(kind: str) -> Iterator[Case]:

@@ -95,14 +95,17 @@ def write_batch(s: Sheet, x: str, form: str, shape: tuple[int, ...], plan: Plan)
             other_kinds=("channel_affine", "batch_norm"),
             unchecked=("axes", "epsilon"),
         )
-    return Written(y, shape, (for_rank(row, plan),))
+    return Written(y, shape, (for_rank(row, plan, form == "operator"),))
 
 
-def for_rank(row: Expected, plan: Plan) -> Expected:
-    """Widen a row of an operator whose axes follow from the rank."""
-    if plan.setting.knowledge == "unknown":
-        return dataclasses.replace(row, other_axes=(None,), unchecked=("axes", "recognised"))
-    return row
+def for_rank(row: Expected, plan: Plan, operator: bool) -> Expected:
+    """Widen a row whose axes follow from the rank; without one, what is no operator needs it."""
+    if plan.setting.said != "unknown" or not row.recognised:
+        return row
+    loose = () if operator else ("recognised",)
+    return dataclasses.replace(
+        row, other_axes=(*row.other_axes, None), unchecked=(*row.unchecked, *loose)
+    )
 
 
 GROUP_FORMS: Final = ("instance", "rows", "blocks", "blocks_affine", "operator18", "operator21")
@@ -147,18 +150,18 @@ def write_group(s: Sheet, x: str, form: str, groups: int, plan: Plan, silu: bool
             scale = s.const(np.ones(cut), stem="ones")
             zero = s.const(np.zeros(cut), stem="zeros")
             y = s.do("InstanceNormalization", grouped, scale, zero, epsilon=eps)
-            if miss:
-                parts.append(
-                    Expected(
-                        "instance_norm",
-                        grouped,
-                        y,
-                        (2,),
-                        eps,
-                        other_kinds=("layer_norm",),
-                        formula=lambda v: standardized(v, (2,), eps, True),
-                    )
+            parts.append(
+                Expected(
+                    "instance_norm",
+                    grouped,
+                    y,
+                    (2,),
+                    eps,
+                    other_kinds=("layer_norm",),
+                    other_axes=(None,) if plan.setting.said == "unknown" else (),
+                    formula=lambda v: standardized(v, (2,), eps, True),
                 )
+            )
         else:
             inner = (n, cut, n * c * math.prod(spatial) // (n * cut))
             if form != "rows":
@@ -174,8 +177,7 @@ def write_group(s: Sheet, x: str, form: str, groups: int, plan: Plan, silu: bool
             inside = write_moments(s, grouped, legal(core))
             y = inside.output
             core_row = inside.expected[0]
-            if miss:
-                parts.append(dataclasses.replace(core_row, kind="layer_norm"))
+            parts.append(dataclasses.replace(core_row, kind="layer_norm"))
             if form == "blocks_affine":
                 y = affine(y, (1, groups, c // groups, *ones))
         if miss == "shuffled":
@@ -207,7 +209,13 @@ def write_group(s: Sheet, x: str, form: str, groups: int, plan: Plan, silu: bool
         )
     if miss:
         row = dataclasses.replace(row, recognised=False, not_input=x, optional=True)
-    row = for_rank(row, plan)
+    operator = form.startswith("operator")
+    if plan.setting.said == "unknown" and not operator and not miss:
+        # where x is not known to have the shape that the last Reshape gives, the inner norm is all
+        parts = [dataclasses.replace(p, optional=True) for p in parts]
+    elif not miss:
+        parts = []
+    row = for_rank(row, plan, operator)
     return Written(out, plan.layout.shape, (row, *parts))
 
 
@@ -231,4 +239,4 @@ def write_instance(s: Sheet, x: str, plan: Plan) -> Written:
         return np.asarray(core * g.reshape(wide) + b.reshape(wide))
 
     row = Expected("instance_norm", x, y, axes, eps, formula=formula)
-    return Written(y, shape, (for_rank(row, plan),))
+    return Written(y, shape, (for_rank(row, plan, operator=True),))

@@ -139,6 +139,11 @@ class Setting:
     neighbours: bool = False
     epsilon: float = 1e-5
 
+    @property
+    def said(self) -> str:
+        """What is known of the shape where the norm stands: in a function, nothing is."""
+        return "unknown" if self.scope == "function" else self.knowledge
+
     def label(self) -> str:
         """The setting in a case's name."""
         kind = helper.tensor_dtype_to_np_dtype(self.dtype).name

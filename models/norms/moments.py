@@ -632,19 +632,25 @@ def _kinds(row: Expected, plan: Plan) -> Expected:
 
 def for_knowledge(row: Expected, plan: Plan, core_names: list[str], w: Writer) -> Expected:
     """Widen a row where the shape is not known enough to be sure."""
-    knowledge = plan.setting.knowledge
+    knowledge, sp = plan.setting.said, plan.spelling
     if knowledge in ("static", "symbolic") or not row.recognised:
         return row
-    # A gamma over an axis of unknown extent could expand what it scales: then the norm ends at it.
+    # A gamma over an axis of unknown extent could expand what it scales: then the norm ends at it,
+    # or there is none, where gamma or beta came before the quotient.
     row = dataclasses.replace(
         row, other_outputs=tuple(dict.fromkeys((*row.other_outputs, *core_names)))
     )
+    parameters = plan.gamma is not None or plan.beta is not None
+    refusable = sp.form in ("gamma_inv", "tf") and parameters
+    refusable |= sp.form == "inv" and plan.gamma is None and plan.beta is not None
     if knowledge == "unknown" and row.axes is not None:
         negative = tuple(a - w.rank for a in row.axes)
-        if plan.spelling.negative_axes:
+        if sp.negative_axes:
             row = dataclasses.replace(row, axes=negative, other_axes=(row.axes, None))
         else:
             row = dataclasses.replace(row, other_axes=(negative, None))
-        # Without a rank it may be refused: gamma could be the larger one, a layout unprovable.
+        # An epsilon of rank 3 could expand as well; an axis from the left says a rank is needed.
+        refusable |= not sp.negative_axes or len(sp.eps_shape) > 1
+    if refusable:
         row = dataclasses.replace(row, unchecked=(*row.unchecked, "recognised"))
     return row

@@ -59,7 +59,9 @@ def write_evo_s0(s: Sheet, x: str, plan: Plan) -> Written:
         (1, 2, 3),
         eps,
         other_outputs=(scaled, quotient),
-        unchecked=("axes",),  # of the groups, seen from outside or in the reshaped value
+        # of the groups, seen from outside or in the reshaped value; without a shape there is no
+        # telling that the Reshapes are each other's inverse
+        unchecked=("axes", "recognised") if plan.setting.said == "unknown" else ("axes",),
         formula=formula,
     )
     return Written(y, plan.layout.shape, (row,))
