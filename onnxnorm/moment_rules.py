@@ -116,7 +116,9 @@ class Moments(Layouts):
         if node.op not in ("Reshape", "Expand") or len(node.inputs) < 2:
             return False
         wanted = self.statics.dims(node.inputs[1])
-        if wanted is not None and wanted == self.statics.shape_of(self.source(given)):
+        shape = self.statics.shape_of(self.source(given))
+        # A Reshape of [0, -1] is seen through by the statics, where shape inference is not.
+        if shape is not None and shape in (wanted, self.statics.shape_of(node.outputs[0])):
             return True
         return node.op == "Reshape" and self.has_shape_of(node.inputs[1], self.source(given))
 
@@ -272,6 +274,9 @@ class Moments(Layouts):
             if form.full and form.root is None and (form.statistic or exponent in (3, 4)):
                 reason = f"the exponent is {exponent:g}, where a variance has 2"
                 return Miss(form.kind, form.base, form.statistic, reason, node)
+            if form.root is None and form.statistic is not None and self.is_positive(form):
+                reason = f"the exponent is {exponent:g}, where a deviation has 0.5 or -0.5"
+                return Miss(form.kind, form.base, form.statistic, reason, node, "rooted")
             return None
 
         yield from self._each(node, raised, root=exponent in (0.5, -0.5, -1))
@@ -287,7 +292,7 @@ class Moments(Layouts):
                 return None
             if least <= 0:
                 # A variance, a mean square and their roots are not negative.
-                return form if self.is_positive(form) else None
+                return form if self.is_positive(form) else self.unsquared(form, node, "reduced")
             root = form.root
             if root is None:
                 if set(form.terms) == {(0, 0, 1, 0, 2)} and is_one(form.terms[0, 0, 1, 0, 2]):
@@ -428,7 +433,7 @@ class Moments(Layouts):
         """Whether two tensors have the same shape, as far as is known."""
         first, second = self.facts.type(one), self.facts.type(other)
         if first is None or second is None or first.shape is None or second.shape is None:
-            return False
+            return True
         return len(first.shape) == len(second.shape) and all(
             a == b for a, b in zip(first.shape, second.shape, strict=True)
         )

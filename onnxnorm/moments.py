@@ -614,7 +614,7 @@ class Algebra:
         factor = terms.pop(squares[0])
         mean = terms.pop((0, 2, 0, 0, halves), None)
         if terms or factor.size > 1 or float(factor) <= 0:
-            return None
+            return self.unsquared(form, node, "rooted")
         if epsilon.size > 1:
             reason = "epsilon is not one number"
             return Miss(form.kind, form.base, form.statistic, reason, node, "rooted")
@@ -627,6 +627,14 @@ class Algebra:
         kind = "variance" if mean is not None else "square"
         root = Root(kind, float(factor), halves, float(epsilon))
         return replace(form, root=root, terms={ROOT: scalar_of(1.0)})
+
+    def unsquared(self, form: Form, node: Node, stage: str) -> Miss | None:
+        """E[x^2] - E[x], where the square of the mean was forgotten; None for anything else."""
+        powers = {p[:3] for p in form.terms} - {ONE[:3]}
+        if form.root is not None or powers != {_M[:3], _Q[:3]}:
+            return None
+        reason = "the mean is subtracted from the mean square, where its square should be"
+        return Miss(CENTRED, form.base, form.statistic, reason, node, stage)
 
     def mean_of(
         self, form: Form, node: Node, axes: tuple[int, ...], keepdims: bool, value: AnyValue

@@ -309,7 +309,9 @@ class _Recogniser:
         """
         own = set(axes)
         gamma = self._varying(replace(normal, beta=None), rank) or set()
-        wide = own | gamma if own <= gamma else own
+        # Along an axis whose size is not known a gamma could as well expand its input.
+        known = all(self._dim(normal.base, axis) is not None for axis in gamma - own)
+        wide = own | gamma if own <= gamma and known else own
         return (self._varying(normal, rank) or set()) <= wide
 
     def _varying(self, normal: Normal, rank: int | None) -> set[int] | None:

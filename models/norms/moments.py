@@ -374,6 +374,10 @@ def write_moments(s: Sheet, x: str, plan: Plan, others: Mapping[str, str] | None
                 refused=True,
                 optional=True,
                 other_inputs=tuple(inputs),
+                # without bias it is the norm with another epsilon and a gain
+                other_epsilons=(eps * (w.n - 1) / w.n,)
+                if sp.variance.startswith("unbiased")
+                else (),
             )
         )
     else:
@@ -541,7 +545,11 @@ def _finish(
     rows: tuple[Expected, ...]
     if miss.startswith("gamma_expands"):
         shape = np.broadcast_shapes(shape, np.shape(g))
-        rows = (dataclasses.replace(_kinds(bare, plan), formula=only_core),)
+        bare = _kinds(bare, plan)
+        if miss == "gamma_expands_last" and plan.setting.knowledge == "open":
+            # Only where the normalized axis turns out to have size 1 does gamma expand it.
+            bare = dataclasses.replace(bare, other_outputs=(*bare.other_outputs, *ends))
+        rows = (dataclasses.replace(bare, formula=only_core),)
     elif plan.runtime_gamma:
         rows = (_kinds(bare, plan),)
     elif miss == "mean_output":
@@ -616,18 +624,26 @@ def _kinds(row: Expected, plan: Plan) -> Expected:
     shape, axes = plan.layout.shape, plan.layout.axes
     rank = len(shape)
     if row.kind == "layer_norm" and rank > 2 and axes == tuple(range(2, rank)):
-        per_channel = plan.gamma is not None and len(plan.gamma) >= rank - 1
-        per_channel = per_channel and plan.gamma is not None and plan.gamma[1 - rank] > 1
-        if per_channel and not plan.mutation:
+        if _per_channel(plan, rank) and not plan.mutation:
             # gamma belongs to channels that were not normalized: that is no layer norm
             return dataclasses.replace(row, kind="instance_norm", other_kinds=("layer_norm",))
         # bare over all spatial axes it is both
         return dataclasses.replace(row, other_kinds=("instance_norm",) if rank > 3 else ())
     if row.kind == "layer_norm" and rank > 2 and axes == tuple(range(1, rank)):
         return dataclasses.replace(row, other_kinds=("group_norm",))  # of one group
-    if row.kind == "rms_norm" and rank > 3 and axes == tuple(range(2, rank)):
+    spatial = rank > 2 and axes == tuple(range(2, rank))
+    if row.kind == "rms_norm" and spatial and (rank > 3 or _per_channel(plan, rank)):
         return dataclasses.replace(row, other_kinds=("filter_response_norm",))
+    if row.kind == "rms_norm" and all(shape[a] == 1 for a in axes):
+        return dataclasses.replace(row, other_kinds=("l2_norm",))  # of one number
     return row
+
+
+def _per_channel(plan: Plan, rank: int) -> bool:
+    """Whether gamma or beta vary along axis 1."""
+    return any(
+        p is not None and len(p) >= rank - 1 and p[1 - rank] > 1 for p in (plan.gamma, plan.beta)
+    )
 
 
 def for_knowledge(row: Expected, plan: Plan, core_names: list[str], w: Writer) -> Expected:

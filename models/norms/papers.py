@@ -59,9 +59,11 @@ def write_evo_s0(s: Sheet, x: str, plan: Plan) -> Written:
         (1, 2, 3),
         eps,
         other_outputs=(scaled, quotient),
-        # of the groups, seen from outside or in the reshaped value; without a shape there is no
-        # telling that the Reshapes are each other's inverse
-        unchecked=("axes", "recognised") if plan.setting.said == "unknown" else ("axes",),
+        # of the groups, seen from outside or in the reshaped value
+        unchecked=("axes",),
+        # Reshapes to fixed sizes: where x's own are not known, nothing says that the one is the
+        # other's inverse.
+        optional=plan.setting.said != "static",
         formula=formula,
     )
     return Written(y, plan.layout.shape, (row,))
