@@ -276,7 +276,7 @@ def write_moments(s: Sheet, x: str, plan: Plan, others: Mapping[str, str] | None
 
     # the first moment
     m = ""
-    d = again = v
+    d = again = difference = v
     if centred or miss == "centred_numerator":
         read = w.spot("mean", v)
         over: tuple[int, ...] | None = None
@@ -297,7 +297,8 @@ def write_moments(s: Sheet, x: str, plan: Plan, others: Mapping[str, str] | None
             s.output(m, [None] * w.rank)
         other_m = w.mean(v, over, **wrong) if sp.means == 2 else m
         operands = (m, v) if sp.negated == "sub" else (v, m)
-        d = w.spot("centred", s.do("Sub", *operands))
+        difference = s.do("Sub", *operands)
+        d = w.spot("centred", difference)
         again = d
         if sp.subs == 2 or sp.means == 2:
             again = s.do("Sub", *((other_m, v) if sp.negated == "sub" else (v, other_m)))
@@ -311,10 +312,12 @@ def write_moments(s: Sheet, x: str, plan: Plan, others: Mapping[str, str] | None
     elif miss == "variance_axes":
         over = (0,) if 0 not in layout.axes else (1,)
         var = w.second(d, axes=over)
-        parts.append(_part("rms_norm", d, over, eps))
+        part = _part("rms_norm", d, over, eps, difference)
+        # a stored 1/n is that of an axis whose size is not said
+        parts.append(dataclasses.replace(part, optional=plan.setting.said != "static"))
     elif miss == "part_variance":
         var = w.second(d, axes=layout.axes[:1])
-        parts.append(_part("rms_norm", d, layout.axes[:1], eps))
+        parts.append(_part("rms_norm", d, layout.axes[:1], eps, difference))
     elif miss in ("keepdims0", "keepdims0_variance"):
         var = w.second(d, squeeze=True)
     elif miss == "variance_n_plus_1":
@@ -334,7 +337,7 @@ def write_moments(s: Sheet, x: str, plan: Plan, others: Mapping[str, str] | None
     else:
         var = w.variance(v, d, again, m) if centred else w.second(d)
     if miss in ("mean_axes", "part_mean", "other_mean", "mean_n_plus_1", "keepdims0_mean"):
-        parts.append(_part("rms_norm", d, layout.axes, eps, again))
+        parts.append(_part("rms_norm", d, layout.axes, eps, again, difference))
     if miss == "not_centred":
         numerator = v
     var = w.spot("statistic", var) if not centred else var
@@ -546,6 +549,12 @@ def _finish(
     if miss.startswith("gamma_expands"):
         shape = np.broadcast_shapes(shape, np.shape(g))
         bare = _kinds(bare, plan)
+        if miss == "gamma_expands_last":  # of one number the mean is all there is
+            bare = dataclasses.replace(
+                bare,
+                other_kinds=(*bare.other_kinds, "l2_norm"),
+                other_inputs=(*bare.other_inputs, numerator),
+            )
         if miss == "gamma_expands_last" and plan.setting.knowledge == "open":
             # Only where the normalized axis turns out to have size 1 does gamma expand it.
             bare = dataclasses.replace(bare, other_outputs=(*bare.other_outputs, *ends))
@@ -565,7 +574,7 @@ def _finish(
         )
         found = [_filled(p, core_names, ends) for p in parts]
         found = [_scaled(p, g, b) for p in found]
-        certain = any(not p.optional for p in found)
+        certain = miss == "variance_axes" or any(not p.optional for p in found)
         # where a part is a norm in its own right, its row may be the only one
         near = dataclasses.replace(near, optional=certain)
         rows = (near, *found)

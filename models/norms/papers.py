@@ -63,7 +63,8 @@ def write_evo_s0(s: Sheet, x: str, plan: Plan) -> Written:
         unchecked=("axes",),
         # Reshapes to fixed sizes: where x's own are not known, nothing says that the one is the
         # other's inverse.
-        optional=plan.setting.said != "static",
+        # And below opset 8 a product with ones stands for Expand, which no exporter writes.
+        optional=plan.setting.said != "static" or s.opset < 8,
         formula=formula,
     )
     return Written(y, plan.layout.shape, (row,))
