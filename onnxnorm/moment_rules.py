@@ -336,7 +336,10 @@ class Moments(Layouts):
             if isinstance(form, Form):
                 form = self.mean_of(form, node, axes, keepdims, value)
             if isinstance(form, Form) and node.op not in ("ReduceMean", "GlobalAveragePool"):
-                form = replace(form, terms=times_n(form.terms, 2))
+                if reading.full:
+                    form = replace(form, terms=times_n(form.terms, 2))
+                elif form.statistic != reading.statistic:
+                    continue  # a sum of means, or of sums
             if isinstance(form, Form) and node.op == "ReduceL2":
                 form = self.root_of(form, node)
             if form is not None:

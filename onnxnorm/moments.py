@@ -311,8 +311,11 @@ class Algebra:
             statistic,
             epsilon,
             rule,
-            None if gamma.size == 1 and abs(float(gamma.reshape(-1)[0]) - 1) < _CLOSE else gamma,
-            None if beta is None or not beta.any() else beta,
+            # Arithmetic on arrays without dims makes numbers of them.
+            None
+            if gamma.size == 1 and abs(float(gamma.reshape(-1)[0]) - 1) < _CLOSE
+            else np.asarray(gamma),
+            None if beta is None or not beta.any() else np.asarray(beta),
         )
 
     def _scaled(
@@ -675,7 +678,7 @@ class Algebra:
         assert form.statistic is not None
         first = form.statistic.axes
         linear = all(
-            p[:4] in ((0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 0)) and c.size == 1
+            p in (_M, _Q, ONE) and c.size == 1  # without an n, which would become another one
             for p, c in form.terms.items()
         )
         apart = not set(first) & set(axes) and (first[0] < 0) == (axes[0] < 0)
