@@ -192,8 +192,10 @@ def test_casts_identity_and_dropout_are_copies() -> None:
             "y",
         ),
         (
-            "p = Mul (x, x) u = ReduceSum <axes = [-1]> (p) f = Add (n, one) v = Div (u, f)"
-            " a = Add (v, e) s = Sqrt (a) y = Div (x, s)",
+            (
+                "p = Mul (x, x) u = ReduceSum <axes = [-1]> (p) f = Add (n, one) v = Div (u, f)"
+                " a = Add (v, e) s = Sqrt (a) y = Div (x, s)"
+            ),
             "rms_norm",
             "divides by 5, and there are 4 elements",
             "y",

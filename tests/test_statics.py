@@ -113,8 +113,8 @@ def test_integers_divide_otherwise_and_are_left_alone() -> None:
 
 def test_a_weight_is_no_parameter() -> None:
     count = LIMIT + 1
-    text = f"""<ir_version: 8, opset_import: ["" : 17]> main (float x) => (float[n] y)
-    {{ y = ConstantOfShape <value = float[1] {{2}}> (s) }}"""
+    text = """<ir_version: 8, opset_import: ["" : 17]> main (float x) => (float[n] y)
+    { y = ConstantOfShape <value = float[1] {2}> (s) }"""
     model = parser.parse_model(text)
     model.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray([count], np.int64), "s"))
     facts = Facts(Module(storage.from_proto(model)))
