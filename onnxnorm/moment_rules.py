@@ -338,12 +338,17 @@ class Moments(Layouts):
             if isinstance(form, Form) and node.op not in ("ReduceMean", "GlobalAveragePool"):
                 if reading.full:
                     form = replace(form, terms=times_n(form.terms, 2))
-                elif form.statistic != reading.statistic:
+                elif form.statistic != reading.statistic or not self._is_reduced(value, given):
                     continue  # a sum of means, or of sums
             if isinstance(form, Form) and node.op == "ReduceL2":
                 form = self.root_of(form, node)
             if form is not None:
                 yield form
+
+    def _is_reduced(self, value: AnyValue, axes: tuple[int, ...]) -> bool:
+        """Whether a value is known to have size 1 along some axes."""
+        shape = self.statics.shape_of(value)
+        return shape is not None and all(shape[axis] == 1 for axis in axes)
 
     def _with_constant(
         self, value: AnyValue, node: Node, made: Any, *, root: bool = False
