@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -13,7 +14,7 @@ import pytest
 from numpy.testing import assert_allclose
 from onnx import parser
 
-from onnxnorm import reference, storage
+from onnxnorm import float64, storage
 from onnxnorm.errors import VerificationError
 from onnxnorm.facts import Facts
 from onnxnorm.module import Module
@@ -155,7 +156,7 @@ def reproducer(error: pytest.ExceptionInfo[VerificationError]) -> Path:
 def test_a_false_record_is_found_out_with_a_reproducer(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reference.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     norm, facts = found()
     assert confirm(norm, facts) is None
     with pytest.raises(VerificationError, match="'y' do not agree with the") as error:
@@ -171,7 +172,7 @@ def test_a_false_record_is_found_out_with_a_reproducer(
 def test_a_false_rule_is_found_out(
     rule: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reference.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     body = (
         "p = Mul (x, x) v = ReduceSum <keepdims = 1> (p, l) a = Add (v, e) s = Sqrt (a)"
         " y = Div (x, s)"
@@ -226,8 +227,8 @@ def test_what_cannot_be_run_gives_a_reason() -> None:
 
 def test_an_operator_that_is_not_known_gives_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     norm, facts = found()
-    known = {k: v for k, v in reference.float64.OPERATORS.items() if k[1] != "Sqrt"}
-    monkeypatch.setattr(reference.float64, "OPERATORS", known)
+    known = {k: v for k, v in float64.OPERATORS.items() if k[1] != "Sqrt"}
+    monkeypatch.setattr(float64, "OPERATORS", known)
     assert confirm(norm, facts) == "Sqrt cannot be evaluated here"
 
 
