@@ -188,7 +188,7 @@ def test_a_false_rule_is_found_out(
         confirm(replace(norm, rule=rule), facts)
 
 
-@pytest.mark.parametrize("dims", ["2,3,4", "N,T,4", "N,N,4", "?,?,4"])
+@pytest.mark.parametrize("dims", ["2,3,4", "N,T,4", "N,N,4", "?,?,4", "N,T,D", "?,?,?"])
 def test_unknown_sizes_are_filled_in(dims: str) -> None:
     norm, facts = found(dims=dims)
     assert confirm(norm, facts) is None
@@ -214,6 +214,23 @@ def test_every_seed_confirms(body: str) -> None:
     assert [confirm(norm, facts, seed=s) for s in range(5)] == [None] * 5
 
 
+def test_a_rounded_n_in_the_difference_of_two_squares_is_no_defect() -> None:
+    body = (
+        "t = ReduceSum <keepdims = 1> (x, l) m = Mul (t, o) d = Sub (x, m) p = Mul (x, x)"
+        " u = ReduceSum <keepdims = 1> (p, l) c = Mul (u, o) k = Mul (m, m) v = Sub (c, k)"
+        " r = Relu (v) a = Add (r, e) s = Sqrt (a) y = Div (d, s)"
+    )
+    model = parser.parse_model(
+        TEXT.format(body=body, dims="N,T,40").replace(
+            "float two", "int64[1] l = {-1}, float o = {0.025}, float two"
+        )
+    )
+    facts = Facts(Module(storage.from_proto(model)))
+    (norm,) = find_norms(facts)
+    assert norm.kind == "layer_norm"
+    assert [confirm(norm, facts, seed=s) for s in range(5)] == [None] * 5
+
+
 def test_what_cannot_be_run_gives_a_reason() -> None:
     norm, facts = found()
     runtime = replace(norm, gamma=norm.input)
@@ -223,6 +240,23 @@ def test_what_cannot_be_run_gives_a_reason() -> None:
     assert reason is None or "not" in reason
     unknown = replace(norm, input=norm.nodes[0].outputs[0])
     assert "it depends on 'x', which is not known here" in (confirm(unknown, facts) or "")
+
+
+def test_a_threshold_is_not_part_of_the_canonical_form() -> None:
+    body = (
+        "p = Mul (x, x) v = ReduceMean <axes = [2, 3]> (p) a = Add (v, e) s = Sqrt (a)"
+        " q = Div (x, s) w = Mul (q, c) y = Max (w, c)"
+    )
+    model = parser.parse_model(
+        TEXT.format(body=body, dims="N,2,5,4").replace(
+            "float two", "float[2,1,1] c = {1, 2}, float two"
+        )
+    )
+    model.graph.output[0].type.tensor_type.shape.dim.add()
+    facts = Facts(Module(storage.from_proto(model)))
+    (norm,) = find_norms(facts)
+    assert (norm.kind, norm.output.name) == ("filter_response_norm", "y")
+    assert confirm(norm, facts) == "the threshold behind it has no canonical form"
 
 
 def test_an_operator_that_is_not_known_gives_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
