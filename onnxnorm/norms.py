@@ -35,7 +35,7 @@ from onnxnorm.moments import Form, Miss, Normal
 from onnxnorm.norm_operators import Axes, norm_operator
 from onnxnorm.region import Escape, Region, slice_back
 from onnxnorm.runtime_fusions import misfused
-from onnxnorm.statics import Statics
+from onnxnorm.statics import Dim, Statics
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,8 @@ class Norm:
         operator: Whether a single operator computes it.
         obstacle: Why its nodes cannot be replaced although it is recognised; "" where they can.
         obstacle_at: The node that stands in the way.
+        dims: Dims of the input, as far as they follow from the graph: a number, a name, or the dim
+            of a value; None where not even the rank does.
         notes: What else was seen around it.
         stable: For a decomposed softmax, whether the maximum is subtracted before exp.
         warning: What onnxruntime would make of its nodes when it loads the model, where that is
@@ -88,6 +90,7 @@ class Norm:
     operator: bool = False
     obstacle: str = ""
     obstacle_at: Node | None = None
+    dims: tuple[Dim, ...] | None = None
     notes: tuple[str, ...] = ()
     meant: float | None = None
     stable: bool = True
@@ -670,7 +673,13 @@ class _Recogniser:
             notes.append("half of an IBN split")
         guard = misfused(norm.nodes, self.facts)
         warning = guard.reason if guard is not None else ""
-        return replace(norm, notes=tuple(notes), warning=warning, meant=self._meant(norm))
+        return replace(
+            norm,
+            dims=self.moments.statics.shape_of(norm.input),
+            notes=tuple(notes),
+            warning=warning,
+            meant=self._meant(norm),
+        )
 
     def _is_gated(self, value: AnyValue) -> bool:
         """Whether x * sigmoid(x) follows."""
