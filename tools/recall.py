@@ -354,8 +354,8 @@ def others(bench: Bench, tool: str, python: Path) -> dict[str, Outcome]:
     for name, error, far in run_all(bench, target, bench.folder / f"{tool}.outputs"):
         outcome, base = outcomes[name], bench.baselines.get(name)
         if base is None:  # onnxruntime cannot run the original: most of bfloat16
-            far = evaluated(bench, name, target / f"{name}.onnx")
-            outcome.agrees = None if far is None else far <= noise(bench.cases[name])
+            known = evaluated(bench, name, target / f"{name}.onnx")
+            outcome.agrees = None if known is None else known <= noise(bench.cases[name])
             outcome.note = "in float64, as onnxruntime cannot run the original"
         elif error:
             outcome.agrees, outcome.note = False, f"no longer runs: {error}"
