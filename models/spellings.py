@@ -161,7 +161,9 @@ def _one_choice_at_a_time(kind: str) -> Iterator[Case]:
                     spelling = dataclasses.replace(spelling, between=how)
                 if option == "inv":
                     spelling = dataclasses.replace(spelling, divide="reciprocal")
-                setting = Setting(opset, dtype, epsilon=(1e-5, 1e-3, 1e-2)[turn % 3])
+                # where the choice is about epsilon, one that shows when it is lost
+                epsilon = 1e-2 if choice.startswith("eps") else (1e-5, 1e-3, 1e-2)[turn % 3]
+                setting = Setting(opset, dtype, epsilon=epsilon)
                 plan = Plan(kind, layout, spelling, setting, gamma, beta)
                 if getattr(legal(plan).spelling, choice) != option:
                     continue  # the kind does not have it

@@ -69,12 +69,15 @@ class Site:
     def of(cls, norm: Norm, facts: Facts, target: str) -> Site:
         """A norm in its surroundings."""
         before, after = facts.type(norm.input), facts.type(norm.output)
+        dims = norm.dims
+        if dims is not None:
+            shape = tuple(d if isinstance(d, int | str) else None for d in dims)
         given = before.element if before is not None else 0
         return cls(
             norm,
             "onnx" if _is_in_function(norm.node.scope) else target,
             norm.node.scope.opsets[""],
-            before.shape if before is not None else None,
+            shape if dims is not None else None,
             given,
             after.element if after is not None and after.element else given,
             _is_centred(norm.input, facts),
@@ -110,7 +113,10 @@ class Site:
 
     @property
     def wide(self) -> int:
-        """The element type to compute in: the wider one of input and output."""
+        """The element type to compute in: the wider one of input and output.
+
+        Operators have their statistics in float32 whatever the type is.
+        """
         return self.wanted if self.given in _NARROW else self.given
 
 
@@ -426,15 +432,22 @@ def _emit_transposed(op: str) -> Emit:
 def _emit_chain(site: Site, rw: Rewriter) -> None:
     """The primitives that onnxruntime fuses: ReduceMean Sub Pow ReduceMean Add Sqrt Div Mul Add."""
     features = site.features or ()
-    x = _widened(site, rw)
+    # Primitives round to the type they are in, so the statistics of a narrow one are in float32.
+    narrow = site.wide in _NARROW
+    work = _FLOAT if narrow else site.wide
+    x: AnyValue = site.norm.input
+    if site.given != work:
+        x = rw.add("Cast", [x], "wide", attrs={"to": work})
     if site.norm.kind == "layer_norm":
         x = rw.add("Sub", [x, _mean(site, rw, x, "mean")], "centred")
-    dtype = _dtype(site.wide)
+    dtype = _dtype(work)
     square = rw.add("Pow", [x, rw.constant("two", np.asarray(2, dtype=dtype))], "square")
     mean = _mean(site, rw, square, "variance")
     small = rw.constant("epsilon", np.asarray(_epsilon(site), dtype=dtype))
     root = rw.add("Sqrt", [rw.add("Add", [mean, small], "shifted")], "deviation")
     normed = rw.add("Div", [x, root], "normalized")
+    if narrow:
+        normed = rw.add("Cast", [normed], "narrow", attrs={"to": site.wide})
     scale = _parameter(site, rw, "scale", 1.0, features, site.wide)
     if site.norm.kind == "rms_norm" and site.norm.beta is None:
         _Last(site, rw)("Mul", [normed, scale])

@@ -282,6 +282,7 @@ class Algebra:
             return None
         terms = dict(form.terms)
         beta = terms.pop(ONE, None)
+        beta = None if beta is None else np.asarray(beta)
         divided = [p for p in terms if p[3] < 0 and p[0] == 1]
         if not divided:
             return None
@@ -305,6 +306,7 @@ class Algebra:
         if isinstance(made, str):
             return made
         kind, epsilon, rule, gamma = made
+        gamma = np.asarray(gamma)
         return Normal(
             kind,
             form.base,

@@ -35,7 +35,7 @@ from onnxnorm.moments import Form, Miss, Normal
 from onnxnorm.norm_operators import Axes, norm_operator
 from onnxnorm.region import Escape, Region, slice_back
 from onnxnorm.runtime_fusions import misfused
-from onnxnorm.statics import Statics
+from onnxnorm.statics import Dim, Statics
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,8 @@ class Norm:
         operator: Whether a single operator computes it.
         obstacle: Why its nodes cannot be replaced although it is recognised; "" where they can.
         obstacle_at: The node that stands in the way.
+        dims: Dims of the input, as far as they follow from the graph: a number, a name, or the dim
+            of a value; None where not even the rank does.
         notes: What else was seen around it.
         stable: For a decomposed softmax, whether the maximum is subtracted before exp.
         warning: What onnxruntime would make of its nodes when it loads the model, where that is
@@ -88,6 +90,7 @@ class Norm:
     operator: bool = False
     obstacle: str = ""
     obstacle_at: Node | None = None
+    dims: tuple[Dim, ...] | None = None
     notes: tuple[str, ...] = ()
     meant: float | None = None
     stable: bool = True
@@ -162,12 +165,9 @@ class _Recogniser:
         if not self._free(node) or not self._may_end(node):
             return None
         operator = norm_operator(node, None) is not None
-        best: Norm | None = None
-        out = node.outputs[0]
-        for reading in self.moments.readings(out):
-            if not isinstance(reading, Form):
-                continue
-            normal = self.moments.normal(reading)
+        found: list[tuple[Norm, Escape | None]] = []
+        for reading in self.moments.readings(node.outputs[0]):
+            normal = self.moments.normal(reading) if isinstance(reading, Form) else None
             if not isinstance(normal, Normal):
                 continue
             region = slice_back(self.moments, node, normal.base)
@@ -178,13 +178,28 @@ class _Recogniser:
             norm = self._named(normal, region)
             if norm is None:
                 continue
-            if isinstance(region.escape, Escape):
+            if region.escape is not None:
                 if self._ends_at(region.escape.value, normal):
                     continue  # a smaller norm ends where others read: its turn comes
                 norm = replace(norm, obstacle=region.escape.reason, obstacle_at=region.escape.node)
-            if best is None or len(norm.nodes) > len(best.nodes):
-                best = norm
+            found.append((norm, region.escape))
+        best = self._outermost(found)
         return best if best is None else self._extended(best)
+
+    def _outermost(self, found: list[tuple[Norm, Escape | None]]) -> Norm | None:
+        """The largest of several readings of one result.
+
+        Where what it centres is read by others too, that is a tensor by itself, and the RMS norm
+        over it is what can be treated.
+        """
+        if not found:
+            return None
+        best, escape = max(found, key=lambda f: len(f[0].nodes))
+        if escape is not None:
+            for norm, inner in found:
+                if inner is None and self.moments.source(norm.input) is escape.value:
+                    return norm
+        return best
 
     def _may_share(self, nodes: tuple[Node, ...], normal: Normal) -> bool:
         """Whether what is claimed already are statistics of the same tensor in another norm."""
@@ -672,7 +687,13 @@ class _Recogniser:
             notes.append("half of an IBN split")
         guard = misfused(norm.nodes, self.facts)
         warning = guard.reason if guard is not None else ""
-        return replace(norm, notes=tuple(notes), warning=warning, meant=self._meant(norm))
+        return replace(
+            norm,
+            dims=self.moments.statics.shape_of(norm.input),
+            notes=tuple(notes),
+            warning=warning,
+            meant=self._meant(norm),
+        )
 
     def _is_gated(self, value: AnyValue) -> bool:
         """Whether x * sigmoid(x) follows."""

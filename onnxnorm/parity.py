@@ -390,6 +390,9 @@ class _Reference:
         return 2.0 * allowed.largest + room, 2.0 * allowed.rms + room
 
 
+_Types: TypeAlias = "Mapping[str, tuple[int, tuple[int | None, ...] | None]]"
+
+
 class ParityChecker:
     """Checks candidates against one original, whose truth and own errors are computed once.
 
@@ -1177,6 +1180,24 @@ class ParityChecker:
 
     # --- by regions ----------------------------------------------------------------------------
 
+    def _with_measured(
+        self, stored: storage.Stored, feed: Feed, types: _Types, regions: Sequence[Region]
+    ) -> _Types:
+        """Types, and what inference leaves open of them as one run of the model has it."""
+        wanted = {name for region in regions for name in region.inputs}
+        names = sorted(n for n in wanted if types.get(n, (0, None))[1] is None)
+        if not names:
+            return types
+        with staging.Staged(variants.exposing(stored, names), None) as staged:
+            try:
+                with self._opened(staged.model) as session:
+                    values = session.run(feed.values)
+            except RuntimeRejection:  # a model whose inputs have to be searched for
+                return types
+        arrays = {n: values[n] for n in names if isinstance(values.get(n), np.ndarray)}
+        element = onnx.helper.np_dtype_to_tensor_dtype
+        return {**types, **{n: (element(a.dtype), a.shape) for n, a in arrays.items()}}
+
     def _by_regions(self, candidate: Path, regions: Sequence[Region], start: float) -> ParityResult:
         """Check the parts of a model around what changed."""
         stored = self._original()
@@ -1192,7 +1213,7 @@ class ParityChecker:
         )
         feed = smaller(first[0])
         shapes = {n: v.shape for n, v in feed.values.items() if isinstance(v, np.ndarray)}
-        types = infer_shapes(stored, shapes)
+        types = self._with_measured(stored, feed, infer_shapes(stored, shapes), regions)
         outputs: list[OutputParity] = []
         notes: list[str] = []
         feeds: list[Feed] = []

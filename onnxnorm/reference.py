@@ -11,6 +11,7 @@ E[x^2] - E[x]^2 is computed with a rounded 1/n, the error grows with the square 
 from __future__ import annotations
 
 import ast
+import itertools
 import math
 import operator
 import tempfile
@@ -27,7 +28,7 @@ from onnxnorm.errors import VerificationError
 from onnxnorm.facts import AnyValue, Facts
 from onnxnorm.module import Node
 from onnxnorm.norms import Norm
-from onnxnorm.statics import Statics
+from onnxnorm.statics import Dim
 
 Array = NDArray[np.float64]
 
@@ -110,7 +111,14 @@ def confirm(norm: Norm, facts: Facts, *, seed: int = 0) -> str | None:
     """
     if norm.kind == "filter_response_norm" and norm.node.op == "Max":
         return "the threshold behind it has no canonical form"
-    run = _Run(norm, facts)
+    untried = _tried(norm, _Run(norm, facts, alike=False), seed)
+    if untried is not None:
+        # Names that shape inference gives twice to one dim: there distinct sizes do not fit.
+        untried = _tried(norm, _Run(norm, facts, alike=True), seed)
+    return untried
+
+
+def _tried(norm: Norm, run: _Run, seed: int) -> str | None:
     rng = np.random.default_rng(seed)
     epsilon = norm.epsilon or 1e-5
     scales: tuple[tuple[float, float], ...] = (
@@ -155,15 +163,20 @@ class _NotTried(Exception):
 
 
 class _Run:
-    """Evaluates the nodes of a norm in float64."""
+    """Evaluates the nodes of a norm in float64.
 
-    def __init__(self, norm: Norm, facts: Facts) -> None:
+    Args:
+        norm: The norm.
+        facts: The facts under which it was found.
+        alike: Give all dims that are not known one size.
+    """
+
+    def __init__(self, norm: Norm, facts: Facts, *, alike: bool) -> None:
         self._norm = norm
         self._facts = facts
         self._sizes: dict[Any, int] = {}
-        self._primes: Iterator[int] = iter(_PRIMES)
+        self._primes: Iterator[int] = itertools.repeat(_PRIMES[0]) if alike else iter(_PRIMES)
         self._base = norm.input
-        self._statics = Statics(facts)
         known = facts.type(norm.input)
         self.unit = _UNIT.get(known.element if known is not None else 0, 2.0**-24)
         for node in norm.nodes:
@@ -175,31 +188,29 @@ class _Run:
 
     def shape(self) -> tuple[int, ...]:
         """Sizes for the input: what is known of them, and distinct primes."""
-        known = self._facts.type(self._base)
-        if known is None or known.shape is None:
+        dims = self._norm.dims
+        if dims is None:
             return self._assumed()
-        fixed = self._fixed(len(known.shape))
-        self._fit(known.shape)
-        total = math.prod(d for d in known.shape if isinstance(d, int))
+        fixed = self._fixed(len(dims))
+        self._fit(dims)
+        total = math.prod(d for d in dims if isinstance(d, int))
         shape = []
-        for axis, dim in enumerate(known.shape):
+        for axis, dim in enumerate(dims):
             if isinstance(dim, int):
                 # Where nothing fixes a large dim, a small one shows as much.
                 small = total > _LARGEST >> 4 and axis not in fixed and dim > _PRIMES[0]
                 shape.append(next(self._primes, 2) if small else dim)
             else:
-                shape.append(self._size(dim if dim is not None else (self._base, axis)))
+                shape.append(self._size(dim))
         if math.prod(shape) > _LARGEST << 3:
             raise _NotTried(f"its input of shape {shape} is too large to try")
         return tuple(shape)
 
-    def _fit(self, shape: tuple[int | str | None, ...]) -> None:
+    def _fit(self, dims: tuple[Dim, ...]) -> None:
         """Give dims that are not known the sizes that the factors have there."""
         for factor in (self._norm.gamma, self._norm.beta):
             if isinstance(factor, np.ndarray):
-                for place, size in enumerate(factor.shape[::-1][: len(shape)]):
-                    axis = len(shape) - 1 - place
-                    dim = shape[axis] if shape[axis] is not None else (self._base, axis)
+                for dim, size in zip(dims[::-1], factor.shape[::-1], strict=False):
                     if size > 1 and not isinstance(dim, int):
                         self._sizes[dim] = size
 
@@ -250,8 +261,7 @@ class _Run:
                 values[value] = None if constant is None else float64.widen(constant.array())
                 continue
             node = self._facts.producer(value)
-            outside = node is not None and node not in self._norm.nodes
-            if node is not None and node.op == "Shape" and outside and node.inputs[0] not in values:
+            if node is not None and node.op == "Shape" and self._is_outside(node.inputs[0]):
                 values[value] = self._shape_of(node)
                 continue
             if node is None:
@@ -263,11 +273,18 @@ class _Run:
             values.update(zip(node.outputs, self._computed(node, values), strict=False))
         return np.asarray(values[self._norm.output], dtype=np.float64)
 
+    def _is_outside(self, value: AnyValue) -> bool:
+        """Whether a value does not depend on the input, as far as the nodes of the norm go."""
+        return value is not self._base and self._facts.producer(value) not in self._norm.nodes
+
     def _shape_of(self, node: Node) -> Any:
-        known = self._facts.type(node.inputs[0])
-        if known is None or known.shape is None or node.attrs:
-            raise _NotTried(f"the shape of '{node.inputs[0].name}' is not known")
-        return np.asarray([d if isinstance(d, int) else self._size(d) for d in known.shape])
+        value = node.inputs[0]
+        known = self._facts.type(value)
+        if known is None or known.shape is None or node.parameter("start", "end"):
+            raise _NotTried(f"the shape of '{value.name}' is not known")
+        dims = [(value, a) if d is None else d for a, d in enumerate(known.shape)]
+        dims = dims[node.attrs.get("start", 0) : node.attrs.get("end")]
+        return np.asarray([d if isinstance(d, int) else self._size(d) for d in dims])
 
     def _computed(self, node: Node, values: Mapping[AnyValue, Any]) -> Sequence[Any]:
         implementation = float64.OPERATORS.get((node.domain or "", node.op))

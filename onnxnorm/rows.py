@@ -58,8 +58,10 @@ def _action(norm: Norm, remark: Remark | None) -> tuple[str, str | None]:
         return ("none", norm.reason)
     if remark is None and norm.obstacle:
         return ("refused", norm.obstacle)
+    if remark is None and norm.operator:
+        return ("kept", "it is one operator already")
     if remark is None:
-        return ("none", f"no pass that ran rewrites a {norm.kind}")
+        return ("none", "no pass that ran is for it")
     if remark.outcome == "applied":
         return (_ACTIONS.get(remark.rule.partition("-")[0], "folded"), None)
     if remark.outcome in ("skipped", "kept"):
