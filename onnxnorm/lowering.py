@@ -27,7 +27,7 @@ import onnx
 from numpy.typing import NDArray
 
 from onnxnorm.facts import AnyValue, Facts
-from onnxnorm.module import Value
+from onnxnorm.module import Scope, Value
 from onnxnorm.norms import Norm
 from onnxnorm.port import rounded
 from onnxnorm.rewrite import Rewriter
@@ -44,7 +44,8 @@ class Site:
 
     Attributes:
         norm: The norm.
-        target: One of `TARGETS`.
+        target: One of `TARGETS`; in a function always "onnx", for onnxruntime (1.31) dies on its
+            own operators there when it inlines the function.
         opset: Of ONNX's own domain in its scope.
         shape: Dims of its input; None where the rank is unknown.
         given: Element type of the input; 0 where unknown.
@@ -74,7 +75,7 @@ class Site:
         given = before.element if before is not None else 0
         return cls(
             norm,
-            target,
+            "onnx" if _is_in_function(norm.node.scope) else target,
             norm.node.scope.opsets[""],
             shape if dims is not None else None,
             given,
@@ -160,6 +161,12 @@ def choose(norm: Norm, facts: Facts, target: str) -> tuple[Spelling, Site] | str
             reasons.setdefault(reason, []).append(spelling.name)
     said = [f"{reason} (for {' and '.join(names)})" for reason, names in reasons.items()]
     return "; ".join(said) or f"no cheaper spelling of {_A.get(norm.kind, norm.kind)} is known"
+
+
+def _is_in_function(scope: Scope) -> bool:
+    while scope.parent is not None:
+        scope = scope.parent
+    return isinstance(scope.proto, onnx.FunctionProto)
 
 
 def _is_centred(value: AnyValue, facts: Facts) -> bool:

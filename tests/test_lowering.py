@@ -17,7 +17,7 @@ from onnxnorm.norms import Norm, find_norms
 TEXT: Final = """
 <ir_version: 8, opset_import: ["" : {opset}]>
 main ({dtype}[{dims}] x{inputs}) => ({result}[{out}] y)
-<{wide} two = {{2}}, {wide} e = {{0.05}}, {wide}[4] g = {{1, 2, 0.5, 3}}, {wide}[4] one = {{1,1,1,1}},
+<{wide} two = {{2}}, {wide} e = {{0.05}}, {wide}[4] g = {{1, 2, 0.5, 3}},
  {wide}[4] b = {{0.25, -0.5, 1, 0}}, {wide}[4,1,1] gc = {{1, 2, 0.5, 3}}, int64[1] la = {{-1}},
  {wide}[4,1,1] bc = {{0.25, -0.5, 1, 0}}, int64[1] c = {{1}}, int64[2] hw = {{2, 3}},
  {wide}[2] two2 = {{1, 1}}, {wide}[2] zero2 = {{0, 0}}, int64[3] gs = {{0, 2, -1}},
@@ -195,22 +195,28 @@ WIDE: Final = "h = Cast <to = 1> (x) "
             "no cheaper spelling of a filter response norm is known",
         ),
         (
-            "p = Mul (x, x) v = ReduceSum <keepdims = 1> (p, la) a = Add (v, e) s = Sqrt (a)"
-            " y = Div (x, s)",
+            (
+                "p = Mul (x, x) v = ReduceSum <keepdims = 1> (p, la) a = Add (v, e) s = Sqrt (a)"
+                " y = Div (x, s)"
+            ),
             {},
             "onnx",
             "no cheaper spelling of an L2 norm is known",
         ),
         (
-            "m = ReduceMax <axes = [-2, -1]> (x) d = Sub (x, m) f = Exp (d)"
-            " t = ReduceSum <axes = [-2, -1]> (f) y = Div (f, t)",
+            (
+                "m = ReduceMax <axes = [-2, -1]> (x) d = Sub (x, m) f = Exp (d)"
+                " t = ReduceSum <axes = [-2, -1]> (f) y = Div (f, t)"
+            ),
             {"opset": 11},
             "onnx",
             "it is over several axes",
         ),
         (
-            "m = ReduceMax <axes = [1]> (x) d = Sub (x, m) f = Exp (d)"
-            " t = ReduceSum <axes = [1]> (f) y = Div (f, t)",
+            (
+                "m = ReduceMax <axes = [1]> (x) d = Sub (x, m) f = Exp (d)"
+                " t = ReduceSum <axes = [1]> (f) y = Div (f, t)"
+            ),
             {"opset": 11},
             "onnx",
             "takes all axes from one on together",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -13,7 +14,7 @@ import pytest
 from numpy.testing import assert_allclose
 from onnx import parser
 
-from onnxnorm import reference, storage
+from onnxnorm import float64, storage
 from onnxnorm.errors import VerificationError
 from onnxnorm.facts import Facts
 from onnxnorm.module import Module
@@ -155,7 +156,7 @@ def reproducer(error: pytest.ExceptionInfo[VerificationError]) -> Path:
 def test_a_false_record_is_found_out_with_a_reproducer(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reference.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     norm, facts = found()
     assert confirm(norm, facts) is None
     with pytest.raises(VerificationError, match="'y' do not agree with the") as error:
@@ -171,7 +172,7 @@ def test_a_false_record_is_found_out_with_a_reproducer(
 def test_a_false_rule_is_found_out(
     rule: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reference.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     body = (
         "p = Mul (x, x) v = ReduceSum <keepdims = 1> (p, l) a = Add (v, e) s = Sqrt (a)"
         " y = Div (x, s)"
@@ -187,7 +188,7 @@ def test_a_false_rule_is_found_out(
         confirm(replace(norm, rule=rule), facts)
 
 
-@pytest.mark.parametrize("dims", ["2,3,4", "N,T,4", "N,N,4", "?,?,4"])
+@pytest.mark.parametrize("dims", ["2,3,4", "N,T,4", "N,N,4", "?,?,4", "N,T,D", "?,?,?"])
 def test_unknown_sizes_are_filled_in(dims: str) -> None:
     norm, facts = found(dims=dims)
     assert confirm(norm, facts) is None
@@ -213,6 +214,23 @@ def test_every_seed_confirms(body: str) -> None:
     assert [confirm(norm, facts, seed=s) for s in range(5)] == [None] * 5
 
 
+def test_a_rounded_n_in_the_difference_of_two_squares_is_no_defect() -> None:
+    body = (
+        "t = ReduceSum <keepdims = 1> (x, l) m = Mul (t, o) d = Sub (x, m) p = Mul (x, x)"
+        " u = ReduceSum <keepdims = 1> (p, l) c = Mul (u, o) k = Mul (m, m) v = Sub (c, k)"
+        " r = Relu (v) a = Add (r, e) s = Sqrt (a) y = Div (d, s)"
+    )
+    model = parser.parse_model(
+        TEXT.format(body=body, dims="N,T,40").replace(
+            "float two", "int64[1] l = {-1}, float o = {0.025}, float two"
+        )
+    )
+    facts = Facts(Module(storage.from_proto(model)))
+    (norm,) = find_norms(facts)
+    assert norm.kind == "layer_norm"
+    assert [confirm(norm, facts, seed=s) for s in range(5)] == [None] * 5
+
+
 def test_what_cannot_be_run_gives_a_reason() -> None:
     norm, facts = found()
     runtime = replace(norm, gamma=norm.input)
@@ -224,10 +242,27 @@ def test_what_cannot_be_run_gives_a_reason() -> None:
     assert "it depends on 'x', which is not known here" in (confirm(unknown, facts) or "")
 
 
+def test_a_threshold_is_not_part_of_the_canonical_form() -> None:
+    body = (
+        "p = Mul (x, x) v = ReduceMean <axes = [2, 3]> (p) a = Add (v, e) s = Sqrt (a)"
+        " q = Div (x, s) w = Mul (q, c) y = Max (w, c)"
+    )
+    model = parser.parse_model(
+        TEXT.format(body=body, dims="N,2,5,4").replace(
+            "float two", "float[2,1,1] c = {1, 2}, float two"
+        )
+    )
+    model.graph.output[0].type.tensor_type.shape.dim.add()
+    facts = Facts(Module(storage.from_proto(model)))
+    (norm,) = find_norms(facts)
+    assert (norm.kind, norm.output.name) == ("filter_response_norm", "y")
+    assert confirm(norm, facts) == "the threshold behind it has no canonical form"
+
+
 def test_an_operator_that_is_not_known_gives_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     norm, facts = found()
-    known = {k: v for k, v in reference.float64.OPERATORS.items() if k[1] != "Sqrt"}
-    monkeypatch.setattr(reference.float64, "OPERATORS", known)
+    known = {k: v for k, v in float64.OPERATORS.items() if k[1] != "Sqrt"}
+    monkeypatch.setattr(float64, "OPERATORS", known)
     assert confirm(norm, facts) == "Sqrt cannot be evaluated here"
 
 
