@@ -43,6 +43,8 @@ class Remark:
         region: Where, for an applied one; None in a function, which may be called anywhere.
         anchor: The output value of the place's root node.
         error: The measured error that rolled it back, over its budget.
+        anchors: Further values that the site stands for, with the way to their scope.
+        edited: Labels of the nodes that stayed and read something else now.
     """
 
     outcome: Outcome
@@ -56,3 +58,5 @@ class Remark:
     region: Region | None = None
     anchor: str = ""
     error: float | None = None
+    anchors: tuple[str, ...] = ()
+    edited: tuple[str, ...] = ()

@@ -13,7 +13,8 @@ if __name__ != "onnxnorm.passes":  # a second copy would have its own classes
 # name -> "module:class", in the order in which the passes run
 PASSES: Final[dict[str, str]] = {
     "fold-batchnorm": "onnxnorm.passes.fold_batchnorm:FoldBatchnorm",
+    "stream-fold-mean": "onnxnorm.passes.stream_fold_mean:StreamFoldMean",
 }
 
 # What `optimize` runs when it is not told otherwise: passes that are equal over the reals.
-DEFAULT: Final[tuple[str, ...]] = ("fold-batchnorm",)
+DEFAULT: Final[tuple[str, ...]] = ("fold-batchnorm", "stream-fold-mean")

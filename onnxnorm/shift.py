@@ -1,0 +1,206 @@
+"""Where a constant added to a value can go: into biases that are there already.
+
+    (n + beta) W + b  =  n W + (b + beta W)          n + beta + (z + b)  =  n + (z + (b + beta))
+
+The shift of a norm is followed through operators that leave it what it is (`Reshape`, `Transpose`,
+`Slice`, a mean over tokens ...) to every reader. All of them have to take it: linear operators with
+a bias, and additions of something that has one. Only vectors are changed, no weight is copied.
+Exact over the reals; beta W is formed in float64 and rounded once, with the bias.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxnorm.facts import AnyValue, Constant, Facts
+from onnxnorm.layout import Layout
+from onnxnorm.module import Node
+from onnxnorm.port import Inlet, is_real
+from onnxnorm.transfer import Basis, Link, Transfer, described
+
+# Operators that give every feature the shift it had: they move, or average with weights of sum 1.
+_KEEPS = frozenset(
+    {
+        "Identity", "Cast", "CastLike", "Dropout", "Reshape", "Flatten", "Squeeze", "Unsqueeze",
+        "Transpose", "Slice", "Gather", "Split", "ReduceMean", "GlobalAveragePool", "Expand",
+        "Tile", "Concat", "GatherND",
+    }
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Sink:
+    """A bias that takes the shift.
+
+    Attributes:
+        node: The node whose input it is.
+        index: Which input.
+        bias: The bias as it is; None where the slot is empty.
+        inlet: The weight it goes through; None where it is added as it is.
+        layout: Where the shifted features are in front of the weight, or in the bias.
+        gain: The factor with which the operator takes its bias.
+    """
+
+    node: Node
+    index: int
+    bias: Constant | None
+    inlet: Inlet | None
+    layout: Layout
+    gain: float = 1.0
+
+    def shift(self, beta: NDArray[np.float64]) -> NDArray[np.float64]:
+        """What the bias has to grow by, in float64."""
+        spread = self.layout.spread(beta, 0)
+        grown = spread if self.inlet is None else self.inlet.through(spread.reshape(-1))
+        return grown / self.gain
+
+
+@dataclass(frozen=True)
+class Sinks:
+    """All that takes the shift of one value.
+
+    Attributes:
+        places: The biases.
+        between: The nodes whose results lose the shift, from the value to the biases.
+    """
+
+    places: tuple[Sink, ...] = ()
+    between: tuple[Node, ...] = ()
+
+
+def sinks(value: AnyValue, layout: Layout, transfer: Transfer) -> Sinks | str:
+    """The biases that take a shift of `value` on the features in `layout`; else who cannot."""
+    facts = transfer.facts
+    pending: dict[AnyValue, Layout] = {value: layout}
+    frontier, waiting, found = [value], dict[Node, set[int]](), list[Sink]()
+    between: dict[Node, None] = {}
+    while frontier:
+        at = frontier.pop()
+        here = pending[at]
+        if (why := facts.pinned(at)) is not None:
+            return f"'{at.name}' is {why}"
+        for use in facts.uses(at):
+            node = use.node
+            if node.op in ("Shape", "Size") and node.domain == "":
+                continue
+            if node.op == "Concat" and node.domain == "":
+                waiting.setdefault(node, set()).add(use.index)
+                if len(waiting[node]) < len(node.inputs):
+                    continue
+            sink = _sink(node, use.index, here, transfer)
+            if isinstance(sink, Sink):
+                found.append(sink)
+                if node is not sink.node:
+                    between[node] = None
+                continue
+            if node.op not in _KEEPS or node.domain != "":
+                return sink
+            link = transfer.forth(node, use.index, Basis(here))
+            if not isinstance(link, Link) or link.bypass:
+                return f"{described(node)} reads the result"
+            if any(d.constant is not None for d in link.demands):
+                return f"{described(node)} joins the result with constants"
+            between[node] = None
+            for output, basis in link.outputs:
+                if pending.setdefault(output, basis.layout) != basis.layout:
+                    return f"{described(node)} reads the result in two ways"
+                frontier.append(output)
+    for node, seen in waiting.items():
+        if len(seen) < len(node.inputs):
+            return f"{described(node)} joins the result with other values"
+    return Sinks(tuple(found), tuple(between))
+
+
+def _sink(node: Node, index: int, layout: Layout, transfer: Transfer) -> Sink | str:
+    facts = transfer.facts
+    if node.domain == "" and node.op == "Add" and len(node.inputs) == 2:
+        return _beside(node, index, layout, facts)
+    inlet = Inlet.of(node, index, facts)
+    if isinstance(inlet, str):
+        return f"{described(node)} reads the result and is not linear"
+    if not layout.only_axis(inlet.input_axis):
+        return f"{described(node)} reads the result along another axis"
+    if inlet.features == 0:
+        return f"{described(node)} has no features"
+    place = _bias_of(node, facts)
+    if place is None:
+        return f"{described(node)} has no bias"
+    where, at, bias, gain = place
+    return Sink(where, at, bias, inlet, layout, gain)
+
+
+def _beside(node: Node, index: int, layout: Layout, facts: Facts) -> Sink | str:
+    """The bias of what is added to the value."""
+    other = node.inputs[1 - index]
+    told = f"{described(node)} adds the result to something without a bias of its own"
+    constant = facts.constant(other)
+    if constant is not None:
+        return Sink(node, 1 - index, constant, None, layout) if _adds(constant, layout) else told
+    for _ in range(8):
+        if len(facts.uses(other)) != 1 or facts.pinned(other) is not None:
+            return told
+        producer = facts.producer(other)
+        if producer is None or producer.domain != "":
+            return told
+        if producer.op not in ("Identity", "Dropout"):
+            break
+        other = producer.inputs[0]
+    if producer.op == "Add":
+        for at in (0, 1):
+            constant = facts.constant(producer.inputs[at])
+            if constant is not None and _adds(constant, layout):
+                return Sink(producer, at, constant, None, layout)
+        return told
+    if producer.op in ("Gemm", "Conv", "ConvTranspose"):
+        place = _bias_of(producer, facts)
+        rank = None if producer.op == "Gemm" else len(_shape(producer, facts))
+        if place is None or not layout.only_axis(-1 if rank is None else 1 - rank):
+            return told
+        where, at, bias, gain = place
+        flat = layout if rank is None else layout.shifted(rank - 2)
+        return Sink(where, at, bias, None, flat, gain)
+    return told
+
+
+def _shape(node: Node, facts: Facts) -> tuple[int, ...]:
+    weight = facts.constant(node.inputs[1])
+    return () if weight is None else weight.shape
+
+
+def _adds(constant: Constant, layout: Layout) -> bool:
+    """Whether a constant that is added can take the shift without changing what it is added to."""
+    return is_real(constant.dtype) and (
+        layout.covers(constant.shape) or layout.misses(constant.shape)
+    )
+
+
+def _bias_of(node: Node, facts: Facts) -> tuple[Node, int, Constant | None, float] | None:
+    """The bias of a linear operator: (node, input, its constant, factor); None where it has none.
+
+    The bias of a MatMul is the constant of an Add behind it that alone reads it.
+    """
+    if node.op == "MatMul":
+        output = node.outputs[0]
+        readers = facts.uses(output)
+        if len(readers) != 1 or facts.pinned(output) is not None:
+            return None
+        add = readers[0].node
+        if add.op != "Add" or add.domain != "":
+            return None
+        at = 1 - readers[0].index
+        constant = facts.constant(add.inputs[at])
+        if constant is None or not is_real(constant.dtype):
+            return None
+        return add, at, constant, 1.0
+    gain = float(node.attrs.get("beta", 1.0)) if node.op == "Gemm" else 1.0
+    if gain == 0.0:
+        return None
+    if len(node.inputs) > 2 and node.inputs[2].name:
+        constant = facts.constant(node.inputs[2])
+        if constant is None or not is_real(constant.dtype):
+            return None
+        return node, 2, constant, gain
+    return node, 2, None, gain
