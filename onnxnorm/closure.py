@@ -57,7 +57,7 @@ _SINK: Final = 1
 
 
 class _Cut:
-    """Maximum flow by E. A. Dinic (1970): shortest augmenting paths in levels, without recursion."""
+    """Maximum flow by E. A. Dinic (1970): shortest augmenting paths, level by level."""
 
     def __init__(self) -> None:
         self.edges: list[list[int]] = [[], []]  # node -> edge numbers

@@ -2,11 +2,11 @@
 
     rms_norm(x) = gamma * x / sqrt(mean(x^2) + epsilon)        center(x) = x - mean(x)
 
-From opset 23 on the standard has RMSNormalization. Below that an RMS norm is the chain of primitives
-that onnxruntime fuses into one kernel when it loads a model (seen with onnxruntime 1.31): Pow,
-ReduceMean, Add, Sqrt, Div, Mul, with Casts around it where the type is narrower than float32, since
-x^2 leaves float16 for |x| > 255. Sources: the ONNX operator specification; onnxruntime's
-SimplifiedLayerNormFusion.
+From opset 23 on the standard has RMSNormalization. Below that an RMS norm is the chain of
+primitives that onnxruntime fuses into one kernel when it loads a model (seen with onnxruntime
+1.31): Pow, ReduceMean, Add, Sqrt, Div, Mul, with Casts around it where the type is narrower than
+float32, since x^2 leaves float16 for |x| > 255. Sources: the ONNX operator specification;
+onnxruntime's SimplifiedLayerNormFusion.
 """
 
 from __future__ import annotations
@@ -102,12 +102,13 @@ class _Last:
     ) -> AnyValue:
         if end and not self.more:
             self.rw.replace(op, inputs, attrs=attrs, at=self.at)
-            return self.at.outputs[0]
+            output: Value = self.at.outputs[0]
+            return output
         return self.rw.add(op, inputs, role, attrs=attrs, at=self.at)
 
 
 def center(rw: Rewriter, x: Value, axes: Sequence[int], *, dtype: np.dtype[Any]) -> Value:
-    """x - mean(x) over `axes`, right behind what computes x; in float32 where x is narrower."""
+    """X - mean(x) over `axes`, right behind what computes x; in float32 where x is narrower."""
     narrow = onnx.helper.np_dtype_to_tensor_dtype(dtype) in _NARROW
     wide: Value = rw.add("Cast", [x], "wide", attrs={"to": _FLOAT}, behind=x) if narrow else x
     mean = _mean(rw, wide, axes, "mean", behind=x)

@@ -59,7 +59,7 @@ def given_norms(facts: Facts) -> Iterator[GivenNorm]:
 
 
 def _own_chain(root: Node, facts: Facts) -> GivenNorm | None:
-    """x / sqrt(mean(x^2) + epsilon), as `onnxnorm.forms` writes it."""
+    """X / sqrt(mean(x^2) + epsilon), as `onnxnorm.forms` writes it."""
     x, at = root.inputs
     nodes = [root]
     for op in ("Sqrt", "Add", "ReduceMean", "Pow"):

@@ -110,7 +110,8 @@ class Layout:
             return np.zeros_like(array)
         shape, over = self._factors(array.shape)
         factored = array.reshape(shape)
-        return (factored - factored.mean(axis=over, keepdims=True)).reshape(array.shape)
+        mean = factored.mean(axis=over, keepdims=True)
+        return np.asarray(factored - mean).reshape(array.shape)
 
     def covers(self, shape: Sequence[int]) -> bool:
         """Whether an array of this shape has its own value for every feature."""
@@ -211,9 +212,7 @@ def _regrouped(parts: list[Part], before: Dims, after: Dims, tail: int) -> Layou
                 continue
             if low % start or high % low or (start * dim) % high:
                 return None
-            found.append(
-                Part(at - len(after), high // low, start * dim // high, low // start)
-            )
+            found.append(Part(at - len(after), high // low, start * dim // high, low // start))
             covered *= high // low
         if covered != size:
             return None

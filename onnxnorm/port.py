@@ -352,7 +352,7 @@ class Inlet:
         return cls(node, 1 - len(shape), 1 - len(shape), weight, shape[0], True, 1.0)
 
     def through(self, vector: NDArray[np.float64]) -> NDArray[np.float64]:
-        """v W in float64, one entry for each output feature."""
+        """The vector times W in float64, one entry for each output feature."""
         weight = self.weight.array()
         out = np.zeros(self.features)
         if self._transposed:

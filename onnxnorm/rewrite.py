@@ -289,11 +289,9 @@ class Rewriter:
         *,
         replaces: bool = False,
     ) -> Value:
-        if isinstance(at, Node):
-            scope, place, behind = at.scope, at, False
-        else:
-            scope, behind = _scope(at), True
-            place = self.facts.producer(at) or scope
+        scope = at.scope if isinstance(at, Node) else _scope(at)
+        place: Node | Scope = at if isinstance(at, Node) else self.facts.producer(at) or scope
+        behind = not isinstance(at, Node)
         given = [Value("", scope) if v is None else v for v in inputs]
         while given and not given[-1].name:
             given.pop()  # trailing empty inputs say nothing
@@ -380,13 +378,13 @@ class Rewriter:
         """Rebuild the node lists of the scopes that were changed, each in one go."""
         for scope in self._scopes:
             nodes: list[Node] = []
-            for place in (scope, *scope.nodes):
-                if isinstance(place, Node):
-                    nodes += self._inserted.get(place, ())
-                    if place not in self.dead:
-                        nodes.append(place)
+            nodes += self._behind.get(scope, ())
+            for node in scope.nodes:
+                nodes += self._inserted.get(node, ())
+                if node not in self.dead:
+                    nodes.append(node)
                 # Also behind a node that is gone: what replaced it computes the same values.
-                nodes += self._behind.get(place, ())
+                nodes += self._behind.get(node, ())
             scope.graph.nodes[:] = nodes
 
     def _sweep(self, candidates: list[AnyValue]) -> list[str]:

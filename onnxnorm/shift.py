@@ -139,15 +139,11 @@ def _beside(node: Node, index: int, layout: Layout, facts: Facts) -> Sink | str:
     constant = facts.constant(other)
     if constant is not None:
         return Sink(node, 1 - index, constant, None, layout) if _adds(constant, layout) else told
-    for _ in range(8):
-        if len(facts.uses(other)) != 1 or facts.pinned(other) is not None:
-            return told
-        producer = facts.producer(other)
-        if producer is None or producer.domain != "":
-            return told
-        if producer.op not in ("Identity", "Dropout"):
-            break
-        other = producer.inputs[0]
+    producer = _sole(other, facts)
+    while producer is not None and producer.op in ("Identity", "Dropout"):
+        producer = _sole(producer.inputs[0], facts)
+    if producer is None:
+        return told
     if producer.op == "Add":
         for at in (0, 1):
             constant = facts.constant(producer.inputs[at])
@@ -163,6 +159,14 @@ def _beside(node: Node, index: int, layout: Layout, facts: Facts) -> Sink | str:
         flat = layout if rank is None else layout.shifted(rank - 2)
         return Sink(where, at, bias, None, flat, gain)
     return told
+
+
+def _sole(value: AnyValue, facts: Facts) -> Node | None:
+    """The node that computes a value which one place alone reads."""
+    if len(facts.uses(value)) != 1 or facts.pinned(value) is not None:
+        return None
+    producer = facts.producer(value)
+    return None if producer is None or producer.domain != "" else producer
 
 
 def _shape(node: Node, facts: Facts) -> tuple[int, ...]:

@@ -2,9 +2,9 @@
 
 Shape inference gives up at a Reshape whose target is put together from `Shape`, `Gather`, `Concat`
 and arithmetic, as exporters write it. The features of a stream have a known size; what has to be
-known to follow them is which of the other axes stays the same. So one walk over the graph keeps, for
-every value, its sizes, and for small integer tensors also their entries: numbers, or the names of
-unknown sizes.
+known to follow them is which of the other axes stays the same. So one walk over the graph keeps,
+for every value, its sizes, and for small integer tensors also their entries: numbers, or the names
+of unknown sizes.
 """
 
 from __future__ import annotations
@@ -241,7 +241,7 @@ def _flatten(s: Sizes, node: Node) -> Dims | None:
         return None
     axis = int(node.attrs.get("axis", 1))
     axis += len(dims) if axis < 0 else 0
-    sides = []
+    sides: list[Dim] = []
     for side in (dims[:axis], dims[axis:]):
         kept = [d for d in side if d != 1]
         if all(isinstance(d, int) for d in kept):
@@ -544,9 +544,7 @@ def _filled(s: Sizes, node: Node) -> Entries | None:
     wanted = s.integers(node.inputs[0])
     if wanted is None or math.prod(wanted) > _SMALL or "value" not in node.attrs:
         return None
-    value = onnx.numpy_helper.to_array(
-        next(a.t for a in node.proto.attribute if a.name == "value")
-    )
+    value = onnx.numpy_helper.to_array(next(a.t for a in node.proto.attribute if a.name == "value"))
     return np.full(tuple(wanted), int(value.reshape(-1)[0]), dtype=object)
 
 

@@ -136,8 +136,9 @@ class Streams:
         self.entries: dict[AnyValue, Entry] = {}
         self.inputs: dict[GivenNorm, Entry] = {}
         self._owner = {node: norm for norm in self.norms for node in norm.nodes}
-        self._made = {norm.output: norm for norm in self.norms}
+        self._made: dict[AnyValue, GivenNorm] = {norm.output: norm for norm in self.norms}
         self._order = {n: i for i, n in enumerate(facts.module.nodes())}
+        self._counted: dict[AnyValue, int] | None = None
         for norm in self.norms:
             layout = self.layout_of(norm)
             if layout is not None and facts.constant(norm.input) is None:
@@ -151,8 +152,10 @@ class Streams:
         if norm.axes is None:
             return None
         dims = self.sizes.of(norm.input)
-        axes = sorted(norm.axes) if all(a < 0 for a in norm.axes) or dims is None else sorted(
-            a if a < 0 else a - len(dims) for a in norm.axes
+        axes = (
+            sorted(norm.axes)
+            if all(a < 0 for a in norm.axes) or dims is None
+            else sorted(a if a < 0 else a - len(dims) for a in norm.axes)
         )
         if not axes or any(a >= 0 for a in axes):
             return None
@@ -222,7 +225,9 @@ class Streams:
             layout = self.layout_of(norm)
             what = described(node)
             if norm.kind == "rms_norm":
-                return Stop(node, f"the RMS norm '{node.label}' reads this stream and sees its mean")
+                return Stop(
+                    node, f"the RMS norm '{node.label}' reads this stream and sees its mean"
+                )
             if layout is None or entry.basis != Basis(layout):
                 return Stop(node, f"{what} {self._together(layout, entry)}")
             if norm.node is node or node in norm.nodes:
@@ -244,10 +249,12 @@ class Streams:
 
     def _find_zeros(self) -> None:
         """Mark what has no mean as it is, in the order of computation."""
-        ordered = sorted(
-            self.entries.values(),
-            key=lambda e: self._order.get(self.facts.producer(e.value), -1),  # type: ignore[arg-type]
-        )
+
+        def place(entry: Entry) -> int:
+            node = self.facts.producer(entry.value)
+            return -1 if node is None else self._order[node]
+
+        ordered = sorted(self.entries.values(), key=place)
         for entry in ordered:
             entry.zero = entry.basis.scale is None and self._is_zero(entry)
 
@@ -413,8 +420,6 @@ class Streams:
                             counted.setdefault(demand.constant.source, set()).add(place)
             self._counted = {source: len(places) for source, places in counted.items()}
         return self._counted
-
-    _counted: dict[AnyValue, int] | None = None
 
     def _copy_price(self, constant: Constant, prices: Prices) -> int:
         if constant.nbytes > prices.max_copy:

@@ -163,9 +163,7 @@ class Transfer:
                     return link
         return self._reader(node, index, basis)
 
-    def _outputs(
-        self, node: Node, index: int, layout: Layout
-    ) -> list[tuple[AnyValue, Layout]]:
+    def _outputs(self, node: Node, index: int, layout: Layout) -> list[tuple[AnyValue, Layout]]:
         """The outputs in which the features of an input could be, and where."""
         if node.domain != "" or not node.outputs or not node.outputs[0].name:
             return []
@@ -394,9 +392,7 @@ def _repeat(t: Transfer, node: Node, layout: Layout, forth: bool) -> Layout | st
 
 def _resize(t: Transfer, node: Node, layout: Layout, forth: bool) -> Layout | str:
     extrapolated = node.attrs.get("coordinate_transformation_mode", "") == "tf_crop_and_resize"
-    if extrapolated or not (
-        t.covers(node.inputs[0], layout) and t.covers(node.outputs[0], layout)
-    ):
+    if extrapolated or not (t.covers(node.inputs[0], layout) and t.covers(node.outputs[0], layout)):
         return "resizes the features"
     return layout
 

@@ -17,7 +17,7 @@ and Efficient Pre-LN Transformers" (2023). What a stream is, and what may change
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
 import numpy as np
@@ -314,13 +314,17 @@ class Survey:
                 f" a stream of {own}: their joint mean is not the mean of each"
             )
         else:
-            reason = f"it normalizes {layout.features} features of a stream that others read as {own}"
+            reason = (
+                f"it normalizes {layout.features} features of a stream that others read as {own}"
+            )
         return Refusal(reason, at, node=norm.node)
 
     def _unfit(self, norm: GivenNorm) -> list[Stop]:
-        return [self.misfits[norm.input]] if norm.input in self.misfits else list(
-            self.misfits.values()
-        )[:1]
+        return (
+            [self.misfits[norm.input]]
+            if norm.input in self.misfits
+            else list(self.misfits.values())[:1]
+        )
 
 
 _SHAPES: Final = "Export the model with static feature sizes, or run shape inference on it."

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from onnxnorm import passes, registry
 from onnxnorm.errors import UsageError
 from onnxnorm.passes.fold_batchnorm import FoldBatchnorm
+from onnxnorm.passes.stream_fold_mean import StreamFoldMean
 from onnxnorm.registry import catalogue, default_passes, options, select
 from onnxnorm.rewrite import Pass
 
@@ -34,7 +35,7 @@ def test_approximate_passes_are_never_on_by_default() -> None:
 
 
 def test_selections() -> None:
-    assert select(None) == select("default") == [FoldBatchnorm()]
+    assert select(None) == select("default") == [FoldBatchnorm(), StreamFoldMean()]
     assert select("none") == select("") == []
     assert select("fold-batchnorm{max_copy_mb=64}") == [FoldBatchnorm(max_copy_mb=64)]
     assert select(" fold-batchnorm { max_copy_mb = 64 } , fold-batchnorm") == [
