@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -23,7 +23,7 @@ from onnxnorm.errors import (
 )
 from onnxnorm.facts import Facts
 from onnxnorm.module import Module
-from onnxnorm.norms import find_norms
+from onnxnorm.norms import Norm, find_norms
 from onnxnorm.pipeline import Pipeline, Run
 from onnxnorm.registry import select
 from onnxnorm.report import Report
@@ -32,6 +32,7 @@ from onnxnorm.rollback import prove
 from onnxnorm.rows import file_rows, model_facts, norm_rows, site_rows
 from onnxnorm.staging import Staged
 from onnxnorm.storage import Stored
+from onnxnorm.stream_rows import mark_anchors, stream_rows
 from onnxnorm.workbench import Progress, Shapes, Workbench
 
 Target: TypeAlias = Literal["onnx", "ort-cpu", "ort-cuda"]
@@ -135,7 +136,8 @@ def optimize(
             bench.resolve(provider)
         say("passes", None)
         pipeline = Pipeline(chosen, tuple(only), tuple(skip), after_pass)
-        rows = list(find_norms(Facts(Module(stored))))
+        facts = Facts(Module(stored))
+        rows = list(find_norms(facts))
         run = pipeline.run(stored)
         _check_valid(stored, run)
         told = _Told()
@@ -164,6 +166,7 @@ def optimize(
                 told.notes.append("Nothing was changed, so nothing was written.")
             else:
                 files = staging.save(run.stored, place)
+        streams = stream_rows(facts, run.remarks)
         if target != "onnx":
             told.notes.append(
                 f"No pass of this version writes a form for {target} alone: the model is the one"
@@ -174,7 +177,8 @@ def optimize(
             version=version("onnxnorm"),
             model=model_facts(stored, place, run.stored),
             nodes={"before": run.nodes[0], "after": run.nodes[1]},
-            norms=norm_rows(rows, run.remarks),
+            norms=_norms(rows, run),
+            streams=streams,
             passes=[vars(s) for s in run.statistics],
             sites=site_rows(run.remarks),
             environment=_environment(bench.provider is not None, threads),
@@ -210,14 +214,16 @@ def inspect(
     """
     chosen = select(passes)
     with _taken(model) as stored:
-        rows = list(find_norms(Facts(Module(stored))))
+        facts = Facts(Module(stored))
+        rows = list(find_norms(facts))
         run = Pipeline(chosen).run(stored)
         return Report(
             command="inspect",
             version=version("onnxnorm"),
             model=model_facts(stored, None, None),
             nodes={"before": run.nodes[0], "after": run.nodes[1]},
-            norms=norm_rows(rows, run.remarks),
+            norms=_norms(rows, run),
+            streams=stream_rows(facts, run.remarks),
             passes=[vars(s) for s in run.statistics],
             sites=site_rows(run.remarks),
             parity_skipped="inspect runs nothing",
@@ -270,6 +276,13 @@ def compare(
             options={"provider": bench.provider, "seed": seed, "time_budget": time_budget},
             **vars(told),
         )
+
+
+def _norms(rows: Sequence[Norm], run: Run) -> list[dict[str, Any]]:
+    """One row for each norm, with what the passes did about it."""
+    found = norm_rows(rows, run.remarks)
+    mark_anchors(rows, found, run.remarks)
+    return found
 
 
 # ** proving and measuring **

@@ -126,7 +126,7 @@ def _operators(facts: Facts) -> Iterator[GivenNorm]:
             input=node.inputs[0],
             output=node.outputs[0],
             axes=norm.axes,
-            epsilon=norm.epsilon or 0.0,
+            epsilon=float(np.float32(norm.epsilon or 0.0)),  # attributes are float32
             gamma=arrays[0],
             beta=arrays[1],
             recognised=not reason,

@@ -107,7 +107,8 @@ class Layout:
         An axis of size 1 stands for one that is repeated.
         """
         if not self.covers(array.shape):
-            return np.zeros_like(array)
+            with np.errstate(invalid="ignore"):
+                return array - array  # zero, but for what is not finite
         shape, over = self._factors(array.shape)
         factored = array.reshape(shape)
         mean = factored.mean(axis=over, keepdims=True)
@@ -216,7 +217,7 @@ def _regrouped(parts: list[Part], before: Dims, after: Dims, tail: int) -> Layou
             covered *= high // low
         if covered != size:
             return None
-    return Layout(tuple(found))
+    return Layout(tuple(found)) if found else None
 
 
 def _strides(dims: Dims) -> list[int | None]:

@@ -45,6 +45,9 @@ class Remark:
         error: The measured error that rolled it back, over its budget.
         anchors: Further values that the site stands for, with the way to their scope.
         edited: Labels of the nodes that stayed and read something else now.
+        action: What an applied one did to a norm: "folded", "converted", "lowered".
+        into: What the norm became, where the added nodes do not say it.
+        note: What an applied one cost and gained, as a clause.
     """
 
     outcome: Outcome
@@ -60,3 +63,6 @@ class Remark:
     error: float | None = None
     anchors: tuple[str, ...] = ()
     edited: tuple[str, ...] = ()
+    action: str = "folded"
+    into: str = ""
+    note: str = ""

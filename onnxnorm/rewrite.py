@@ -62,6 +62,9 @@ class Plan:
         inside: Nodes that stay and whose results change; they belong to the region.
         outputs: What the region computes, where that is not the root's outputs: values that mean
             the same before and after.
+        action: What it does to a norm: "folded", "converted", "lowered".
+        into: What the norm becomes, where the new nodes do not say it.
+        note: What it costs and gains, as a clause for the report.
     """
 
     root: Node
@@ -70,6 +73,9 @@ class Plan:
     anchors: tuple[AnyValue, ...] = ()
     inside: tuple[Node, ...] = ()
     outputs: tuple[AnyValue, ...] | None = None
+    action: str = "folded"
+    into: str = ""
+    note: str = ""
 
 
 class Pass(ABC):
@@ -337,6 +343,9 @@ class Rewriter:
             anchor=anchor.name,
             anchors=tuple(_path(v) for v in plan.anchors),
             edited=tuple(_described(n) for n in changed),
+            action=plan.action,
+            into=plan.into,
+            note=plan.note,
         )
         self.log.append(remark)
         self._plan = None

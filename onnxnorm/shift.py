@@ -10,7 +10,7 @@ Exact over the reals; beta W is formed in float64 and rounded once, with the bia
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +42,7 @@ class Sink:
         inlet: The weight it goes through; None where it is added as it is.
         layout: Where the shifted features are in front of the weight, or in the bias.
         gain: The factor with which the operator takes its bias.
+        factor: What the shift was multiplied by on the way.
     """
 
     node: Node
@@ -50,10 +51,11 @@ class Sink:
     inlet: Inlet | None
     layout: Layout
     gain: float = 1.0
+    factor: float = 1.0
 
     def shift(self, beta: NDArray[np.float64]) -> NDArray[np.float64]:
         """What the bias has to grow by, in float64."""
-        spread = self.layout.spread(beta, 0)
+        spread = self.layout.spread(beta, 0) * self.factor
         grown = spread if self.inlet is None else self.inlet.through(spread.reshape(-1))
         return grown / self.gain
 
@@ -74,12 +76,12 @@ class Sinks:
 def sinks(value: AnyValue, layout: Layout, transfer: Transfer) -> Sinks | str:
     """The biases that take a shift of `value` on the features in `layout`; else who cannot."""
     facts = transfer.facts
-    pending: dict[AnyValue, Layout] = {value: layout}
+    pending: dict[AnyValue, tuple[Layout, float]] = {value: (layout, 1.0)}
     frontier, waiting, found = [value], dict[Node, set[int]](), list[Sink]()
     between: dict[Node, None] = {}
     while frontier:
         at = frontier.pop()
-        here = pending[at]
+        here, factor = pending[at]
         if (why := facts.pinned(at)) is not None:
             return f"'{at.name}' is {why}"
         for use in facts.uses(at):
@@ -92,11 +94,18 @@ def sinks(value: AnyValue, layout: Layout, transfer: Transfer) -> Sinks | str:
                     continue
             sink = _sink(node, use.index, here, transfer)
             if isinstance(sink, Sink):
-                found.append(sink)
+                found.append(replace(sink, factor=factor))
                 if node is not sink.node:
                     between[node] = None
                 continue
-            if node.op not in _KEEPS or node.domain != "":
+            by = _scalar(node, use.index, facts)
+            if by is not None:
+                between[node] = None
+                output = node.outputs[0]
+                pending[output] = (here, factor * by)
+                frontier.append(output)
+                continue
+            if node.domain != "" or not (node.op in _KEEPS or _pads_nothing(node, transfer)):
                 return sink
             link = transfer.forth(node, use.index, Basis(here))
             if not isinstance(link, Link) or link.bypass:
@@ -105,13 +114,34 @@ def sinks(value: AnyValue, layout: Layout, transfer: Transfer) -> Sinks | str:
                 return f"{described(node)} joins the result with constants"
             between[node] = None
             for output, basis in link.outputs:
-                if pending.setdefault(output, basis.layout) != basis.layout:
+                if pending.setdefault(output, (basis.layout, factor)) != (basis.layout, factor):
                     return f"{described(node)} reads the result in two ways"
                 frontier.append(output)
     for node, seen in waiting.items():
         if len(seen) < len(node.inputs):
             return f"{described(node)} joins the result with other values"
     return Sinks(tuple(found), tuple(between))
+
+
+def _scalar(node: Node, index: int, facts: Facts) -> float | None:
+    """The constant number that a node multiplies its input by, as LayerNorm Scaling has it."""
+    if node.domain != "" or node.op not in ("Mul", "Div") or (node.op == "Div" and index != 0):
+        return None
+    constant = facts.constant(node.inputs[1 - index])
+    if constant is None or not is_real(constant.dtype):
+        return None
+    if any(n != 1 for n in constant.shape):
+        return None
+    number = float(constant.float64().reshape(-1)[0])
+    if node.op == "Div":
+        return None if number == 0.0 else 1.0 / number
+    return number
+
+
+def _pads_nothing(node: Node, transfer: Transfer) -> bool:
+    """Whether a node is a Pad by zero on every side, as exporters write for windows that fit."""
+    pads = transfer.numbers(node, 1, "pads") if node.op == "Pad" else None
+    return pads is not None and not any(pads)
 
 
 def _sink(node: Node, index: int, layout: Layout, transfer: Transfer) -> Sink | str:

@@ -206,7 +206,7 @@ class Streams:
         norm = self._made.get(value)
         if norm is not None:
             what = described(node) if norm.kind == "layer_norm" else f"the RMS norm '{node.label}'"
-            return Stop(node, f"{what} writes what it scaled feature by feature")
+            return Stop(node, f"{what} writes this stream with a scale for each feature")
         return self.transfer.back(node, value, basis)
 
     def _origin(self, value: AnyValue) -> str:
@@ -228,13 +228,41 @@ class Streams:
                 return Stop(
                     node, f"the RMS norm '{node.label}' reads this stream and sees its mean"
                 )
+            if self._tells_mean(norm):
+                return Stop(node, f"{what} gives the mean of this stream to others")
             if layout is None or entry.basis != Basis(layout):
                 return Stop(node, f"{what} {self._together(layout, entry)}")
             if norm.node is node or node in norm.nodes:
                 if norm.nodes == (node,) and index != 0:
                     return Stop(node, f"{what} reads this stream as its scale or bias")
                 return norm
+        if self._only_centers(node, entry):
+            return Blind(node, f"{described(node)} takes the mean out")
         return self.transfer.forth(node, index, entry.basis)
+
+    def _tells_mean(self, norm: GivenNorm) -> bool:
+        """Whether a value inside a norm is read outside it."""
+        inside = set(norm.nodes)
+        inner = [v for n in norm.nodes for v in n.outputs if v.name and v is not norm.output]
+        return any(
+            self.facts.pinned(v) is not None
+            or any(u.node not in inside for u in self.facts.uses(v))
+            for v in inner
+        )
+
+    def _only_centers(self, node: Node, entry: Entry) -> bool:
+        """Whether a reader is the ReduceMean or the Sub of x - mean(x) over the features."""
+        layout = entry.basis.layout
+        if entry.basis.scale is not None:
+            return False
+        if node.op == "ReduceMean" and node.domain == "":
+            uses = self.facts.uses(node.outputs[0])
+            if self.facts.pinned(node.outputs[0]) is not None:
+                return False
+            return all(
+                u.node.op == "Sub" and u.index == 1 and self._is_mean(u.node, layout) for u in uses
+            )
+        return node.op == "Sub" and node.inputs[0] is entry.value and self._is_mean(node, layout)
 
     def _together(self, layout: Layout | None, entry: Entry) -> str:
         own = entry.basis.layout.features
@@ -284,7 +312,7 @@ class Streams:
 
     def _is_mean(self, node: Node, layout: Layout) -> bool:
         """Whether a Sub takes the mean over the features from its first input."""
-        mean = self.facts.producer(node.inputs[1])
+        mean = self.facts.producer(node.inputs[1]) if len(node.inputs) == 2 else None
         if mean is None or mean.op != "ReduceMean" or mean.inputs[0] is not node.inputs[0]:
             return False
         axes = self.transfer.numbers(mean, 1, "axes")

@@ -127,7 +127,7 @@ class Transfer:
         """What has to change for `output` to change by `basis`."""
         rule = _BACK.get(node.op) if node.domain == "" else None
         if rule is None:
-            return Stop(node, f"{described(node)} is not linear")
+            return Stop(node, f"{described(node)} writes this stream and is not linear")
         found = rule(self, node, output, basis)
         if isinstance(found, str):
             return Stop(node, f"{described(node)} {found}")
@@ -537,7 +537,7 @@ def _linear(t: Transfer, node: Node, output: AnyValue, basis: Basis) -> Back:
         if node.op in ("Conv", "ConvTranspose"):
             groups = int(node.attrs.get("group", 1))
             if any(p.outer % groups for p in layout.parts) and groups > 1:
-                return "writes each feature from its own group, and has no weight for the mean"
+                return "writes each feature from its own group, which has no weight for the mean"
             if len(node.inputs) > 2 and node.inputs[2].name and len(found) == 1:
                 return "has a bias that is computed"
         if node.op == "Gemm" and len(node.inputs) > 2 and node.inputs[2].name and len(found) == 1:
@@ -552,7 +552,9 @@ def _linear(t: Transfer, node: Node, output: AnyValue, basis: Basis) -> Back:
             if layout.only_axis(axis) and rank is not None and rank >= 2 and t.rank(other):
                 # A mixes rows: every column, and so every feature, is treated alike.
                 return (Demand(of, basis),)
-    return found if isinstance(found, str) else "is linear along another axis than the features"
+    if isinstance(found, str):
+        return f"writes this stream, and {found}"
+    return "writes this stream and is linear along another axis than the features"
 
 
 _WRITERS: Final = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose"})

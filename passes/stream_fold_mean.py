@@ -250,7 +250,25 @@ class Survey:
             anchors=tuple(n.output for n in group.norms[1:]),
             inside=tuple(inside),
             outputs=tuple(outputs),
+            action="converted",
+            into="rms_norm",
+            note=self._price(group, added),
         )
+
+    def _price(self, group: Group, added: set[GivenNorm]) -> str:
+        """What a site costs and gains."""
+        saved, options = len(group.norms), self.options
+        parts = [f"{saved} converted, which saves {saved:g}"]
+        if group.explicit:
+            names = ", ".join(f"'{v.name}'" for v in group.explicit)
+            parts.append(
+                f"{len(group.explicit)} centered at run time ({names}) for {options.centering:g}"
+                " each"
+            )
+        if added:
+            noun = "bias" if len(added) == 1 else "biases"
+            parts.append(f"{len(added)} {noun} added behind their norm for {options.add:g} each")
+        return "; ".join(parts)
 
     def _folded(self, bypassed: list[tuple[AnyValue, AnyValue]]) -> list[Node]:
         found = [self.facts.producer(value) for value, _ in bypassed]

@@ -42,7 +42,11 @@ def test_selections() -> None:
         FoldBatchnorm(max_copy_mb=64),
         FoldBatchnorm(),
     ]
-    assert select(["default", FoldBatchnorm(1)]) == [FoldBatchnorm(), FoldBatchnorm(1)]
+    assert select(["default", FoldBatchnorm(1)]) == [
+        FoldBatchnorm(),
+        StreamFoldMean(),
+        FoldBatchnorm(1),
+    ]
 
 
 @pytest.mark.parametrize(
