@@ -346,7 +346,9 @@ class Inlet:
             features, gain = shape[0 if transposed else 1], float(node.attrs.get("alpha", 1.0))
             return cls(node, -1, -1, weight, features, transposed, gain)
         pads = node.attrs.get("pads")
-        padded = node.attrs.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID") or any(pads or ())
+        automatic = node.attrs.get("auto_pad", "NOTSET")
+        automatic = automatic.decode() if isinstance(automatic, bytes) else automatic
+        padded = automatic not in ("NOTSET", "VALID", "") or any(pads or ())
         if padded or node.attrs.get("group", 1) != 1 or node.parameter("pads", "group", "auto_pad"):
             return "it pads with zeros or is grouped"
         return cls(node, 1 - len(shape), 1 - len(shape), weight, shape[0], True, 1.0)

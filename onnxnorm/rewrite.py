@@ -390,11 +390,11 @@ class Rewriter:
             nodes += self._behind.get(scope, ())
             for node in scope.nodes:
                 nodes += self._inserted.get(node, ())
-                if node not in self.dead:
-                    nodes.append(node)
+                nodes.append(node)
                 # Also behind a node that is gone: what replaced it computes the same values.
                 nodes += self._behind.get(node, ())
-            scope.graph.nodes[:] = nodes
+            # New nodes can be gone too: a site whose result nobody reads, or one that built on it.
+            scope.graph.nodes[:] = [node for node in nodes if node not in self.dead]
 
     def _sweep(self, candidates: list[AnyValue]) -> list[str]:
         """Remove what computed these values where nobody reads them now; says what went."""

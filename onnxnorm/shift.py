@@ -150,7 +150,7 @@ def _sink(node: Node, index: int, layout: Layout, transfer: Transfer) -> Sink | 
         return _beside(node, index, layout, facts)
     inlet = Inlet.of(node, index, facts)
     if isinstance(inlet, str):
-        return f"{described(node)} reads the result and is not linear"
+        return f"{described(node)} reads the result, and {inlet}"
     if not layout.only_axis(inlet.input_axis):
         return f"{described(node)} reads the result along another axis"
     if inlet.features == 0:

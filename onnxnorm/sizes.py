@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, Final, TypeAlias
 
@@ -153,22 +154,47 @@ class Sizes:
 
     def rest(self, before: Dims, others: Sequence[Dim]) -> Dim:
         """The size that makes both products equal."""
-        left, right = list(before), list(others)
-        for name in [d for d in right if isinstance(d, str)]:
-            if name not in left:
+        total, names = _factors(before)
+        taken, others_named = _factors(others)
+        for name in others_named:
+            if name not in names:
                 return self._fresh()
-            left.remove(name)
-            right.remove(name)
-        names = [d for d in left if isinstance(d, str)]
-        total = math.prod(d for d in left if isinstance(d, int))
-        taken = math.prod(d for d in right if isinstance(d, int))
-        if not names and taken and total % taken == 0:
-            return total // taken
-        return names[0] if len(names) == 1 and total == taken else self._fresh()
+            names.remove(name)
+        if not taken or total % taken:
+            return self._fresh()
+        return _product(total // taken, names)
 
     def some(self, count: int) -> Dims:
         """Sizes of which nothing is known."""
         return tuple(self._fresh() for _ in range(count))
+
+
+def _factors(dims: Sequence[Dim]) -> tuple[int, list[str]]:
+    """A product of sizes as a number and the names in it."""
+    number, names = 1, list[str]()
+    for dim in dims:
+        if isinstance(dim, int):
+            number *= dim
+        elif _PRODUCT.fullmatch(dim):
+            for factor in dim.split("*"):
+                if factor.isdigit():
+                    number *= int(factor)
+                else:
+                    names.append(factor)
+        else:
+            names.append(dim)
+    return number, names
+
+
+def _product(number: int, names: Sequence[str]) -> Dim:
+    """The size that is a number times named sizes, always spelled in the same way."""
+    if not names or number == 0:
+        return number
+    parts = [*([str(number)] if number != 1 else []), *sorted(names)]
+    return "*".join(parts)
+
+
+_PRODUCT: Final = re.compile(r"[\w?]+(\*[\w?]+)+")
 
 
 # ** sizes of results **
@@ -563,9 +589,7 @@ def _computed(s: Sizes, node: Node) -> Entries | None:
 
 
 def _times(s: Sizes, a: Dim, b: Dim) -> Dim:
-    if isinstance(a, int) and isinstance(b, int):
-        return a * b
-    return b if a == 1 else a if b == 1 else s.some(1)[0]
+    return _product(*_factors([a, b]))
 
 
 def _plus(s: Sizes, a: Dim, b: Dim) -> Dim:
@@ -583,7 +607,10 @@ def _minus(s: Sizes, a: Dim, b: Dim) -> Dim:
 def _over(s: Sizes, a: Dim, b: Dim) -> Dim:
     if isinstance(a, int) and isinstance(b, int):
         return abs(a) // abs(b) * (1 if a * b >= 0 else -1)
-    return a if b == 1 else 1 if a == b else s.some(1)[0]
+    number, names = _factors([a])
+    if isinstance(b, int) and b > 0 and number % b == 0:
+        return _product(number // b, names)
+    return 1 if a == b else s.some(1)[0]
 
 
 def _modulo(s: Sizes, a: Dim, b: Dim) -> Dim:
