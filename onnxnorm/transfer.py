@@ -532,7 +532,7 @@ def _linear(t: Transfer, node: Node, output: AnyValue, basis: Basis) -> Back:
         for slot in found:
             moved = layout.shifted(slot.axis - slot.output_axis).grouped(slot.groups)
             if moved is None:
-                return "is a grouped transposed convolution across whose groups the mean goes"
+                return "writes each feature from its own group, which has no weight for the mean"
             demands.append(Demand(slot.index, Basis(moved, basis.scale), slot.constant, slot.bias))
         if node.op in ("Conv", "ConvTranspose"):
             groups = int(node.attrs.get("group", 1))
@@ -574,8 +574,14 @@ _BACK: Final[dict[str, _Rule]] = {
 def described(node: Node) -> str:
     """A node in words: "the depthwise convolution '/stages.0/0/conv_dw'"."""
     kind = _WORDS.get(node.op, node.op)
-    if node.op == "Conv" and int(node.attrs.get("group", 1) or 1) > 1:
-        kind = "the depthwise convolution"
+    if node.op == "Conv" and node.parameter("group") is None:
+        groups = int(node.attrs.get("group", 1))
+        # Whether it is depthwise shows in the weight, which has one input channel for each group.
+        weight = node.inputs[1] if len(node.inputs) > 1 else None
+        shape = None if weight is None else weight.shape
+        if groups > 1:
+            depthwise = shape is None or len(shape) < 2 or shape[1] == 1
+            kind = "the depthwise convolution" if depthwise else "the grouped convolution"
     return f"{kind} '{node.label}'"
 
 

@@ -164,6 +164,21 @@ def test_convolutions_write_channels_and_tokens() -> None:
         assert converted(done) == 1, kind
 
 
+@pytest.mark.parametrize(
+    ("kind", "shape"), [("Conv", (8, 3, 2, 2)), ("ConvTranspose", (6, 4, 2, 2))]
+)
+def test_grouped_convolutions_write_what_lies_in_one_group(kind: str, shape: Any) -> None:
+    for parts, expected in ((2, 1), (4, 1), (1, 0)):
+        net = Net()
+        image = net.input("x", ["n", 6, 4, 4])
+        y = net.op(kind, image, net.matrix(*shape), net.vector(8, 0.5), group=2)
+        last = net.op("Transpose", y, perm=[0, 2, 3, 1])
+        cut = net.op("Reshape", last, net.ints(0, 0, 0, parts, 8 // parts))
+        done = folded(net.model(net.linear(net.norm(cut, 8 // parts), 8 // parts, 4)))
+        assert converted(done) == expected
+        assert expected or named(reasons(done), "its own group")
+
+
 def test_a_norm_inside_each_head() -> None:
     net = Net()
     x = net.linear(net.input("x", ["n", 5, 6]), 6, 12)
