@@ -78,6 +78,18 @@ def _own_chain(root: Node, facts: Facts) -> GivenNorm | None:
         axes = None if listed is None else [int(n) for n in listed.array().reshape(-1)]
     if axes is None or not mean.attrs.get("keepdims", 1) or float(exponent.float64()) != 2.0:
         return None
+    gamma = None
+    for op in ("Cast", "Mul"):  # back to a narrow type, and the scale
+        uses = facts.uses(root.outputs[0])
+        if len(uses) != 1 or uses[0].node.op != op or facts.pinned(root.outputs[0]) is not None:
+            continue
+        if op == "Mul":
+            scale = facts.constant(uses[0].node.inputs[1 - uses[0].index])
+            if scale is None or not is_real(scale.dtype) or len(scale.shape) > len(axes):
+                break
+            gamma = scale.float64()
+        root = uses[0].node
+        nodes.append(root)
     return GivenNorm(
         kind="rms_norm",
         node=root,
@@ -86,7 +98,7 @@ def _own_chain(root: Node, facts: Facts) -> GivenNorm | None:
         output=root.outputs[0],
         axes=tuple(axes),
         epsilon=float(small.float64()),
-        gamma=None,
+        gamma=gamma,
         beta=None,
         recognised=True,
     )

@@ -322,11 +322,11 @@ class Inlet:
     _gain: float
 
     @classmethod
-    def of(cls, node: Node, index: int, facts: Facts) -> Inlet | str:
+    def of(cls, node: Node, index: int, facts: Facts, *, padded: bool = False) -> Inlet | str:
         """The inlet of input `index`, or a clause that says why there is none.
 
-        A convolution must not pad: what it pads with has no v added. A grouped one mixes only
-        part of the features and has no inlet.
+        A convolution must not pad: what it pads with has no v added. `padded` allows it, for what
+        multiplies the input. A grouped one mixes only part of the features and has no inlet.
         """
         if node.domain != "" or index != 0 or node.op not in ("MatMul", "Gemm", "Conv"):
             return "it is not linear in this input"
@@ -348,10 +348,41 @@ class Inlet:
         pads = node.attrs.get("pads")
         automatic = node.attrs.get("auto_pad", "NOTSET")
         automatic = automatic.decode() if isinstance(automatic, bytes) else automatic
-        padded = automatic not in ("NOTSET", "VALID", "") or any(pads or ())
-        if padded or node.attrs.get("group", 1) != 1 or node.parameter("pads", "group", "auto_pad"):
+        pads_now = automatic not in ("NOTSET", "VALID", "") or any(pads or ())
+        if (
+            (pads_now and not padded)
+            or node.attrs.get("group", 1) != 1
+            or node.parameter("pads", "group", "auto_pad")
+        ):
             return "it pads with zeros or is grouped"
         return cls(node, 1 - len(shape), 1 - len(shape), weight, shape[0], True, 1.0)
+
+    @property
+    def weight_axis(self) -> int:
+        """The axis of the weight, from the left, that is contracted."""
+        return 1 if self._transposed else 0
+
+    def scaled(self, vector: NDArray[np.float64]) -> Array:
+        """W' with f'(x) = f(diag(v) x), formed in float64 and rounded once."""
+        weight = self.weight.array()
+        out = np.empty_like(weight)
+        step = max(1, _BLOCK // max(1, weight[:1].size * 8))
+        for at in range(0, weight.shape[0], step):
+            rows = slice(at, at + step)
+            factors = vector[rows] if self.weight_axis == 0 else vector
+            shaped = [1] * weight.ndim
+            shaped[self.weight_axis] = -1
+            with _quiet():
+                out[rows] = rounded(
+                    weight[rows].astype(np.float64) * factors.reshape(shaped), weight.dtype
+                )
+        return out
+
+    def mixed(self, matrix: NDArray[np.float64]) -> Array:
+        """W' with f'(x) = f(x M), formed in float64 and rounded once."""
+        weight = self.weight.array()
+        moved = np.tensordot(matrix, weight.astype(np.float64), axes=(1, self.weight_axis))
+        return rounded(np.moveaxis(moved, 0, self.weight_axis), weight.dtype)
 
     def through(self, vector: NDArray[np.float64]) -> NDArray[np.float64]:
         """The vector times W in float64, one entry for each output feature."""

@@ -14,6 +14,7 @@ if __name__ != "onnxnorm.passes":  # a second copy would have its own classes
 PASSES: Final[dict[str, str]] = {
     "fold-batchnorm": "onnxnorm.passes.fold_batchnorm:FoldBatchnorm",
     "stream-fold-mean": "onnxnorm.passes.stream_fold_mean:StreamFoldMean",
+    "fold-norm-affine": "onnxnorm.passes.fold_norm_affine:FoldNormAffine",
 }
 
 # What `optimize` runs when it is not told otherwise: passes that are equal over the reals.
