@@ -273,6 +273,34 @@ class Rewriter:
         """
         self._stage(like.proto, inputs, self.root.outputs[0], self.root, replaces=True)
 
+    def copy(
+        self,
+        node: Node,
+        inputs: Sequence[AnyValue],
+        role: str,
+        *,
+        attrs: Mapping[str, Any] | None = None,
+    ) -> list[Value]:
+        """A copy of a node in front of it, with other inputs; its outputs are new values.
+
+        For a change after which they have other shapes: a value that stays keeps its shape.
+        """
+        made = [
+            Value(self.module.fresh_name(f"{v.name}_{role}") if v.name else "", node.scope)
+            for v in node.outputs
+        ]
+        proto = onnx.NodeProto()
+        proto.CopyFrom(node.proto)
+        if proto.name:
+            proto.name = self.module.fresh_name(f"{proto.name}_{role}")
+        for name, value in (attrs or {}).items():
+            for old in [a for a in proto.attribute if a.name == name]:
+                proto.attribute.remove(old)
+            proto.attribute.append(onnx.helper.make_attribute(name, value))
+        draft = _Draft(proto, tuple(inputs), tuple(made), node.scope, node, False, False)
+        self._drafts.append(draft)
+        return made
+
     def rewire(self, node: Node, index: int, value: AnyValue) -> None:
         """Let a node that stays read another value as its input `index`; it names the site."""
         self._rewirings.append(_Rewiring(node, index, value))
@@ -356,9 +384,10 @@ class Rewriter:
         scope = draft.scope
         inputs = [self._meant(v) for v in draft.inputs]
         node = Node(draft.proto, scope, inputs, draft.outputs, self._site)
-        self.module.names.update(v.name for v in draft.outputs)
         for value in draft.outputs:
-            scope.values[value.name] = value
+            if value.name:
+                self.module.names.add(value.name)
+                scope.values[value.name] = value
         if isinstance(draft.at, Node) and not draft.behind:
             self._inserted.setdefault(draft.at, []).append(node)
         else:

@@ -15,6 +15,8 @@ PASSES: Final[dict[str, str]] = {
     "fold-batchnorm": "onnxnorm.passes.fold_batchnorm:FoldBatchnorm",
     "stream-fold-mean": "onnxnorm.passes.stream_fold_mean:StreamFoldMean",
     "fold-norm-affine": "onnxnorm.passes.fold_norm_affine:FoldNormAffine",
+    "stream-compress": "onnxnorm.passes.stream_compress:StreamCompress",
+    "stream-rotate": "onnxnorm.passes.stream_rotate:StreamRotate",
 }
 
 # What `optimize` runs when it is not told otherwise: passes that are equal over the reals.
