@@ -59,6 +59,8 @@ class StreamRotate(Pass):
             if isinstance(change, Stop):
                 at = change.node.label if change.node is not None else root.label
                 yield Refusal(change.why, at, node=root)
+            elif any(n.site.startswith(_SITE) for n in change.edited):
+                continue  # a moment ago, by this run
             elif _is_rotated(change):
                 yield Refusal("it is rotated already", root.label, node=root)
             else:
@@ -85,8 +87,7 @@ _SITE: Final = "stream-rotate:"
 def _is_rotated(change: BasisChange) -> bool:
     """Whether an earlier run did it: the nodes carry the site that changed them."""
     return any(
-        n.site.startswith(_SITE)
-        or any(e.key == SITE_KEY and e.value.startswith(_SITE) for e in n.proto.metadata_props)
+        any(e.key == SITE_KEY and e.value.startswith(_SITE) for e in n.proto.metadata_props)
         for n in change.edited
     )
 
