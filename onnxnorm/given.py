@@ -64,7 +64,9 @@ def _own_chain(root: Node, facts: Facts) -> GivenNorm | None:
     nodes = [root]
     for op in ("Sqrt", "Add", "ReduceMean", "Pow"):
         node = facts.producer(at)
-        if node is None or node.domain != "" or node.op != op:
+        if node is None or node.domain != "" or node.op != op or not node.inputs:
+            return None
+        if op in ("Add", "Pow") and len(node.inputs) != 2:
             return None
         nodes.append(node)
         at = node.inputs[0]
@@ -72,6 +74,8 @@ def _own_chain(root: Node, facts: Facts) -> GivenNorm | None:
     if at is not x or exponent is None or small is None or small.shape or exponent.shape:
         return None
     mean = nodes[3]
+    if mean.parameter("axes", "keepdims") is not None:
+        return None
     axes = mean.attrs.get("axes")
     if axes is None and len(mean.inputs) > 1:
         listed = facts.constant(mean.inputs[1])

@@ -87,7 +87,9 @@ class Sizes:
         if not node.outputs or not node.outputs[0].name:
             return
         dims: Dims | None = None
-        if node.domain == "" and node.inputs and self.facts.constant(node.outputs[0]) is None:
+        given = any(a.ref_attr_name for a in node.proto.attribute)  # differs from call to call
+        known = given or node.domain != "" or not node.inputs
+        if not known and self.facts.constant(node.outputs[0]) is None:
             try:
                 rule = _ENTRIES.get(node.op)
                 found = rule(self, node) if rule is not None else None
@@ -95,7 +97,7 @@ class Sizes:
                     self._entries[node.outputs[0]] = found
                 deriving = _DIMS.get(node.op)
                 dims = deriving(self, node) if deriving is not None else None
-            except (IndexError, ValueError, TypeError, ZeroDivisionError):
+            except (IndexError, ValueError, TypeError, ZeroDivisionError, OverflowError):
                 dims = None  # a graph that shape inference would reject; nothing is known
         self._dims[node.outputs[0]] = self._merged(node.outputs[0], dims)
 

@@ -313,7 +313,9 @@ class Streams:
     def _is_mean(self, node: Node, layout: Layout) -> bool:
         """Whether a Sub takes the mean over the features from its first input."""
         mean = self.facts.producer(node.inputs[1]) if len(node.inputs) == 2 else None
-        if mean is None or mean.op != "ReduceMean" or mean.inputs[0] is not node.inputs[0]:
+        if mean is None or mean.op != "ReduceMean" or mean.domain != "" or not mean.inputs:
+            return False
+        if mean.inputs[0] is not node.inputs[0] or mean.parameter("keepdims", "axes") is not None:
             return False
         axes = self.transfer.numbers(mean, 1, "axes")
         given = None if axes is None else self.transfer.from_right(mean.inputs[0], axes)

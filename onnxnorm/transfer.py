@@ -128,7 +128,12 @@ class Transfer:
         rule = _BACK.get(node.op) if node.domain == "" else None
         if rule is None:
             return Stop(node, f"{described(node)} writes this stream and is not linear")
-        found = rule(self, node, output, basis)
+        if any(a.ref_attr_name for a in node.proto.attribute):
+            return Stop(node, f"{described(node)} has a parameter of the function")
+        try:
+            found = rule(self, node, output, basis)
+        except (IndexError, TypeError, ValueError):  # inputs or attributes that its schema forbids
+            found = "is not as its operator is defined"
         if isinstance(found, str):
             return Stop(node, f"{described(node)} {found}")
         demands = []
@@ -171,7 +176,7 @@ class Transfer:
         if node.op in _STRUCTURAL:
             if index != 0:
                 return []
-            moved = _STRUCTURAL[node.op](self, node, layout, True)
+            moved = self._moved(node, layout)
             return [] if isinstance(moved, str) else [(output, moved)]
         if node.op in _BACK and node.op not in _WRITERS:
             return [(output, layout)]
@@ -180,6 +185,15 @@ class Transfer:
         if node.op == "MatMul":
             return [(output, layout)]
         return []
+
+    def _moved(self, node: Node, layout: Layout) -> Layout | str:
+        """Where a structural operator takes the features of its first input."""
+        if any(a.ref_attr_name for a in node.proto.attribute):
+            return "has a parameter of the function"
+        try:
+            return _STRUCTURAL[node.op](self, node, layout, True)
+        except (IndexError, TypeError, ValueError):  # inputs or attributes that its schema forbids
+            return "is not as its operator is defined"
 
     def _reader(self, node: Node, index: int, basis: Basis) -> Stop:
         if node.domain == "" and index == 0 and self._ignores_mean(node, basis):
@@ -193,7 +207,7 @@ class Transfer:
             return Stop(node, f"{what} joins this stream with others along the features")
         rule = _BACK.get(node.op) if node.domain == "" else None
         if rule is not None and node.op in _STRUCTURAL:
-            moved = _STRUCTURAL[node.op](self, node, basis.layout, True)
+            moved = self._moved(node, basis.layout)
             said = moved if isinstance(moved, str) else "reads this stream in another way"
             return Stop(node, f"{what} {said}")
         return Stop(node, f"{what} reads this stream and sees its mean")
@@ -203,6 +217,8 @@ class Transfer:
         if node.op in ("Shape", "Size"):
             return True
         if node.op not in ("Softmax", "LogSoftmax", "ArgMax", "ArgMin") or basis.scale is not None:
+            return False
+        if node.parameter("axis") is not None:
             return False
         if node.op in ("Softmax", "LogSoftmax") and node.scope.opsets[""] < 13:
             return False

@@ -133,14 +133,16 @@ class Survey:
         self.gains: dict[GivenNorm, float] = {}
         self.misfits: dict[AnyValue, Stop] = {}
         for norm in self.streams.inputs:
-            if norm.kind == "layer_norm" and norm.recognised and self._has_type(norm):
+            if norm.kind == "layer_norm" and norm.recognised and self._one_type(norm):
                 self.betas[norm] = self._beta(norm)
                 paid = isinstance(self.betas[norm], str)
                 self.gains[norm] = 1.0 - (options.add if paid else 0.0)
         self.choice = self._choose()
 
-    def _has_type(self, norm: GivenNorm) -> bool:
-        return self._element(norm.input, norm) != 0
+    def _one_type(self, norm: GivenNorm) -> bool:
+        """Whether the type of a norm is known, and its result has the type of its input."""
+        before, after = self._element(norm.input, norm), self._element(norm.output, norm)
+        return before != 0 and after in (0, before)
 
     def _element(self, value: AnyValue, norm: GivenNorm | None = None) -> int:
         known = self.facts.type(value)
@@ -290,7 +292,8 @@ class Survey:
         if norm not in self.streams.inputs:
             return self._outside(norm)
         if norm not in self.gains:
-            return Refusal("the element type is not known", norm.node.label, _SHAPES, norm.node)
+            reason = "its element type is not known, or its result has another than its input"
+            return Refusal(reason, norm.node.label, _SHAPES, norm.node)
         readers, writers = self.streams.obstacles(norm)
         writers += [(0, stop) for stop in self._unfit(norm)]
         beta = self.betas[norm]
