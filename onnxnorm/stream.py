@@ -205,8 +205,7 @@ class Streams:
             return Stop(None, f"'{value.name}' is {self._origin(value)}")
         norm = self._made.get(value)
         if norm is not None:
-            what = described(node) if norm.kind == "layer_norm" else f"the RMS norm '{node.label}'"
-            return Stop(node, f"{what} writes this stream with a scale for each feature")
+            return Stop(node, f"{called(norm)} writes this stream with a scale for each feature")
         return self.transfer.back(node, value, basis)
 
     def _origin(self, value: AnyValue) -> str:
@@ -223,7 +222,7 @@ class Streams:
         norm = self._owner.get(node)
         if norm is not None and norm.input is entry.value:
             layout = self.layout_of(norm)
-            what = described(node)
+            what = called(norm)
             if norm.kind == "rms_norm":
                 return Stop(
                     node, f"the RMS norm '{node.label}' reads this stream and sees its mean"
@@ -585,6 +584,12 @@ class Group:
     norms: list[GivenNorm] = field(default_factory=list)
     static: list[AnyValue] = field(default_factory=list)
     explicit: list[AnyValue] = field(default_factory=list)
+
+
+def called(norm: GivenNorm) -> str:
+    """A norm in words, however many nodes it is."""
+    kind = {"layer_norm": "the layer norm", "rms_norm": "the RMS norm"}.get(norm.kind, norm.kind)
+    return f"{kind} '{norm.node.label}'"
 
 
 def _no_mean(array: np.ndarray[tuple[int, ...], np.dtype[np.float64]], layout: Layout) -> bool:

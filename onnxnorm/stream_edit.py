@@ -8,10 +8,11 @@ same constant with the same change is stored once, however many nodes share it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -22,6 +23,7 @@ from onnxnorm.rewrite import Rewriter
 from onnxnorm.storage import Array
 from onnxnorm.transfer import Basis
 
+_finfo: Final[Callable[[Any], Any]] = ml_dtypes.finfo  # it has no types of its own
 _BLOCK: Final = 8 << 20  # bytes of float64 that are in the making at a time
 
 
@@ -94,6 +96,11 @@ def _placed(rw: Rewriter, node: Node) -> Node:
 def misfit(constant: Constant, basis: Basis) -> str | None:
     """What the type of a constant cannot hold of C diag(s) w, as a clause; None where it can."""
     array = constant.array()
+    if basis.scale is None and array.size and basis.layout.covers(array.shape):
+        # The mean is no larger than the largest entry, so half of the range is enough.
+        largest = max(abs(float(array.min())), abs(float(array.max())))
+        if largest <= float(_finfo(array.dtype).max) / 2:
+            return None
     for block in _blocks(array.shape, basis):
         before = np.asarray(array[block], dtype=np.float64)
         with np.errstate(over="ignore", invalid="ignore"):

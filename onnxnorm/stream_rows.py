@@ -10,7 +10,7 @@ from onnxnorm.given import GivenNorm, given_norms
 from onnxnorm.module import Node
 from onnxnorm.norms import Norm
 from onnxnorm.remark import Remark
-from onnxnorm.stream import Stream, Streams
+from onnxnorm.stream import Stream, Streams, called
 from onnxnorm.transfer import Link, described
 
 
@@ -95,7 +95,7 @@ def _label(writer: Node | AnyValue) -> str:
 
 def _readers(stream: Stream) -> list[str]:
     """The norms, and the other nodes and outputs to which the stream goes."""
-    found = {described(n.node): None for n in stream.norms}
+    found = {called(n): None for n in stream.norms}
     for entry in stream.entries:
         for reader in entry.readers:
             if isinstance(reader, Link) or reader.node is None:
