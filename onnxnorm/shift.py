@@ -1,11 +1,13 @@
 """Where a constant added to a value can go: into biases that are there already.
 
     (n + beta) W + b  =  n W + (b + beta W)          n + beta + (z + b)  =  n + (z + (b + beta))
+    softmax(Q (K + 1 t^T)^T)  =  softmax(Q K^T)
 
 The shift of a norm is followed through operators that leave it what it is (`Reshape`, `Transpose`,
 `Slice`, a mean over tokens ...) to every reader. All of them have to take it: linear operators with
-a bias, and additions of something that has one. Only vectors are changed, no weight is copied.
-Exact over the reals; beta W is formed in float64 and rounded once, with the bias.
+a bias, additions of something that has one, and keys of attention, where what is the same for every
+key is the same for every entry of a row and softmax does not see it. Only vectors are changed, no
+weight is copied. Exact over the reals; beta W is formed in float64 and rounded once, with the bias.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxnorm.facts import AnyValue, Constant, Facts
-from onnxnorm.layout import Layout
+from onnxnorm.layout import Layout, Part
 from onnxnorm.module import Node
 from onnxnorm.port import Inlet, is_real
 from onnxnorm.transfer import Basis, Link, Transfer, described
@@ -67,10 +69,12 @@ class Sinks:
     Attributes:
         places: The biases.
         between: The nodes whose results lose the shift, from the value to the biases.
+        unseen: Results of what does not see the shift.
     """
 
     places: tuple[Sink, ...] = ()
     between: tuple[Node, ...] = ()
+    unseen: tuple[AnyValue, ...] = ()
 
 
 def sinks(value: AnyValue, layout: Layout, transfer: Transfer) -> Sinks | str:
@@ -79,6 +83,7 @@ def sinks(value: AnyValue, layout: Layout, transfer: Transfer) -> Sinks | str:
     pending: dict[AnyValue, tuple[Layout, float]] = {value: (layout, 1.0)}
     frontier, waiting, found = [value], dict[Node, set[int]](), list[Sink]()
     between: dict[Node, None] = {}
+    unseen: dict[AnyValue, None] = {}
     while frontier:
         at = frontier.pop()
         here, factor = pending[at]
@@ -97,6 +102,11 @@ def sinks(value: AnyValue, layout: Layout, transfer: Transfer) -> Sinks | str:
                 found.append(replace(sink, factor=factor))
                 if node is not sink.node:
                     between[node] = None
+                continue
+            keys = _keys(node, use.index, here, transfer)
+            if keys is not None:
+                between.update(dict.fromkeys(keys))
+                unseen.update(dict.fromkeys(n.outputs[0] for n in keys if n.op in _SOFTMAX))
                 continue
             by = _scalar(node, use.index, facts)
             if by is not None:
@@ -120,7 +130,7 @@ def sinks(value: AnyValue, layout: Layout, transfer: Transfer) -> Sinks | str:
     for node, seen in waiting.items():
         if len(seen) < len(node.inputs):
             return f"{described(node)} joins the result with other values"
-    return Sinks(tuple(found), tuple(between))
+    return Sinks(tuple(found), tuple(between), tuple(unseen))
 
 
 def _scalar(node: Node, index: int, facts: Facts) -> float | None:
@@ -136,6 +146,90 @@ def _scalar(node: Node, index: int, facts: Facts) -> float | None:
     if node.op == "Div":
         return None if number == 0.0 else 1.0 / number
     return number
+
+
+_SOFTMAX = frozenset({"Softmax", "LogSoftmax"})
+
+
+def _keys(node: Node, index: int, layout: Layout, transfer: Transfer) -> list[Node] | None:
+    """The nodes from a linear layer without a bias to the softmax that does not see its shift.
+
+    The layer makes keys: K + 1 t^T. Behind Q K^T the shift is the same along the last axis, and
+    stays so when anything is added and when a row is multiplied by one number.
+    """
+    facts = transfer.facts
+    inlet = Inlet.of(node, index, facts)
+    if isinstance(inlet, str) or node.op != "MatMul" or not layout.only_axis(inlet.input_axis):
+        return None
+    nodes: dict[Node, None] = {node: None}
+    start = Layout((Part(inlet.output_axis, inlet.features),))
+    # A value, and where its shift varies: over these features, or along no last axis any more.
+    frontier: list[tuple[AnyValue, Layout | None]] = [(node.outputs[0], start)]
+    while frontier:
+        value, features = frontier.pop()
+        if facts.pinned(value) is not None or len(nodes) > _FAR:
+            return None
+        for use in facts.uses(value):
+            reader = use.node
+            if reader.domain != "":
+                return None
+            if reader.op in ("Shape", "Size"):
+                continue
+            following = (
+                _along_rows(reader, use.index, transfer)
+                if features is None
+                else _along_keys(reader, use.index, features, transfer)
+            )
+            if following is None:
+                return None
+            nodes[reader] = None
+            frontier += following
+    return list(nodes) if any(n.op in _SOFTMAX for n in nodes) else None
+
+
+_FAR = 40  # nodes; attention is shorter
+
+
+def _along_keys(
+    node: Node, index: int, features: Layout, transfer: Transfer
+) -> list[tuple[AnyValue, Layout | None]] | None:
+    """What a reader makes of keys that are shifted: shifted keys, or rows; None for neither."""
+    if node.op == "MatMul":
+        # Contracting the features, with the keys along the last axis: Q K^T.
+        dims = transfer.sizes.of(node.inputs[1])
+        contracted = [p for p in features.parts if p.axis == -2]
+        if index != 1 or dims is None or len(contracted) != 1 or not contracted[0].whole:
+            return None
+        return None if -1 in features.axes else [(node.outputs[0], None)]
+    if node.op in ("Mul", "Div") and (node.op == "Mul" or index == 0):
+        other = transfer.sizes.of(node.inputs[1 - index])
+        if other is not None and all(d == 1 for d in other):
+            return [(node.outputs[0], features)]
+        return None
+    if node.op not in _KEEPS - {"Concat", "ReduceMean", "GlobalAveragePool"}:
+        return None
+    link = transfer.forth(node, index, Basis(features))
+    if not isinstance(link, Link) or link.bypass or any(d.constant for d in link.demands):
+        return None
+    return [(value, basis.layout) for value, basis in link.outputs]
+
+
+def _along_rows(
+    node: Node, index: int, transfer: Transfer
+) -> list[tuple[AnyValue, Layout | None]] | None:
+    """What a reader makes of rows that are shifted: such rows, or nothing; None for neither."""
+    if node.op in _SOFTMAX:
+        rank = transfer.rank(node.inputs[0])
+        old = node.scope.opsets[""] < 13
+        axis = int(node.attrs.get("axis", 1 if old else -1)) if not node.parameter("axis") else 0
+        last = axis == -1 or (rank is not None and axis == rank - 1)
+        return [] if last else None
+    if node.op == "Add" or node.op in ("Identity", "Cast", "Dropout"):
+        return [(node.outputs[0], None)]
+    if node.op in ("Mul", "Div", "Sub") and (index == 0 or node.op == "Mul"):
+        same = node.op == "Sub" or transfer.sizes.dim(node.inputs[1 - index], -1) == 1
+        return [(node.outputs[0], None)] if same else None
+    return None
 
 
 def _pads_nothing(node: Node, transfer: Transfer) -> bool:

@@ -57,7 +57,7 @@ class FoldNormAffine(Pass):
             nodes = dict.fromkeys(norm.nodes)
             nodes.update((c.inlet.node, None) for c in readers.places)
             nodes.update((s.node, None) for s in places.places)
-            results = [s.node.outputs[0] for s in places.places]
+            results = [s.node.outputs[0] for s in places.places] + list(places.unseen)
             covered = {c.inlet.node for c in readers.places if places.places}
             results += [
                 c.inlet.node.outputs[0] for c in readers.places if c.inlet.node not in covered

@@ -229,11 +229,12 @@ class Survey:
             beta = self.betas[norm]
             if isinstance(beta, str):
                 added.add(norm)
-            if isinstance(beta, str) or not beta.places:
+            if isinstance(beta, str) or not (beta.places or beta.unseen):
                 outputs[norm.output] = None
                 continue
             vector = self._vector(norm)
             inside.update(dict.fromkeys(beta.between))
+            outputs.update(dict.fromkeys(beta.unseen))
             for sink in beta.places:
                 dtype = self.dtype(norm.input, norm)
                 edits.shift(sink.node, sink.index, sink.bias, sink.shift(vector), dtype)

@@ -107,19 +107,35 @@ class Net:
             inputs.append(self.vector(size, 0.2))
         return self.op("LayerNormalization", *inputs, axis=-1, epsilon=1e-5)
 
-    def attention(self, x: str, size: int, heads: int = 2, memory: str | None = None) -> str:
+    def attention(
+        self,
+        x: str,
+        size: int,
+        heads: int = 2,
+        memory: str | None = None,
+        *,
+        key_bias: bool = True,
+        mask: str | None = None,
+    ) -> str:
         """Self attention, or attention to `memory`; heads are split and merged."""
         source = memory or x
         each = size // heads
+        split = self.ints(0, 0, heads, each)
         q, k, v = (
             self.op(
                 "Transpose",
-                self.op("Reshape", self.linear(s, size, size), self.ints(0, 0, heads, each)),
+                self.op("Reshape", self.linear(s, size, size, bias=b), split),
                 perm=p,
             )
-            for s, p in ((x, [0, 2, 1, 3]), (source, [0, 2, 3, 1]), (source, [0, 2, 1, 3]))
+            for s, p, b in (
+                (x, [0, 2, 1, 3], True),
+                (source, [0, 2, 3, 1], key_bias),
+                (source, [0, 2, 1, 3], True),
+            )
         )
         scores = self.op("Mul", self.op("MatMul", q, k), self.scalar(each**-0.5))
+        if mask is not None:
+            scores = self.op("Add", scores, mask)
         mixed = self.op("MatMul", self.op("Softmax", scores, axis=-1), v)
         merged = self.op("Transpose", mixed, perm=[0, 2, 1, 3])
         return self.linear(self.op("Reshape", merged, self.ints(0, 0, size)), size, size)

@@ -62,7 +62,7 @@ def _random_net(choices: st.DataObject, opset: int) -> onnx.ModelProto:
         elif kind == "mlp":
             made = net.linear(v, SIZE, SIZE, bias=choices.draw(st.booleans()))
         elif kind == "attention":
-            made = net.attention(v, SIZE)
+            made = net.attention(v, SIZE, key_bias=choices.draw(st.booleans()))
         elif kind == "scale":
             made = net.op("Mul", v, net.vector(SIZE, 1.0))
         elif kind == "gate":

@@ -540,6 +540,38 @@ def test_beta_goes_beside_the_residual_it_is_added_to() -> None:
     assert not any(a == f"Add {normed}" for a in done.applied[0].added)
 
 
+def test_a_softmax_does_not_see_what_all_keys_share() -> None:
+    net = Net()
+    normed = net.norm(net.linear(net.input("x", ["n", 6, 7]), 7, 8), 8)
+    mask = net.input("mask", ["n", 1, 6, 6])
+    y = net.attention(normed, 8, key_bias=False, mask=mask)
+    done = folded(net.model(y))
+    assert not any(a == f"Add {normed}" for a in done.applied[0].added)
+    region = done.applied[0].region
+    assert region is not None
+    assert any(o.startswith("softmax") for o in region.outputs)
+
+
+@pytest.mark.parametrize("way", ["axis", "output", "values", "where"])
+def test_what_all_keys_share_is_seen_elsewhere(way: str) -> None:
+    net = Net()
+    normed = net.norm(net.linear(net.input("x", ["n", 6, 7]), 7, 8), 8)
+    key = net.op("MatMul", normed, net.matrix(8, 8))
+    query = net.linear(normed, 8, 8)
+    turned = net.op("Transpose", key, perm=[0, 2, 1])
+    scores = net.op("MatMul", query, turned)
+    if way == "where":
+        mask = net.input("mask", ["n", 6, 6], onnx.TensorProto.BOOL)
+        scores = net.op("Where", mask, scores, net.scalar(-3.0))
+    weights = net.op("Softmax", scores, axis=1 if way == "axis" else -1)
+    values = key if way == "values" else net.linear(normed, 8, 8)
+    outputs = [net.op("MatMul", weights, values)]
+    if way == "output":
+        outputs.append(key)
+    done = folded(net.model(*outputs))
+    assert any(a == f"Add {normed}" for a in done.applied[0].added)
+
+
 # ** numbers **
 
 
