@@ -106,7 +106,7 @@ def sinks(value: AnyValue, layout: Layout, transfer: Transfer) -> Sinks | str:
             keys = _keys(node, use.index, here, transfer)
             if keys is not None:
                 between.update(dict.fromkeys(keys))
-                unseen.update(dict.fromkeys(n.outputs[0] for n in keys if n.op in _SOFTMAX))
+                unseen.update(dict.fromkeys(n.outputs[0] for n in keys if n.op in _UNSEEN))
                 continue
             by = _scalar(node, use.index, facts)
             if by is not None:
@@ -149,12 +149,14 @@ def _scalar(node: Node, index: int, facts: Facts) -> float | None:
 
 
 _SOFTMAX = frozenset({"Softmax", "LogSoftmax"})
+_UNSEEN = _SOFTMAX | {"Attention"}
 
 
 def _keys(node: Node, index: int, layout: Layout, transfer: Transfer) -> list[Node] | None:
     """The nodes from a linear layer without a bias to the softmax that does not see its shift.
 
-    The layer makes keys: K + 1 t^T. Behind Q K^T the shift is the same along the last axis, and
+    The layer makes keys, one in each row: K + 1 t^T. The shift is the same along the axis of the
+    rows wherever that goes. When Q K^T has it last, it is the same along every row of scores, and
     stays so when anything is added and when a row is multiplied by one number.
     """
     facts = transfer.facts
@@ -162,11 +164,10 @@ def _keys(node: Node, index: int, layout: Layout, transfer: Transfer) -> list[No
     if isinstance(inlet, str) or node.op != "MatMul" or not layout.only_axis(inlet.input_axis):
         return None
     nodes: dict[Node, None] = {node: None}
-    start = Layout((Part(inlet.output_axis, inlet.features),))
-    # A value, and where its shift varies: over these features, or along no last axis any more.
-    frontier: list[tuple[AnyValue, Layout | None]] = [(node.outputs[0], start)]
+    # A value, and the axis of the keys in it; None for scores, where it is the last.
+    frontier: list[tuple[AnyValue, int | None]] = [(node.outputs[0], -2)]
     while frontier:
-        value, features = frontier.pop()
+        value, axis = frontier.pop()
         if facts.pinned(value) is not None or len(nodes) > _FAR:
             return None
         for use in facts.uses(value):
@@ -177,46 +178,57 @@ def _keys(node: Node, index: int, layout: Layout, transfer: Transfer) -> list[No
                 continue
             following = (
                 _along_rows(reader, use.index, transfer)
-                if features is None
-                else _along_keys(reader, use.index, features, transfer)
+                if axis is None
+                else _along_keys(reader, use.index, axis, transfer)
             )
             if following is None:
                 return None
             nodes[reader] = None
             frontier += following
-    return list(nodes) if any(n.op in _SOFTMAX for n in nodes) else None
+    return list(nodes) if any(n.op in _UNSEEN for n in nodes) else None
 
 
 _FAR = 40  # nodes; attention is shorter
+_CARRIES = frozenset(
+    {
+        "Identity", "Cast", "CastLike", "Dropout", "Reshape", "Squeeze", "Unsqueeze", "Transpose",
+        "Slice", "Gather",
+    }
+)  # fmt: skip
 
 
 def _along_keys(
-    node: Node, index: int, features: Layout, transfer: Transfer
-) -> list[tuple[AnyValue, Layout | None]] | None:
-    """What a reader makes of keys that are shifted: shifted keys, or rows; None for neither."""
+    node: Node, index: int, axis: int, transfer: Transfer
+) -> list[tuple[AnyValue, int | None]] | None:
+    """What a reader makes of shifted keys: the same, or shifted scores; None for neither."""
+    sizes, output = transfer.sizes, node.outputs[0]
     if node.op == "MatMul":
-        # Contracting the features, with the keys along the last axis: Q K^T.
-        dims = transfer.sizes.of(node.inputs[1])
-        contracted = [p for p in features.parts if p.axis == -2]
-        if index != 1 or dims is None or len(contracted) != 1 or not contracted[0].whole:
-            return None
-        return None if -1 in features.axes else [(node.outputs[0], None)]
-    if node.op in ("Mul", "Div") and (node.op == "Mul" or index == 0):
-        other = transfer.sizes.of(node.inputs[1 - index])
-        if other is not None and all(d == 1 for d in other):
-            return [(node.outputs[0], features)]
+        return [(output, None)] if index == 1 and axis == -1 else None
+    if node.op == "Attention":
+        # The keys are its second input. Earlier keys have no shift; tanh of the scores sees it; and
+        # further outputs are the keys and the scores.
+        earlier = len(node.inputs) > 4 and any(v.name for v in node.inputs[4:])
+        told = any(v.name for v in node.outputs[1:])
+        capped = node.parameter("softcap") is not None or node.attrs.get("softcap", 0.0) != 0.0
+        return [] if index == 1 and axis == -2 and not (earlier or told or capped) else None
+    if node.op == "Mul" or (node.op == "Div" and index == 0):
+        return [(output, axis)] if sizes.dim(node.inputs[1 - index], axis) == 1 else None
+    if node.op == "Expand" and index == 0:
+        size = sizes.dim(node.inputs[0], axis)
+        return [(output, axis)] if size is not None and sizes.dim(output, axis) == size else None
+    if node.op not in _CARRIES or index != 0:
         return None
-    if node.op not in _KEEPS - {"Concat", "ReduceMean", "GlobalAveragePool"}:
+    size = sizes.dim(node.inputs[0], axis)
+    # An unknown size can be followed where the axis stays whole, and not further.
+    moved = transfer.moved(node, Layout((Part(axis, size if isinstance(size, int) else -1),)))
+    if isinstance(moved, str) or len(moved.parts) != 1 or not moved.parts[0].whole:
         return None
-    link = transfer.forth(node, index, Basis(features))
-    if not isinstance(link, Link) or link.bypass or any(d.constant for d in link.demands):
-        return None
-    return [(value, basis.layout) for value, basis in link.outputs]
+    return [(output, moved.parts[0].axis)]
 
 
 def _along_rows(
     node: Node, index: int, transfer: Transfer
-) -> list[tuple[AnyValue, Layout | None]] | None:
+) -> list[tuple[AnyValue, int | None]] | None:
     """What a reader makes of rows that are shifted: such rows, or nothing; None for neither."""
     if node.op in _SOFTMAX:
         rank = transfer.rank(node.inputs[0])

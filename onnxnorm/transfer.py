@@ -176,7 +176,7 @@ class Transfer:
         if node.op in _STRUCTURAL:
             if index != 0:
                 return []
-            moved = self._moved(node, layout)
+            moved = self.moved(node, layout)
             return [] if isinstance(moved, str) else [(output, moved)]
         if node.op in _BACK and node.op not in _WRITERS:
             return [(output, layout)]
@@ -186,7 +186,7 @@ class Transfer:
             return [(output, layout)]
         return []
 
-    def _moved(self, node: Node, layout: Layout) -> Layout | str:
+    def moved(self, node: Node, layout: Layout) -> Layout | str:
         """Where a structural operator takes the features of its first input."""
         if any(a.ref_attr_name for a in node.proto.attribute):
             return "has a parameter of the function"
@@ -207,7 +207,7 @@ class Transfer:
             return Stop(node, f"{what} joins this stream with others along the features")
         rule = _BACK.get(node.op) if node.domain == "" else None
         if rule is not None and node.op in _STRUCTURAL:
-            moved = self._moved(node, basis.layout)
+            moved = self.moved(node, basis.layout)
             said = moved if isinstance(moved, str) else "reads this stream in another way"
             return Stop(node, f"{what} {said}")
         return Stop(node, f"{what} reads this stream and sees its mean")

@@ -552,6 +552,18 @@ def test_a_softmax_does_not_see_what_all_keys_share() -> None:
     assert any(o.startswith("softmax") for o in region.outputs)
 
 
+@pytest.mark.parametrize("capped", [False, True])
+def test_attention_as_one_operator_has_a_softmax_inside(capped: bool) -> None:
+    net = Net(opset=23)
+    normed = net.norm(net.linear(net.input("x", ["n", 6, 7]), 7, 8), 8)
+    q, v = net.linear(normed, 8, 8), net.linear(normed, 8, 8)
+    attrs: dict[str, Any] = {"softcap": 2.0} if capped else {}
+    k = net.op("MatMul", normed, net.matrix(8, 8))
+    y = net.op("Attention", q, k, v, q_num_heads=2, kv_num_heads=2, **attrs)
+    done = folded(net.model(y))
+    assert any(a == f"Add {normed}" for a in done.applied[0].added) == capped
+
+
 @pytest.mark.parametrize("way", ["axis", "output", "values", "where"])
 def test_what_all_keys_share_is_seen_elsewhere(way: str) -> None:
     net = Net()
