@@ -1,8 +1,9 @@
 """The models that tests and benchmarks use, as recipes: nothing binary but the demonstration.
 
 `RECIPES` builds with onnx alone and gives the same bytes everywhere; `models.exported` builds real
-architectures with torch; `models.large` streams a model of any size to disk. `manifest.json` holds
-one row for each, as `tools/make_models.py` wrote them.
+architectures with torch; `models.large` streams a model of any size to disk; `models.spellings` has
+a thousand small ones with what a recogniser should say of each. `manifest.json` holds one row for
+each recipe and export, as `tools/make_models.py` wrote them.
 """
 
 from __future__ import annotations

@@ -60,12 +60,12 @@ class Network:
         self.outputs: list[onnx.ValueInfoProto] = []
         self.functions: list[onnx.FunctionProto] = []
 
-    def input(self, name: str, shape: Shape, dtype: int | None = None) -> str:
-        """Declare a graph input."""
+    def input(self, name: str, shape: Shape | None, dtype: int | None = None) -> str:
+        """Declare a graph input; shape None says nothing, not even the rank."""
         self.inputs.append(helper.make_tensor_value_info(name, dtype or self.dtype, shape))
         return name
 
-    def output(self, value: str, shape: Shape, dtype: int | None = None) -> None:
+    def output(self, value: str, shape: Shape | None, dtype: int | None = None) -> None:
         """Declare a value as graph output."""
         self.outputs.append(helper.make_tensor_value_info(value, dtype or self.dtype, shape))
 

@@ -16,6 +16,7 @@ from typing import Any, Final
 from onnxnorm.facts import AnyValue
 from onnxnorm.module import Node
 from onnxnorm.moment_rules import Moments
+from onnxnorm.statics import reshaped
 
 _SOFT: Final = ("softmax", "log_softmax")
 _LOWEST: Final = -1e30  # what is below stands for -inf
@@ -233,7 +234,11 @@ class Exponentials:
             return None
         reduced = tuple(1 if axis in part.axes else dim for axis, dim in enumerate(shape))
         if node.op == "Reshape":
-            return replace(part, dropped=False) if wanted == reduced else None
+            left = [d for axis, d in enumerate(shape) if axis not in part.axes]
+            before = tuple(left) if part.dropped else reduced
+            zero = bool(node.attrs.get("allowzero", 0))
+            made = reshaped(before, wanted, node.outputs[0], zero=zero)
+            return replace(part, dropped=False) if made == reduced else None
         return part if not part.dropped and wanted in (reduced, shape) else None
 
     def _unsqueeze(self, node: Node) -> Part | None:

@@ -272,6 +272,9 @@ class Moments(Layouts):
             if form.full and form.root is None and (form.statistic or exponent in (3, 4)):
                 reason = f"the exponent is {exponent:g}, where a variance has 2"
                 return Miss(form.kind, form.base, form.statistic, reason, node)
+            if isinstance(self.root_of(form, node), Form) and exponent != int(exponent):
+                reason = f"the variance is raised to {exponent:g}, where a norm has -0.5"
+                return Miss(form.kind, form.base, form.statistic, reason, node, "rooted")
             return None
 
         yield from self._each(node, raised, root=exponent in (0.5, -0.5, -1))
@@ -287,7 +290,7 @@ class Moments(Layouts):
                 return None
             if least <= 0:
                 # A variance, a mean square and their roots are not negative.
-                return form if self.is_positive(form) else None
+                return form if self.is_positive(form) else self.no_variance(form, node)
             root = form.root
             if root is None:
                 if set(form.terms) == {(0, 0, 1, 0, 2)} and is_one(form.terms[0, 0, 1, 0, 2]):

@@ -282,6 +282,7 @@ class Algebra:
             return None
         terms = dict(form.terms)
         beta = terms.pop(ONE, None)
+        beta = None if beta is None else np.asarray(beta)
         divided = [p for p in terms if p[3] < 0 and p[0] == 1]
         if not divided:
             return None
@@ -305,6 +306,7 @@ class Algebra:
         if isinstance(made, str):
             return made
         kind, epsilon, rule, gamma = made
+        gamma = np.asarray(gamma)
         return Normal(
             kind,
             form.base,
@@ -601,6 +603,14 @@ class Algebra:
                 return replace(form, terms={halved: np.sqrt(coefficient)})
         return self._root(form, node)
 
+    def no_variance(self, form: Form, node: Node) -> Miss | None:
+        """A mean square with something else than the square of the mean: a miss."""
+        squares = any(p[:3] == (0, 0, 1) for p in form.terms)
+        if form.full or form.root is not None or form.statistic is None or not squares:
+            return None
+        reason = "what is under the root is neither a variance nor a mean square"
+        return Miss(form.kind, form.base, form.statistic, reason, node, "reduced")
+
     def _root(self, form: Form, node: Node) -> Reading | None:
         """The root of factor * (q - m^2) + eps, or of factor * q + eps."""
         if form.statistic is None or form.root is not None:
@@ -613,7 +623,9 @@ class Algebra:
         halves = squares[0][4]
         factor = terms.pop(squares[0])
         mean = terms.pop((0, 2, 0, 0, halves), None)
-        if terms or factor.size > 1 or float(factor) <= 0:
+        if terms:
+            return self.no_variance(form, node)
+        if factor.size > 1 or float(factor) <= 0:
             return None
         if epsilon.size > 1:
             reason = "epsilon is not one number"

@@ -165,12 +165,9 @@ class _Recogniser:
         if not self._free(node) or not self._may_end(node):
             return None
         operator = norm_operator(node, None) is not None
-        best: Norm | None = None
-        out = node.outputs[0]
-        for reading in self.moments.readings(out):
-            if not isinstance(reading, Form):
-                continue
-            normal = self.moments.normal(reading)
+        found: list[tuple[Norm, Escape | None]] = []
+        for reading in self.moments.readings(node.outputs[0]):
+            normal = self.moments.normal(reading) if isinstance(reading, Form) else None
             if not isinstance(normal, Normal):
                 continue
             region = slice_back(self.moments, node, normal.base)
@@ -181,13 +178,28 @@ class _Recogniser:
             norm = self._named(normal, region)
             if norm is None:
                 continue
-            if isinstance(region.escape, Escape):
+            if region.escape is not None:
                 if self._ends_at(region.escape.value, normal):
                     continue  # a smaller norm ends where others read: its turn comes
                 norm = replace(norm, obstacle=region.escape.reason, obstacle_at=region.escape.node)
-            if best is None or len(norm.nodes) > len(best.nodes):
-                best = norm
+            found.append((norm, region.escape))
+        best = self._outermost(found)
         return best if best is None else self._extended(best)
+
+    def _outermost(self, found: list[tuple[Norm, Escape | None]]) -> Norm | None:
+        """The largest of several readings of one result.
+
+        Where what it centres is read by others too, that is a tensor by itself, and the RMS norm
+        over it is what can be treated.
+        """
+        if not found:
+            return None
+        best, escape = max(found, key=lambda f: len(f[0].nodes))
+        if escape is not None:
+            for norm, inner in found:
+                if inner is None and self.moments.source(norm.input) is escape.value:
+                    return norm
+        return best
 
     def _may_share(self, nodes: tuple[Node, ...], normal: Normal) -> bool:
         """Whether what is claimed already are statistics of the same tensor in another norm."""
@@ -312,7 +324,9 @@ class _Recogniser:
         """
         own = set(axes)
         gamma = self._varying(replace(normal, beta=None), rank) or set()
-        wide = own | gamma if own <= gamma else own
+        further = gamma - own
+        known = all(a >= 0 and self._dim(normal.base, a) is not None for a in further)
+        wide = own | gamma if own <= gamma and known else own
         return (self._varying(normal, rank) or set()) <= wide
 
     def _varying(self, normal: Normal, rank: int | None) -> set[int] | None:

@@ -1,0 +1,1 @@
+"""How normalizations are written down; `models.spellings` is the catalogue made from it."""
