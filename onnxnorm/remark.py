@@ -40,7 +40,8 @@ class Remark:
         advice: What the user could change; "" where there is nothing.
         removed: Labels of the nodes that went.
         added: Labels of the nodes that came.
-        region: Where, for an applied one; None in a function, which may be called anywhere.
+        region: Where, for an applied one; None in a function, which may be called anywhere, and for
+            a change that goes through the whole model.
         anchor: The output value of the place's root node.
         error: The measured error that rolled it back, over its budget.
         anchors: Further values that the site stands for, with the way to their scope.

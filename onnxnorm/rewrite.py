@@ -64,6 +64,8 @@ class Plan:
         inside: Nodes that stay and whose results change; they belong to the region.
         outputs: What the region computes, where that is not the root's outputs: values that mean
             the same before and after.
+        local: Whether the region can be run by itself. One that goes through the whole model
+            cannot: what it reads in many places has to fit together.
         action: What it does to a norm: "folded", "converted", "lowered".
         into: What the place becomes, for the report; "" for the last operator that comes.
         note: What it costs and gains, as a clause for the report.
@@ -75,6 +77,7 @@ class Plan:
     anchors: tuple[AnyValue, ...] = ()
     inside: tuple[Node, ...] = ()
     outputs: tuple[AnyValue, ...] | None = None
+    local: bool = True
     action: str = "folded"
     into: str = ""
     note: str = ""
@@ -469,6 +472,8 @@ class Rewriter:
 
     def _region(self, plan: Plan) -> Region | None:
         """Where a site changes the main graph; None where a part cannot be told apart."""
+        if not plan.local:
+            return None
         nodes = dict.fromkeys(_outermost(n) for n in (*plan.nodes, *plan.inside))
         if plan.outputs is None:
             outputs = _outermost(plan.root).outputs

@@ -68,6 +68,7 @@ class FoldNormAffine(Pass):
                 found,
                 inside=(*readers.between, *places.between),
                 outputs=tuple(dict.fromkeys(results)),
+                local=not places.unseen,
             )
 
     def _found(self, norm: GivenNorm, streams: Streams) -> Found | Refusal:

@@ -76,6 +76,7 @@ class StreamCompress(Pass):
                 tuple(dict.fromkeys((root, *inside))),
                 _Detail(change, tuple(stream.norms), tuple(inside), targets),
                 outputs=change.outputs,
+                local=False,
             )
 
     def _checked(

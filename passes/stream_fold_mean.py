@@ -224,7 +224,7 @@ class Survey:
                     reading.append((node, demand.index))
             if source.bypass:
                 bypassed.append((value, node.inputs[source.demands[0].index]))
-        added, outputs = set(), dict[AnyValue, None]()
+        added, outputs, far = set(), dict[AnyValue, None](), False
         for norm in group.norms:
             beta = self.betas[norm]
             if isinstance(beta, str):
@@ -235,6 +235,8 @@ class Survey:
             vector = self._vector(norm)
             inside.update(dict.fromkeys(beta.between))
             outputs.update(dict.fromkeys(beta.unseen))
+            # What else these read has to fit to the norm.
+            far |= bool(beta.unseen) or any(s.inlet is None for s in beta.places)
             for sink in beta.places:
                 dtype = self.dtype(norm.input, norm)
                 edits.shift(sink.node, sink.index, sink.bias, sink.shift(vector), dtype)
@@ -253,6 +255,7 @@ class Survey:
             anchors=tuple(n.output for n in group.norms[1:]),
             inside=tuple(inside),
             outputs=tuple(outputs),
+            local=len(group.norms) == 1 and not far,
             action="converted",
             into="rms_norm",
             note=self._price(group, added),

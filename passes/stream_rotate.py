@@ -71,6 +71,7 @@ class StreamRotate(Pass):
                     change,
                     inside=change.inside,
                     outputs=change.outputs,
+                    local=False,
                 )
 
     def apply(self, plan: Plan, rw: Rewriter) -> None:

@@ -53,8 +53,11 @@ def _random_net(choices: st.DataObject, opset: int) -> onnx.ModelProto:
             )
         )  # fmt: skip
         v = pick()
-        if kind in ("add", "sub"):
-            made = net.op(kind.capitalize(), v, pick())
+        if kind == "add":
+            made = net.op("Add", v, pick())
+        elif kind == "sub":
+            # A part only: what cancels leaves nothing but rounding, and a norm makes it large.
+            made = net.op("Sub", v, net.op("Mul", pick(), net.scalar(0.3)))
         elif kind == "norm":
             made = net.norm(v, SIZE)
         elif kind == "uniform":
@@ -102,7 +105,7 @@ def _random_net(choices: st.DataObject, opset: int) -> onnx.ModelProto:
     return net.model(last, *(net.op("Identity", e) for e in extra))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.data(), st.sampled_from([17, 18, 23]), st.sampled_from([0.1, 1.0, 3.0]))
 def test_random_graphs_stay_what_they_compute(
     choices: st.DataObject, opset: int, centering: float

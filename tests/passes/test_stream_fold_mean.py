@@ -222,6 +222,7 @@ def test_pre_ln_converts_whatever_starts_the_stream(stem: Any) -> None:
     done = folded(model)
     assert converted(done) == layer_norms(model) == 5
     assert len(done.applied) == 1, "a stream is one site"
+    assert done.applied[0].region is None, "which goes through the whole model"
     assert centerings(done) == (1 if stem in ("gelu", "input") else 0)
 
 
@@ -547,9 +548,7 @@ def test_a_softmax_does_not_see_what_all_keys_share() -> None:
     y = net.attention(normed, 8, key_bias=False, mask=mask)
     done = folded(net.model(y))
     assert not any(a == f"Add {normed}" for a in done.applied[0].added)
-    region = done.applied[0].region
-    assert region is not None
-    assert any(o.startswith("softmax") for o in region.outputs)
+    assert done.applied[0].region is None, "attention by itself does not know its sizes"
 
 
 @pytest.mark.parametrize("capped", [False, True])
