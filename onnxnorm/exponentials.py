@@ -234,11 +234,11 @@ class Exponentials:
             return None
         reduced = tuple(1 if axis in part.axes else dim for axis, dim in enumerate(shape))
         if node.op == "Reshape":
-            left = [d for axis, d in enumerate(shape) if axis not in part.axes]
-            before = tuple(left) if part.dropped else reduced
+            kept = tuple(dim for axis, dim in enumerate(shape) if axis not in part.axes)
+            before = kept if part.dropped else reduced
             zero = bool(node.attrs.get("allowzero", 0))
-            made = reshaped(before, wanted, node.outputs[0], zero=zero)
-            return replace(part, dropped=False) if made == reduced else None
+            after = reshaped(before, wanted, node.outputs[0], zero=zero)
+            return replace(part, dropped=False) if after == reduced else None
         return part if not part.dropped and wanted in (reduced, shape) else None
 
     def _unsqueeze(self, node: Node) -> Part | None:

@@ -384,7 +384,9 @@ class Facts:
     def types(self) -> dict[tuple[str, str], Type]:
         """Inferred types by (scope path, value name), for the main graph and all bodies."""
         model = self.module.export().small()
-        self._show_constants(model.graph)
+        untyped = Facts(self.module)  # what is constant may depend on types, which are to come
+        untyped.__dict__["types"] = {}
+        _show_constants(model.graph, self.module.main, untyped)
         _restore_shapes(model.graph)
         _show_runtime_norms(model.graph, self.module.main.opsets[""])
         _show_ranks(model)
@@ -405,6 +407,7 @@ class Facts:
                         onnx.helper.make_tensor_value_info(value.name, known.element, known.shape)
                     )
             imports = [onnx.helper.make_opsetid(d, v) for d, v in scope.opsets.items()]
+            _show_constants(graph, scope, untyped)
             called = onnx.helper.make_model(graph, opset_imports=imports)
             called.functions.extend(f for f in model.functions if f.domain != _RANKS)
             with suppress(Exception):
@@ -456,38 +459,46 @@ class Facts:
                 known.setdefault((node.domain, node.op, node.proto.overload), []).append(node)
         return known
 
-    def _show_constants(self, graph: onnx.GraphProto) -> None:
-        """Give shape inference the constants that it does not find itself: axes, pads, shapes."""
-        stored = {t.name for t in graph.initializer}
-        untyped = Facts(self.module)  # what is constant may depend on types, which are to come
-        untyped.__dict__["types"] = {}
-        for node, proto in zip(self.module.main.nodes, graph.node, strict=True):
-            for index, value in enumerate(node.inputs[1:], 1):
-                made = self.producer(value)
-                if made is None or made.op == "Constant" or value.name in stored:
-                    continue
-                constant = untyped.constant(value)
-                if constant is None or constant.dtype != np.int64 or len(constant.shape) > 1:
-                    continue
-                if constant.nbytes <= _HELD_LIMIT:
-                    name = f"{value.name}/{node.label}/{index}"
-                    graph.initializer.append(numpy_helper.from_array(constant.array(), name))
-                    proto.input[index] = name
-
     def _collect(
         self, graph: onnx.GraphProto, scope: Scope, found: dict[tuple[str, str], Type]
     ) -> None:
         for info in [*graph.value_info, *graph.output, *graph.input]:
             if info.type.HasField("tensor_type"):
                 found[scope.path, info.name] = _type(info.type.tensor_type)
-        nodes = [node for node in scope.nodes if node.bodies]
-        protos = [p for p in graph.node if any(a.HasField("g") or a.graphs for a in p.attribute)]
-        for node, proto in zip(nodes, protos, strict=True):
-            for name, index, body in node.bodies:
-                for attribute in proto.attribute:
-                    if attribute.name == name:
-                        inner = attribute.g if index < 0 else attribute.graphs[index]
-                        self._collect(inner, body, found)
+        for inner, body in _bodies(graph, scope):
+            self._collect(inner, body, found)
+
+
+def _bodies(graph: onnx.GraphProto, scope: Scope) -> Iterator[tuple[onnx.GraphProto, Scope]]:
+    """The bodies in a graph, with the scopes that they are."""
+    nodes = [node for node in scope.nodes if node.bodies]
+    protos = [p for p in graph.node if any(a.HasField("g") or a.graphs for a in p.attribute)]
+    for node, proto in zip(nodes, protos, strict=True):
+        for name, index, body in node.bodies:
+            for attribute in proto.attribute:
+                if attribute.name == name:
+                    yield attribute.g if index < 0 else attribute.graphs[index], body
+
+
+def _show_constants(graph: onnx.GraphProto, scope: Scope, untyped: Facts) -> None:
+    """Give shape inference the constants that it does not find itself: axes, pads, shapes."""
+    for inner, body in _bodies(graph, scope):
+        _show_constants(inner, body, untyped)
+    stored = {t.name for t in graph.initializer}
+    for node, proto in zip(scope.nodes, graph.node, strict=True):
+        for index, value in enumerate(node.inputs[1:], 1):
+            made = untyped.producer(value)
+            if made is not None and made.op == "Constant" and made.scope is scope:
+                continue
+            if not value.name or value.name in stored:
+                continue
+            constant = untyped.constant(value)
+            if constant is None or constant.dtype != np.int64 or len(constant.shape) > 1:
+                continue
+            if constant.nbytes <= _HELD_LIMIT:
+                name = f"{value.name}/{node.label}/{index}"
+                graph.initializer.append(numpy_helper.from_array(constant.array(), name))
+                proto.input[index] = name
 
 
 def _name(scope: Scope) -> tuple[str, str, str]:

@@ -51,6 +51,8 @@ class Site:
         wanted: Element type of the output; 0 where unknown.
         centred: Whether its input is a difference with some mean, so that the chain of an RMS norm
             behind it would look like that of a layer norm to onnxruntime.
+        scaled: Whether a constant vector that is no part of it multiplies its output, which
+            onnxruntime would take into a chain all the same.
     """
 
     norm: Norm
@@ -60,6 +62,7 @@ class Site:
     given: int
     wanted: int
     centred: bool
+    scaled: bool
 
     @classmethod
     def of(cls, norm: Norm, facts: Facts, target: str) -> Site:
@@ -77,6 +80,7 @@ class Site:
             given,
             after.element if after is not None and after.element else given,
             _is_centred(norm.input, facts),
+            norm.gamma is None and _is_scaled(norm.output, facts),
         )
 
     @property
@@ -164,6 +168,15 @@ def _is_centred(value: AnyValue, facts: Facts) -> bool:
         return False
     sides = [facts.producer(v) for v in made.inputs]
     return any(side is not None and side.op == "ReduceMean" for side in sides)
+
+
+def _is_scaled(value: AnyValue, facts: Facts) -> bool:
+    for use in facts.uses(value):
+        if use.node.op == "Mul" and not use.node.domain:
+            factor = facts.constant(use.node.inputs[1 - use.index])
+            if factor is not None and len(factor.shape) == 1:
+                return True
+    return False
 
 
 _A: Final = {
@@ -263,12 +276,12 @@ def _one_axis(site: Site) -> str | None:
     return _own_factors(site)
 
 
-def _last_only(site: Site) -> str | None:
-    return (
-        None
-        if site.norm.axes is not None and len(site.norm.axes) == 1 and site.trailing
-        else ("onnxruntime fuses it over the last axis only")
-    )
+def _fused(site: Site) -> str | None:
+    if site.norm.axes is None or len(site.norm.axes) != 1 or not site.trailing:
+        return "onnxruntime fuses it over the last axis only"
+    if site.scaled:
+        return "onnxruntime would fuse it with the factor behind it, which is not its own"
+    return None
 
 
 def _plain(site: Site) -> str | None:
@@ -512,7 +525,7 @@ _TABLE: Final[tuple[Spelling, ...]] = (
     Spelling(
         "the chain that onnxruntime fuses to LayerNormalization",
         ("layer_norm",),
-        _all(_trailing, _last_only),
+        _all(_trailing, _fused),
         _emit_chain,
         _is_chain,
     ),
@@ -547,7 +560,7 @@ _TABLE: Final[tuple[Spelling, ...]] = (
     Spelling(
         "the chain that onnxruntime fuses to an RMS norm",
         ("rms_norm",),
-        _all(_trailing, _last_only, _plain),
+        _all(_trailing, _fused, _plain),
         _emit_chain,
         _is_chain,
     ),

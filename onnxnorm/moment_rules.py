@@ -67,6 +67,10 @@ class Moments(Layouts):
                     continue
                 reading = replace(reading, steps=reading.steps + 1)
             found.append(reading)
+        # What has no moments yet is given up first: arithmetic on a statistic makes many of those.
+        early = [i for i, r in enumerate(found) if isinstance(r, Form) and r.statistic is None]
+        spared = set(early[: max(0, len(found) - READINGS)])
+        found = [reading for i, reading in enumerate(found) if i not in spared]
         if found:
             self.known[out] = tuple(found[-READINGS:])
 
@@ -116,7 +120,9 @@ class Moments(Layouts):
         if node.op not in ("Reshape", "Expand") or len(node.inputs) < 2:
             return False
         wanted = self.statics.dims(node.inputs[1])
-        if wanted is not None and wanted == self.statics.shape_of(self.source(given)):
+        shape = self.statics.shape_of(self.source(given))
+        # A Reshape of [0, -1] is seen through by the statics, where shape inference is not.
+        if shape is not None and shape in (wanted, self.statics.shape_of(node.outputs[0])):
             return True
         return node.op == "Reshape" and self.has_shape_of(node.inputs[1], self.source(given))
 
@@ -272,8 +278,8 @@ class Moments(Layouts):
             if form.full and form.root is None and (form.statistic or exponent in (3, 4)):
                 reason = f"the exponent is {exponent:g}, where a variance has 2"
                 return Miss(form.kind, form.base, form.statistic, reason, node)
-            if isinstance(self.root_of(form, node), Form) and exponent != int(exponent):
-                reason = f"the variance is raised to {exponent:g}, where a norm has -0.5"
+            if form.root is None and form.statistic is not None and self.is_positive(form):
+                reason = f"the exponent is {exponent:g}, where a deviation has 0.5 or -0.5"
                 return Miss(form.kind, form.base, form.statistic, reason, node, "rooted")
             return None
 
@@ -290,7 +296,7 @@ class Moments(Layouts):
                 return None
             if least <= 0:
                 # A variance, a mean square and their roots are not negative.
-                return form if self.is_positive(form) else self.no_variance(form, node)
+                return form if self.is_positive(form) else self.unsquared(form, node, "reduced")
             root = form.root
             if root is None:
                 if set(form.terms) == {(0, 0, 1, 0, 2)} and is_one(form.terms[0, 0, 1, 0, 2]):
@@ -330,11 +336,19 @@ class Moments(Layouts):
             if isinstance(form, Form):
                 form = self.mean_of(form, node, axes, keepdims, value)
             if isinstance(form, Form) and node.op not in ("ReduceMean", "GlobalAveragePool"):
-                form = replace(form, terms=times_n(form.terms, 2))
+                if reading.full:
+                    form = replace(form, terms=times_n(form.terms, 2))
+                elif form.statistic != reading.statistic or not self._is_reduced(value, given):
+                    continue  # a sum of means, or of sums
             if isinstance(form, Form) and node.op == "ReduceL2":
                 form = self.root_of(form, node)
             if form is not None:
                 yield form
+
+    def _is_reduced(self, value: AnyValue, axes: tuple[int, ...]) -> bool:
+        """Whether a value is known to have size 1 along some axes."""
+        shape = self.statics.shape_of(value)
+        return shape is not None and all(shape[axis] == 1 for axis in axes)
 
     def _with_constant(
         self, value: AnyValue, node: Node, made: Any, *, root: bool = False
@@ -431,9 +445,10 @@ class Moments(Layouts):
         """Whether two tensors have the same shape, as far as is known."""
         first, second = self.facts.type(one), self.facts.type(other)
         if first is None or second is None or first.shape is None or second.shape is None:
-            return False
+            return True
         return len(first.shape) == len(second.shape) and all(
-            a == b for a, b in zip(first.shape, second.shape, strict=True)
+            a == b or not (isinstance(a, int) and isinstance(b, int))
+            for a, b in zip(first.shape, second.shape, strict=True)
         )
 
     def _each(self, node: Node, made: Any, *, root: bool = False) -> Iterator[Reading]:
@@ -478,6 +493,8 @@ class Moments(Layouts):
     def reduced_axes(self, node: Node) -> tuple[int, ...] | None:
         """The axes that a reduction is over; None where they are not known."""
         value = node.inputs[0]
+        if self.rank(value) is None:
+            value = self._alike(value)
         if node.op == "GlobalAveragePool":
             rank = self.rank(value)
             return None if rank is None or rank < 3 else tuple(range(2, rank))

@@ -313,8 +313,11 @@ class Algebra:
             statistic,
             epsilon,
             rule,
-            None if gamma.size == 1 and abs(float(gamma.reshape(-1)[0]) - 1) < _CLOSE else gamma,
-            None if beta is None or not beta.any() else beta,
+            # Arithmetic on arrays without dims makes numbers of them.
+            None
+            if gamma.size == 1 and abs(float(gamma.reshape(-1)[0]) - 1) < _CLOSE
+            else np.asarray(gamma),
+            None if beta is None or not beta.any() else np.asarray(beta),
         )
 
     def _scaled(
@@ -603,14 +606,6 @@ class Algebra:
                 return replace(form, terms={halved: np.sqrt(coefficient)})
         return self._root(form, node)
 
-    def no_variance(self, form: Form, node: Node) -> Miss | None:
-        """A mean square with something else than the square of the mean: a miss."""
-        squares = any(p[:3] == (0, 0, 1) for p in form.terms)
-        if form.full or form.root is not None or form.statistic is None or not squares:
-            return None
-        reason = "what is under the root is neither a variance nor a mean square"
-        return Miss(form.kind, form.base, form.statistic, reason, node, "reduced")
-
     def _root(self, form: Form, node: Node) -> Reading | None:
         """The root of factor * (q - m^2) + eps, or of factor * q + eps."""
         if form.statistic is None or form.root is not None:
@@ -623,10 +618,8 @@ class Algebra:
         halves = squares[0][4]
         factor = terms.pop(squares[0])
         mean = terms.pop((0, 2, 0, 0, halves), None)
-        if terms:
-            return self.no_variance(form, node)
-        if factor.size > 1 or float(factor) <= 0:
-            return None
+        if terms or factor.size > 1 or float(factor) <= 0:
+            return self.unsquared(form, node, "rooted")
         if epsilon.size > 1:
             reason = "epsilon is not one number"
             return Miss(form.kind, form.base, form.statistic, reason, node, "rooted")
@@ -639,6 +632,14 @@ class Algebra:
         kind = "variance" if mean is not None else "square"
         root = Root(kind, float(factor), halves, float(epsilon))
         return replace(form, root=root, terms={ROOT: scalar_of(1.0)})
+
+    def unsquared(self, form: Form, node: Node, stage: str) -> Miss | None:
+        """E[x^2] - E[x], where the square of the mean was forgotten; None for anything else."""
+        powers = {p[:3] for p in form.terms} - {ONE[:3]}
+        if form.root is not None or powers != {_M[:3], _Q[:3]}:
+            return None
+        reason = "the mean is subtracted from the mean square, where its square should be"
+        return Miss(CENTRED, form.base, form.statistic, reason, node, stage)
 
     def mean_of(
         self, form: Form, node: Node, axes: tuple[int, ...], keepdims: bool, value: AnyValue
@@ -679,7 +680,7 @@ class Algebra:
         assert form.statistic is not None
         first = form.statistic.axes
         linear = all(
-            p[:4] in ((0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 0)) and c.size == 1
+            p in (_M, _Q, ONE) and c.size == 1  # without an n, which would become another one
             for p, c in form.terms.items()
         )
         apart = not set(first) & set(axes) and (first[0] < 0) == (axes[0] < 0)

@@ -324,8 +324,8 @@ class _Recogniser:
         """
         own = set(axes)
         gamma = self._varying(replace(normal, beta=None), rank) or set()
-        further = gamma - own
-        known = all(a >= 0 and self._dim(normal.base, a) is not None for a in further)
+        # Along an axis whose size is not known a gamma could as well expand its input.
+        known = all(self._dim(normal.base, axis) is not None for axis in gamma - own)
         wide = own | gamma if own <= gamma and known else own
         return (self._varying(normal, rank) or set()) <= wide
 

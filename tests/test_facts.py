@@ -507,3 +507,24 @@ def test_shapes_are_inferred_although_large_values_stay_on_disk(tmp_path: Path) 
     assert not known.module.proto.graph.initializer[1].HasField("raw_data")
     for name in ("m", "z"):
         assert known.type(value(known, name)) == Type(TensorProto.FLOAT, (1, 2))
+
+
+def test_inference_sees_constants_behind_identity_in_bodies_and_functions() -> None:
+    known = facts(
+        parse(
+            "main (bool c, float[N,3] x) => (float[M] y, float[P] z) <int64[1] stored = {1}> {"
+            " axes = Identity (stored)"
+            " y = If (c) <then_branch = t () => (float[M] a)"
+            "   { u = Unsqueeze (x, axes) a = Squeeze (u) },"
+            "             else_branch = e () => (float[M] b) { b = Op (x) }>"
+            " z = local.F (x) }"
+            ' <domain: "local", opset_import: ["" : 20]> F (q) => (r)'
+            " { s = Constant <value_ints = [0]> () i = Identity (s)"
+            "   w = Unsqueeze (q, i) r = Relu (w) }",
+            '<ir_version: 10, opset_import: ["" : 20, "local" : 1]>',
+        )
+    )
+    body = next(s.path for s in known.module.scopes if "then_branch" in s.path)
+    function = next(s.path for s in known.module.scopes if "local.F" in s.path)
+    assert known.type(value(known, "u", body)) == Type(TensorProto.FLOAT, ("N", 1, 3))
+    assert known.type(value(known, "w", function)) == Type(TensorProto.FLOAT, (1, "N", 3))

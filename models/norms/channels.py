@@ -212,6 +212,7 @@ def write_group(s: Sheet, x: str, form: str, groups: int, plan: Plan, silu: bool
     operator = form.startswith("operator")
     if plan.setting.said == "unknown" and not operator and not miss:
         # where x is not known to have the shape that the last Reshape gives, the inner norm is all
+        row = dataclasses.replace(row, optional=True)
         parts = [dataclasses.replace(p, optional=True) for p in parts]
     elif not miss:
         parts = []

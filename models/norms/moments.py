@@ -276,7 +276,7 @@ def write_moments(s: Sheet, x: str, plan: Plan, others: Mapping[str, str] | None
 
     # the first moment
     m = ""
-    d = again = v
+    d = again = difference = v
     if centred or miss == "centred_numerator":
         read = w.spot("mean", v)
         over: tuple[int, ...] | None = None
@@ -297,7 +297,8 @@ def write_moments(s: Sheet, x: str, plan: Plan, others: Mapping[str, str] | None
             s.output(m, [None] * w.rank)
         other_m = w.mean(v, over, **wrong) if sp.means == 2 else m
         operands = (m, v) if sp.negated == "sub" else (v, m)
-        d = w.spot("centred", s.do("Sub", *operands))
+        difference = s.do("Sub", *operands)
+        d = w.spot("centred", difference)
         again = d
         if sp.subs == 2 or sp.means == 2:
             again = s.do("Sub", *((other_m, v) if sp.negated == "sub" else (v, other_m)))
@@ -311,10 +312,12 @@ def write_moments(s: Sheet, x: str, plan: Plan, others: Mapping[str, str] | None
     elif miss == "variance_axes":
         over = (0,) if 0 not in layout.axes else (1,)
         var = w.second(d, axes=over)
-        parts.append(_part("rms_norm", d, over, eps))
+        part = _part("rms_norm", d, over, eps, difference)
+        # a stored 1/n is that of an axis whose size is not said
+        parts.append(dataclasses.replace(part, optional=plan.setting.said != "static"))
     elif miss == "part_variance":
         var = w.second(d, axes=layout.axes[:1])
-        parts.append(_part("rms_norm", d, layout.axes[:1], eps))
+        parts.append(_part("rms_norm", d, layout.axes[:1], eps, difference))
     elif miss in ("keepdims0", "keepdims0_variance"):
         var = w.second(d, squeeze=True)
     elif miss == "variance_n_plus_1":
@@ -334,7 +337,7 @@ def write_moments(s: Sheet, x: str, plan: Plan, others: Mapping[str, str] | None
     else:
         var = w.variance(v, d, again, m) if centred else w.second(d)
     if miss in ("mean_axes", "part_mean", "other_mean", "mean_n_plus_1", "keepdims0_mean"):
-        parts.append(_part("rms_norm", d, layout.axes, eps, again))
+        parts.append(_part("rms_norm", d, layout.axes, eps, again, difference))
     if miss == "not_centred":
         numerator = v
     var = w.spot("statistic", var) if not centred else var
@@ -374,6 +377,10 @@ def write_moments(s: Sheet, x: str, plan: Plan, others: Mapping[str, str] | None
                 refused=True,
                 optional=True,
                 other_inputs=tuple(inputs),
+                # without bias it is the norm with another epsilon and a gain
+                other_epsilons=(eps * (w.n - 1) / w.n,)
+                if sp.variance.startswith("unbiased")
+                else (),
             )
         )
     else:
@@ -541,7 +548,17 @@ def _finish(
     rows: tuple[Expected, ...]
     if miss.startswith("gamma_expands"):
         shape = np.broadcast_shapes(shape, np.shape(g))
-        rows = (dataclasses.replace(_kinds(bare, plan), formula=only_core),)
+        bare = _kinds(bare, plan)
+        if miss == "gamma_expands_last":  # of one number the mean is all there is
+            bare = dataclasses.replace(
+                bare,
+                other_kinds=(*bare.other_kinds, "l2_norm"),
+                other_inputs=(*bare.other_inputs, numerator),
+            )
+        if miss == "gamma_expands_last" and plan.setting.knowledge == "open":
+            # Only where the normalized axis turns out to have size 1 does gamma expand it.
+            bare = dataclasses.replace(bare, other_outputs=(*bare.other_outputs, *ends))
+        rows = (dataclasses.replace(bare, formula=only_core),)
     elif plan.runtime_gamma:
         rows = (_kinds(bare, plan),)
     elif miss == "mean_output":
@@ -557,7 +574,7 @@ def _finish(
         )
         found = [_filled(p, core_names, ends) for p in parts]
         found = [_scaled(p, g, b) for p in found]
-        certain = any(not p.optional for p in found)
+        certain = miss == "variance_axes" or any(not p.optional for p in found)
         # where a part is a norm in its own right, its row may be the only one
         near = dataclasses.replace(near, optional=certain)
         rows = (near, *found)
@@ -616,18 +633,26 @@ def _kinds(row: Expected, plan: Plan) -> Expected:
     shape, axes = plan.layout.shape, plan.layout.axes
     rank = len(shape)
     if row.kind == "layer_norm" and rank > 2 and axes == tuple(range(2, rank)):
-        per_channel = plan.gamma is not None and len(plan.gamma) >= rank - 1
-        per_channel = per_channel and plan.gamma is not None and plan.gamma[1 - rank] > 1
-        if per_channel and not plan.mutation:
+        if _per_channel(plan, rank) and not plan.mutation:
             # gamma belongs to channels that were not normalized: that is no layer norm
             return dataclasses.replace(row, kind="instance_norm", other_kinds=("layer_norm",))
         # bare over all spatial axes it is both
         return dataclasses.replace(row, other_kinds=("instance_norm",) if rank > 3 else ())
     if row.kind == "layer_norm" and rank > 2 and axes == tuple(range(1, rank)):
         return dataclasses.replace(row, other_kinds=("group_norm",))  # of one group
-    if row.kind == "rms_norm" and rank > 3 and axes == tuple(range(2, rank)):
+    spatial = rank > 2 and axes == tuple(range(2, rank))
+    if row.kind == "rms_norm" and spatial and (rank > 3 or _per_channel(plan, rank)):
         return dataclasses.replace(row, other_kinds=("filter_response_norm",))
+    if row.kind == "rms_norm" and all(shape[a] == 1 for a in axes):
+        return dataclasses.replace(row, other_kinds=("l2_norm",))  # of one number
     return row
+
+
+def _per_channel(plan: Plan, rank: int) -> bool:
+    """Whether gamma or beta vary along axis 1."""
+    return any(
+        p is not None and len(p) >= rank - 1 and p[1 - rank] > 1 for p in (plan.gamma, plan.beta)
+    )
 
 
 def for_knowledge(row: Expected, plan: Plan, core_names: list[str], w: Writer) -> Expected:

@@ -59,9 +59,12 @@ def write_evo_s0(s: Sheet, x: str, plan: Plan) -> Written:
         (1, 2, 3),
         eps,
         other_outputs=(scaled, quotient),
-        # of the groups, seen from outside or in the reshaped value; without a shape there is no
-        # telling that the Reshapes are each other's inverse
-        unchecked=("axes", "recognised") if plan.setting.said == "unknown" else ("axes",),
+        # of the groups, seen from outside or in the reshaped value
+        unchecked=("axes",),
+        # Reshapes to fixed sizes: where x's own are not known, nothing says that the one is the
+        # other's inverse.
+        # And below opset 8 a product with ones stands for Expand, which no exporter writes.
+        optional=plan.setting.said != "static" or s.opset < 8,
         formula=formula,
     )
     return Written(y, plan.layout.shape, (row,))
