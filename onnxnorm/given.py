@@ -67,11 +67,16 @@ def given_norms(facts: Facts) -> Iterator[GivenNorm]:
             reason = reason or "its mean or inverse deviation is read too"
         if norm.epsilon is None:
             reason = reason or "its epsilon is a parameter of the function"
+        kind, nodes, given = norm.kind, norm.nodes, norm.input
+        centred = _centred_here(norm)
+        if centred is not None:
+            kind, nodes, given = "rms_norm", *centred
+            reason = norm.reason
         yield GivenNorm(
-            kind=norm.kind,
+            kind=kind,
             node=norm.node,
-            nodes=norm.nodes,
-            input=norm.input,
+            nodes=nodes,
+            input=given,
             output=output,
             axes=norm.axes,
             epsilon=_epsilon(norm),
@@ -80,6 +85,20 @@ def given_norms(facts: Facts) -> Iterator[GivenNorm]:
             recognised=not reason,
             reason=reason,
         )
+
+
+def _centred_here(norm: Norm) -> tuple[tuple[Node, ...], AnyValue] | None:
+    """The RMS norm behind a centering that streams have put in: together they read as a layer norm.
+
+    Its nodes and its input; None where no such centering is.
+    """
+    for node in norm.nodes:
+        if node.op == "Sub" and node.made_by.startswith("stream-fold-mean:"):
+            mean = node.inputs[1].inputs[0] if node.inputs[1].inputs else None
+            if mean is not None and mean.op == "ReduceMean":
+                rest = tuple(n for n in norm.nodes if n is not node and n is not mean)
+                return rest, node.outputs[0]
+    return None
 
 
 def _epsilon(norm: Norm) -> float:
