@@ -1,4 +1,4 @@
-"""The command line: `onnxnorm optimize | inspect | compare | passes`.
+"""The command line: `onnxnorm optimize | inspect | compare | passes | ops`.
 
 Results go to stdout, progress and errors to stderr. Exit codes: 0 done; 1 the outputs do not
 agree or could not be compared, and nothing was written; 2 wrong usage or bad input.
@@ -19,7 +19,8 @@ import click
 from rich.console import Console
 
 from onnxnorm import api
-from onnxnorm.errors import OnnxNormError, UsageError
+from onnxnorm.errors import OnnxNormError, ProviderError, UsageError
+from onnxnorm.ops import library
 from onnxnorm.registry import catalogue, default_passes, options
 from onnxnorm.report import Report, report_form
 from onnxnorm.report_terminal import Progress, render_inspect, render_terminal
@@ -262,6 +263,17 @@ def passes(*, as_json: bool) -> None:
         click.echo(f"{row['name']}  ({on})\n    {row['summary']}\n    {row['equation']}")
         for key, option in row["options"].items():
             click.echo(f"    {key}={option['default']}  ({option['type']})")
+
+
+@cli.command()
+@click.option("--path", is_flag=True, help="Print the library's path and nothing else.")
+def ops(*, path: bool) -> None:
+    """Show the operator library: kernels, instruction set in use, and what is missing."""
+    found = library.describe()
+    if path and found.path is None:
+        raise ProviderError(f"no operator library: {'; '.join(found.missing)}", library.HINT)
+    for line in [str(found.path)] if path else library.summary(found):
+        click.echo(line)
 
 
 def _check_reports(reports: Sequence[Path], *models: Path | None) -> None:
