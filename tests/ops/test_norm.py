@@ -74,7 +74,7 @@ def test_any_axes_type_scale_and_bias(isa: str, centered: bool, tmp_path: Path) 
     @settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
     def check(call: tuple[Array, list[int], Array, Array], threads: int) -> None:
         values, axes, scale, bias = call
-        inputs = [values, scale, bias] if centered else [values, scale]
+        inputs: list[Array] = [values, scale, bias] if centered else [values, scale]
         name = f"Channel{'Layer' if centered else 'RMS'}Normalization"
         found = run(
             model_of(name, inputs, axes=axes, epsilon=EPSILON), inputs, tmp_path, threads=threads
@@ -107,7 +107,7 @@ def test_the_ways_through_memory(
     isa: str, dtype: Any, shape: tuple[int, ...], axes: list[int], tmp_path: Path
 ) -> None:
     rng = np.random.default_rng(5)
-    values = (rng.standard_normal(shape) + 1).astype(dtype)
+    values: Array = (rng.standard_normal(shape) + 1).astype(dtype)
     wide = [s if i in axes else 1 for i, s in enumerate(shape)]
     scale: Array = rng.standard_normal(wide).astype(dtype)
     bias: Array = rng.standard_normal(wide).astype(dtype)
