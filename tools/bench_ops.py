@@ -5,10 +5,10 @@
     python tools/bench_ops.py --list                   the rows
 
 Each row compares two models of the same function, both under ORT_ENABLE_ALL: one of onnxruntime's
-operators, one of ours. Sessions differ from each other by themselves, so the unit is a pair of fresh
-sessions, whose runs alternate; the ratio is the geometric mean over pairs of (median of theirs) /
-(median of ours), above 1 where ours is faster, with a 95 % interval from a bootstrap over pairs. The
-last rows hold ours against a read of the input and a streaming copy of it (`share`).
+operators, one of ours. Sessions differ from each other by themselves, so the unit is a pair of
+fresh sessions, whose runs alternate; the ratio is the geometric mean over pairs of (median of
+theirs) / (median of ours), above 1 where ours is faster, with a 95 % interval from a bootstrap over
+pairs. The last rows hold ours against a read of the input and a streaming copy of it (`share`).
 """
 
 from __future__ import annotations
@@ -90,7 +90,9 @@ def channel(shape: tuple[int, ...], wanted: float, *, transposed: bool) -> Row:
     scale, bias = (rng.standard_normal(channels).astype(np.float32) for _ in range(2))
     wide = {"scale": scale.reshape(-1, 1, 1), "bias": bias.reshape(-1, 1, 1)}
     ours = [
-        bodies.node("ChannelLayerNormalization", ["X", "scale", "bias"], "Y", axes=[1], epsilon=1e-6)
+        bodies.node(
+            "ChannelLayerNormalization", ["X", "scale", "bias"], "Y", axes=[1], epsilon=1e-6
+        )
     ]
     if transposed:
         wide |= {"flat_scale": scale, "flat_bias": bias}
@@ -331,7 +333,8 @@ def main() -> int:
         f"{found['cpu']}, {found['cores']} cores, {library.describe().instruction_set}; "
         f"onnxruntime {found['onnxruntime']}; {time.strftime('%Y-%m-%d')}; "
         f"{given.pairs} session pairs a row\n\n"
-        "| work | threads | onnxruntime ms | ours ms | ratio [95 %] | aim |\n|---|---|---|---|---|---|\n"
+        "| work | threads | onnxruntime ms | ours ms | ratio [95 %] | aim |\n"
+        "|---|---|---|---|---|---|\n"
     )
     outcomes = []
     with tempfile.TemporaryDirectory() as folder:

@@ -27,6 +27,7 @@ HERE: Final = Path(__file__).resolve().parent
 SOURCES: Final = HERE / "csrc"
 BUILT: Final = HERE / "built"  # no package: Python would take the library for a module of it
 LIBRARY: Final = f"libonnxnorm_ops.{'dylib' if sys.platform == 'darwin' else 'so'}"
+_PROGRAM: Final = "program"
 RECORD: Final = "build.json"  # what was built, or why nothing was
 
 _COMMON: Final = ("layout.cc", "dispatch.cc", "softmax.cc", "norm.cc", "operators.cc", "library.cc")
@@ -57,7 +58,7 @@ _INSTRUCTION_SETS: Final[dict[str, dict[str, tuple[str, ...]]]] = {
     "aarch64": {"neon": ()},
 }
 _SANITIZE: Final = (
-    *("-O1", "-g", "-fno-omit-frame-pointer"),
+    *("-O1", "-g1", "-fno-omit-frame-pointer"),
     "-fsanitize=address,undefined",
     "-fno-sanitize-recover=all",
 )
@@ -85,9 +86,12 @@ def compiler() -> list[str] | None:
     return None
 
 
-def build(
-    folder: Path, *, sanitize: bool = False, strict: bool = False, only: Sequence[str] = ()
-) -> Built:
+def _machine() -> str:
+    machine = platform.machine().lower()
+    return {"amd64": "x86_64", "arm64": "aarch64"}.get(machine, machine)
+
+
+def build(folder: Path) -> Built:
     """Build the library into `folder`, with a record of what was built beside it.
 
     An up-to-date library, there or in BUILT, is kept or copied. A failure is no exception:
@@ -95,18 +99,11 @@ def build(
 
     Args:
         folder: Where to put it; made where it does not exist.
-        sanitize: With the address and undefined-behaviour sanitizers.
-        strict: Warnings are errors.
-        only: These instruction sets and no others.
     """
     folder.mkdir(parents=True, exist_ok=True)
     folder = folder.resolve()
     library, record = folder / LIBRARY, folder / RECORD
-    machine = platform.machine().lower()
-    machine = {"amd64": "x86_64", "arm64": "aarch64"}.get(machine, machine)
-    sets = _INSTRUCTION_SETS.get(machine, {"baseline": ()})
-    if only:
-        sets = {name: flags for name, flags in sets.items() if name in only}
+    sets = _INSTRUCTION_SETS.get(_machine(), {"baseline": ()})
     command = compiler()
     if os.name == "nt" or command is None:
         reason = (
@@ -115,7 +112,7 @@ def build(
             else "no C++ compiler was found (c++, g++ or clang++, or what CXX names)"
         )
         return _leave(record, library, (reason,))
-    flags = (*_FLAGS, *(_SANITIZE if sanitize else ("-O3",)), *(("-Werror",) if strict else ()))
+    flags = (*_FLAGS, "-O3")
     digest = _digest(command, flags, sets)
     for place in (folder, BUILT):
         kept = read_record(place / RECORD)
@@ -126,8 +123,8 @@ def build(
             return Built(library, tuple(kept.get("missing", ())))
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            missing = _compile(command, flags, sets, Path(scratch), sanitize=sanitize)
-        except _CompilerError as error:
+            missing = _compile(command, flags, sets, Path(scratch))
+        except BuildError as error:
             return _leave(record, library, (str(error),))
         # Replaced as a whole: a process that has the old one mapped keeps it.
         fresh = folder / f".{LIBRARY}.{os.getpid()}"
@@ -137,8 +134,29 @@ def build(
     return Built(library, tuple(missing))
 
 
-class _CompilerError(Exception):
-    pass
+def build_program(source: Path, target: Path, *, only: Sequence[str] = ()) -> None:
+    """Build a program of the library's sources and one more, sanitized, with warnings as errors.
+
+    For the fuzz test: its allocations end where the tensors end.
+
+    Raises:
+        BuildError: There is no compiler, or it fails.
+    """
+    command = compiler()
+    if command is None:
+        raise BuildError("no C++ compiler")
+    sets = _INSTRUCTION_SETS.get(_machine(), {"baseline": ()})
+    sets = {name: flags for name, flags in sets.items() if not only or name in only}
+    with tempfile.TemporaryDirectory() as scratch:
+        flags = (*_FLAGS, *_SANITIZE, "-Werror", f"-I{SOURCES}")
+        missing = _compile(command, flags, sets, Path(scratch), program=source)
+        shutil.copy2(Path(scratch) / _PROGRAM, target)
+    if missing:
+        raise BuildError("; ".join(missing))
+
+
+class BuildError(Exception):
+    """The compiler or the linker failed; the text is what it said first."""
 
 
 def _compile(
@@ -147,9 +165,15 @@ def _compile(
     sets: dict[str, tuple[str, ...]],
     scratch: Path,
     *,
-    sanitize: bool,
+    program: Path | None = None,
 ) -> list[str]:
-    """Compile and link in `scratch`; the instruction sets that this compiler does not know."""
+    """Compile and link in `scratch`; the instruction sets that this compiler does not know.
+
+    With `program`, a sanitized executable that has this source in place of onnxruntime's entry.
+    """
+    sources = [SOURCES / name for name in _COMMON]
+    if program is not None:
+        sources = [*(s for s in sources if s.name not in ("operators.cc", "library.cc")), program]
 
     def kernels(name: str) -> str | None:
         target = scratch / f"kernels_{name}.o"
@@ -158,32 +182,31 @@ def _compile(
             [*command, *flags, *extra, "-c", str(SOURCES / "kernels.cc"), "-o", str(target)]
         )
 
-    def common(source: str, have: Sequence[str]) -> str | None:
-        target = scratch / f"{Path(source).stem}.o"
+    def common(source: Path, have: Sequence[str]) -> str | None:
+        target = scratch / f"{source.stem}.o"
         extra = [f"-DONNXNORM_HAVE_{name}" for name in have]
-        return _run([*command, *flags, *extra, "-c", str(SOURCES / source), "-o", str(target)])
+        return _run([*command, *flags, *extra, "-c", str(source), "-o", str(target)])
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         failures = dict(zip(sets, pool.map(kernels, sets), strict=True))
         have = [name for name, failure in failures.items() if failure is None]
         if not have:
-            raise _CompilerError(f"the compiler failed: {next(iter(failures.values()))}")
-        for failure in pool.map(lambda source: common(source, have), _COMMON):
+            raise BuildError(f"the compiler failed: {next(iter(failures.values()))}")
+        for failure in pool.map(lambda source: common(source, have), sources):
             if failure is not None:
-                raise _CompilerError(f"the compiler failed: {failure}")
+                raise BuildError(f"the compiler failed: {failure}")
     objects = [str(scratch / f"kernels_{name}.o") for name in have]
-    objects += [str(scratch / f"{Path(source).stem}.o") for source in _COMMON]
-    link = ["-shared", "-o", str(scratch / LIBRARY)]
-    if sys.platform.startswith("linux"):
-        # The C++ runtime inside: onnxruntime may bring another version into the same process.
-        link += ["-Wl,-z,defs"] if not sanitize else []
-        link += [] if sanitize else ["-static-libstdc++", "-static-libgcc"]
-        link += ["-Wl,--exclude-libs,ALL"]
-    if sanitize:
-        link += ["-fsanitize=address,undefined"]
+    objects += [str(scratch / f"{source.stem}.o") for source in sources]
+    if program is not None:
+        link = ["-o", str(scratch / _PROGRAM), *_SANITIZE, "-pthread"]
+    else:
+        link = ["-shared", "-o", str(scratch / LIBRARY)]
+        if sys.platform.startswith("linux"):
+            # The C++ runtime inside: onnxruntime may bring another version into the same process.
+            link += ["-Wl,-z,defs", "-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL"]
     failure = _run([*command, *objects, *link])
     if failure is not None:
-        raise _CompilerError(f"the linker failed: {failure}")
+        raise BuildError(f"the linker failed: {failure}")
     return [f"{name}: {failure}" for name, failure in failures.items() if failure is not None]
 
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,36 @@ def test_the_instruction_set_can_be_chosen_from_outside(monkeypatch: pytest.Monk
     last = library.describe().usable[-1]
     monkeypatch.setenv("ONNXNORM_INSTRUCTION_SET", last)
     assert f"instruction set: {last}" in command().stdout
+
+
+# ** memory and undefined behaviour **
+
+
+@needs_compiler
+def test_the_sanitizers_find_nothing(tmp_path: Path) -> None:
+    """The best instruction set, briefly; `pytest -m slow` takes all of them, and longer."""
+    fuzz(tmp_path, library.describe().usable[:1], 60)
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_the_sanitizers_find_nothing_in_any_instruction_set(tmp_path: Path) -> None:
+    fuzz(tmp_path, library.describe().usable, 2000)
+
+
+def fuzz(folder: Path, instruction_sets: Sequence[str], rounds: int) -> None:
+    source = Path(__file__).with_name("fuzz.cc")
+    try:
+        build.build_program(source, folder / "fuzz", only=instruction_sets)
+    except build.BuildError as error:
+        if "sanitize" in str(error) or "asan" in str(error):
+            pytest.skip(f"no sanitizers: {error}")
+        raise
+    done = subprocess.run(
+        [str(folder / "fuzz"), "1", str(rounds)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert done.stdout.split("\n")[:-1] == [f"{name}: {rounds} rounds" for name in instruction_sets]
 
 
 # ** the C interface **

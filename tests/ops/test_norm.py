@@ -111,7 +111,7 @@ def test_the_ways_through_memory(
     wide = [s if i in axes else 1 for i, s in enumerate(shape)]
     scale: Array = rng.standard_normal(wide).astype(dtype)
     bias: Array = rng.standard_normal(wide).astype(dtype)
-    inputs = [values, scale, bias]
+    inputs: list[Array] = [values, scale, bias]
     with instruction_set(isa):
         model = model_of("ChannelLayerNormalization", inputs, axes=axes, epsilon=EPSILON)
         found = run(model, inputs, tmp_path, threads=2)
@@ -124,7 +124,7 @@ def test_the_ways_through_memory(
 def test_a_large_common_mean_costs_no_more_than_its_own_rounding(axis: int, tmp_path: Path) -> None:
     values = np.random.default_rng(6).standard_normal((4, 48, 64)) + 10_000
     values = values.astype(np.float32)
-    inputs = [values, np.ones(1, np.float32), np.zeros(1, np.float32)]
+    inputs: list[Array] = [values, np.ones(1, np.float32), np.zeros(1, np.float32)]
     model = model_of("ChannelLayerNormalization", inputs, axes=[axis], epsilon=EPSILON)
     found = run(model, inputs, tmp_path)
     truth = normalize(values, [axis], float(np.float32(EPSILON)), centered=True)
@@ -145,7 +145,7 @@ def test_group_norm(
     rng = np.random.default_rng(7)
     values = (rng.standard_normal(shape) * 2 + 1).astype(dtype)
     scale, bias = (rng.standard_normal(shape[1]).astype(dtype) for _ in range(2))
-    inputs = [values, scale, bias]
+    inputs: list[Array] = [values, scale, bias]
     name = f"GroupNormalization{'Silu' if silu else ''}"
     with instruction_set(isa):
         model = model_of(name, inputs, num_groups=groups, epsilon=EPSILON)

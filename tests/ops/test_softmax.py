@@ -32,8 +32,8 @@ from tests.ops.calls import (
 
 pytestmark = needs_library
 
-# In one cached sweep, by pairs, and split over threads; with a tail that fills no vector.
-LENGTHS = (7, 70, 2**17 + 3, 2**18 + 5)
+# In cache, by pairs in columns, and in rows split over threads; with tails that fill no vector.
+LENGTHS = (7, 70, 2**13 + 3, 2**18 + 5)
 
 
 def standard(name: str, values: Array, axis: int, folder: Path) -> Array:
@@ -85,7 +85,8 @@ def test_special_values_are_those_of_onnxruntime(
         rows = special_rows(n, dtype)
         if n >= 2**18:
             rows = rows[[0, 2, 3, 4, 5, 7, 11, 12]]  # a row is split where there are few
-        for values, axis in ((rows, -1), (np.ascontiguousarray(rows.T), 0)):
+        many = np.concatenate([rows, rows])  # enough not to be split, where rows are long
+        for values, axis in ((rows, -1), (np.ascontiguousarray(rows.T), 0), (many, -1)):
             wanted = standard(name, values, axis, tmp_path).astype(np.float64)
             with instruction_set(isa):
                 model = model_of(f"TwoPass{name}", [values], axis=axis)
@@ -114,6 +115,14 @@ def test_sizes_of_zero_and_one(shape: tuple[int, ...], axis: int, tmp_path: Path
     values = np.ones(shape, np.float32)
     found = run(model_of("TwoPassSoftmax", [values], axis=axis), [values], tmp_path)
     assert_close(found, softmax(values, axis), 1e-6)
+
+
+def test_a_row_beyond_every_private_cache(tmp_path: Path) -> None:
+    values = np.random.default_rng(2).standard_normal((16, 2**20 + 9)).astype(np.float32)
+    values[3, 5] = np.nan
+    found = run(model_of("TwoPassSoftmax", [values], axis=-1), [values], tmp_path, threads=2)
+    truth = softmax(values, -1)
+    assert_close(found, truth, softmax_tolerance(values, truth, FLOAT32, log=False))
 
 
 @st.composite
@@ -171,7 +180,7 @@ def test_any_shape_axis_type_and_mask(isa: str, log: bool, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("shape", "axis"),
     [
-        ((2, 2**17 + 3), 1),  # by pairs
+        ((16, 2**17 + 3), 1),  # by pairs, in float64 and the small types
         ((3, 2**18 + 11), 1),  # split
         ((20_000, 37), 0),  # columns by pairs
         ((3, 90, 261), 1),  # columns in scratch memory
@@ -192,8 +201,9 @@ def test_large_rows_are_accurate(
 
 
 def test_a_rising_row_moves_the_shared_exponent(tmp_path: Path) -> None:
-    values = np.linspace(-3000, 3000, 2**17 + 1, dtype=np.float32)[None]
-    for row in (values, values[:, ::-1].copy(), np.roll(values, 777)):
+    values = np.linspace(-3000, 3000, 2**18 + 1, dtype=np.float32)[None]
+    shuffled = np.random.default_rng(9).permuted(np.repeat(values, 16, 0), axis=1)
+    for row in (values, values[:, ::-1].copy(), np.roll(values, 777), shuffled):
         found = run(model_of("TwoPassSoftmax", [row], axis=-1), [row], tmp_path)
         truth = softmax(row, -1)
         # The float32 values near 3000 are multiples of 2^-12, and exact.

@@ -25,10 +25,6 @@ struct Count {
 
 constexpr ptrdiff_t kSegment = 4096;
 
-// A row of float32 up to this many bytes is read three times in cache, where one exponential an
-// element is cheaper than two; a longer one is read twice. Measured: docs/operators.md.
-constexpr ptrdiff_t kCachedRowBytes = 512 * 1024;
-
 template <class L>
 constexpr L kInfinity = static_cast<L>(__builtin_inf());
 
@@ -95,7 +91,7 @@ void put(T* y, const L* values, ptrdiff_t n) {
   if (i < n) store_some_as<T>(y + i, load_some<L>(values + i, n - i, 0), n - i);
 }
 
-// -- three sweeps in cache -------------------------------------------------------------------------
+// -- three sweeps, for rows in cache: one exponential an element -----------------------------------
 
 // The largest value; NaN are passed over (they make the sum a NaN).
 template <class L>
@@ -110,8 +106,7 @@ L max_of(const L* v, ptrdiff_t n, L least) {
   }
   for (; i + W <= n; i += W) top[0] = max_or_second(load<L>(v + i), top[0]);
   if (i < n) top[0] = max_or_second(load_some<L>(v + i, n - i, -kInfinity<L>), top[0]);
-  return highest<L>(max_or_second(max_or_second(top[0], top[1]), max_or_second(top[2], top[3])),
-                    least);
+  return highest(max_or_second(max_or_second(top[0], top[1]), max_or_second(top[2], top[3])));
 }
 
 // e[i] = exp(v[i] - max), and the sum of them. A null e: only the sum. Sums in the lane's type over
@@ -144,7 +139,7 @@ double exp_sum(const L* v, L* e, ptrdiff_t n, L max) {
       // Summed one by one: where max is -infinity, the lanes that are no values hold NaN too.
       for (ptrdiff_t j = 0; j < stop - i; ++j) sum += term[j];
     }
-    sum += total<L>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    sum += total((sums[0] + sums[1]) + (sums[2] + sums[3]));
   }
   return sum;
 }
@@ -180,7 +175,7 @@ constexpr L kBound = static_cast<L>(Lane<L>::kExponentLimit * 0.6931471805599453
 
 template <class L>
 ONNXNORM_INLINE Vec<L> bounded(Vec<L> x) {  // lets NaN through
-  return min_or_second(splat<L>(kBound<L>), max_or_second(splat<L>(-kBound<L>), x));
+  return min_or_second(splat<L>(kBound<L>), bounded_below<L>(x, -kBound<L>));
 }
 
 template <class L>
@@ -200,7 +195,7 @@ ONNXNORM_INLINE void pair_block(const Vec<L>* v, Vec<L>* sums, Vec<L>& top, L& s
     top = max_or_second(n[u], top);
   }
   if (__builtin_expect(any_above(top, splat<L>(shared + static_cast<L>(kSlack))), 0)) {
-    const L moved = highest<L>(top, shared);
+    const L moved = highest(top);
     const double factor = ldexp(1.0, static_cast<int>(shared) - static_cast<int>(moved));
     for (int u = 0; u < kUnroll; ++u) sums[u] *= static_cast<L>(factor);
     m *= factor;
@@ -208,7 +203,7 @@ ONNXNORM_INLINE void pair_block(const Vec<L>* v, Vec<L>* sums, Vec<L>& top, L& s
   }
 #pragma GCC unroll 4
   for (int u = 0; u < unroll; ++u) {
-    sums[u] += mantissa<L>(x[u], n[u]) * power_of_two<L>(n[u] - shared);
+    sums[u] += scaled(mantissa<L>(x[u], n[u]), n[u] - shared);
   }
 }
 
@@ -233,9 +228,9 @@ void pair_sum(const L* v, ptrdiff_t n, Pair& sum) {
         i + W <= n ? load<L>(v + i) : load_some<L>(v + i, n - i, -kInfinity<L>);
     pair_block<L, 1>(&one, sums, top, shared, sum.m);
   }
-  sum.m += total<L>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  sum.m += total((sums[0] + sums[1]) + (sums[2] + sums[3]));
   sum.e = shared;
-  sum.top = highest<L>(top, static_cast<L>(sum.top));
+  sum.top = highest(top);
 }
 
 // y[i] = e^v[i] / sum = m * (1 / M) * 2^(n - N), where M in [1/2, 1).
@@ -243,9 +238,9 @@ template <class L>
 void pair_finish(const L* v, L* y, ptrdiff_t n, L inverse, L shared, bool past_caches) {
   constexpr int W = Lane<L>::kWidth;
   const auto value = [=](Vec<L> x) __attribute__((always_inline)) {
-    x = bounded<L>(x);
+    x = bounded_below<L>(x, -kBound<L>);  // a row with a value above kBound is special
     const Vec<L> e = exponent<L>(x);
-    return mantissa<L>(x, e) * inverse * power_of_two<L>(e - shared);
+    return scaled(mantissa<L>(x, e) * inverse, e - shared);
   };
   ptrdiff_t i = 0;
   if (past_caches) {
@@ -357,13 +352,13 @@ void softmax_special(const Row& row) {
 }
 
 template <class T>
-void softmax_row(const Row& row) {
+ONNXNORM_INLINE void softmax_row(const Row& row) {
   using L = typename LaneOf<T>::Type;
   if (row.n <= 0) return;
   T* y = static_cast<T*>(row.y);
   if (!row.log) {
     if constexpr (sizeof(T) > 2) {
-      if (row.n * ptrdiff_t{sizeof(T)} <= kCachedRowBytes) {
+      if (row.cached) {
         const L* v = static_cast<const L*>(row.in.x);
         if (!is_plain<T>(row.in)) {
           constexpr ptrdiff_t W = Lane<L>::kWidth;
@@ -395,6 +390,17 @@ void softmax_row(const Row& row) {
     softmax_special<T>(row);
   } else {
     softmax_finish<T>(row, sum);
+  }
+}
+
+template <class T>
+void softmax_rows(const Row& first, ptrdiff_t count, const RowStep& step) {
+  Row row = first;
+  for (ptrdiff_t r = 0; r < count; ++r) {
+    softmax_row<T>(row);
+    row.in.x = static_cast<const T*>(row.in.x) + step.x;
+    if (row.in.mask != nullptr) row.in.mask = static_cast<const T*>(row.in.mask) + step.mask;
+    row.y = static_cast<T*>(row.y) + step.y;
   }
 }
 
@@ -503,8 +509,7 @@ bool tile_by_pairs(const Tile& tile, ptrdiff_t padded) {
       const Vec<L> n = exponent<L>(x);
       const Vec<L> before = load<L>(e + j);
       const Vec<L> after = max_or_second(n, before);
-      store<L>(m + j, load<L>(m + j) * power_of_two<L>(before - after) +
-                          mantissa<L>(x, n) * power_of_two<L>(n - after));
+      store<L>(m + j, scaled(load<L>(m + j), before - after) + scaled(mantissa<L>(x, n), n - after));
       store<L>(e + j, after);
     }
     if ((k + 1) % kRun == 0 || k + 1 == tile.n) {
@@ -540,7 +545,7 @@ bool tile_by_pairs(const Tile& tile, ptrdiff_t padded) {
       if (!tile.log) {
         const Vec<L> x = bounded<L>(load<L>(buffer + j));
         const Vec<L> n = exponent<L>(x);
-        out = mantissa<L>(x, n) * load<L>(m + j) * power_of_two<L>(n - load<L>(e + j));
+        out = scaled(mantissa<L>(x, n) * load<L>(m + j), n - load<L>(e + j));
       }
       put_vector<T>(y + k * tile.y_axis + j, out, tile.width - j, past);
     }
@@ -625,7 +630,7 @@ double norm_sum(const void* data, ptrdiff_t n) {
     }
     for (; i + W <= stop; i += W) sums[0] += load_as<T>(x + i);
     if (i < stop) sums[1] += load_some_as<T>(x + i, stop - i, 0);
-    sum += total<L>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    sum += total((sums[0] + sums[1]) + (sums[2] + sums[3]));
   }
   return sum;
 }
@@ -655,8 +660,8 @@ Moments norm_moments(const void* data, ptrdiff_t n, double center) {
       first[0] += d;
       second[0] += d * d;
     }
-    moments.first += total<L>((first[0] + first[1]) + (first[2] + first[3]));
-    moments.second += total<L>((second[0] + second[1]) + (second[2] + second[3]));
+    moments.first += total((first[0] + first[1]) + (first[2] + first[3]));
+    moments.second += total((second[0] + second[1]) + (second[2] + second[3]));
   }
   return moments;
 }
@@ -752,32 +757,103 @@ void flush(ColumnSums<L>& sums, ptrdiff_t padded) {
   }
 }
 
+// The columns fit the scratch memory: x is read once, and the rest happens in cache. Sums over the
+// axes are in the lane's type, of at most kScratchBytes / 64 entries.
 template <class T>
-void norm_columns(const Columns& c, const Walk& walk) {
+void columns_in_scratch(const Columns& c, const Walk& walk, ptrdiff_t padded) {
+  using L = typename LaneOf<T>::Type;
+  constexpr int W = Lane<L>::kWidth;
+  constexpr int U = 4;
+  constexpr ptrdiff_t kMost = kScratchBytes / 16 / ptrdiff_t{sizeof(L)};  // 16 columns at least
+  const ptrdiff_t n = walk.entries;
+  alignas(64) L scratch[kScratchBytes / sizeof(L)];
+  Offsets at[kMost];
+  L scale_of[kMost];
+  L bias_of[kMost];
+  const T* x = static_cast<const T*>(c.x);
+  const T* scale = static_cast<const T*>(c.scale);
+  const T* bias = static_cast<const T*>(c.bias);
+  T* y = static_cast<T*>(c.y);
+  walk.first(walk.self);
+  for (ptrdiff_t k = 0; k < n; ++k) at[k] = walk.next(walk.self);
+  for (ptrdiff_t k = 0; k < n; ++k) {
+    stage<T>(Source{x + at[k].x, nullptr, 1, 0, 1.0}, 0, c.width, scratch + k * padded);
+    scale_of[k] = load_one<T>(scale, at[k].scale);
+    bias_of[k] = bias == nullptr ? L(0) : load_one<T>(bias, at[k].bias);
+  }
+  const L share = static_cast<L>(1 / static_cast<double>(n));
+  const bool vectors = c.scale_step == 1 || (bias != nullptr && c.bias_step == 1);
+  const auto block = [&](ptrdiff_t j, auto unrolled) __attribute__((always_inline)) {
+    constexpr int unroll = decltype(unrolled)::value;
+    const L* column = scratch + j;
+    Vec<L> center[unroll], first[unroll], second[unroll];
+    for (int u = 0; u < unroll; ++u) center[u] = first[u] = second[u] = splat<L>(0);
+    if (c.centered) {
+      for (ptrdiff_t k = 0; k < n; ++k) {
+        for (int u = 0; u < unroll; ++u) center[u] += load<L>(column + k * padded + u * W);
+      }
+      for (int u = 0; u < unroll; ++u) center[u] *= share;
+    }
+    for (ptrdiff_t k = 0; k < n; ++k) {
+      for (int u = 0; u < unroll; ++u) {
+        const Vec<L> d = load<L>(column + k * padded + u * W) - center[u];
+        first[u] += d;
+        second[u] += d * d;
+      }
+    }
+    for (int u = 0; u < unroll; ++u) {
+      first[u] = c.centered ? first[u] * share : splat<L>(0);  // what the center is off by
+      const Vec<L> variance = second[u] * share - first[u] * first[u];
+      // Not max: a NaN has to stay one.
+      const Vec<L> guarded = (variance < 0 ? Vec<L>{} : variance) + static_cast<L>(c.epsilon);
+      second[u] = 1 / square_root(guarded);
+    }
+    for (ptrdiff_t k = 0; k < n; ++k) {
+      for (int u = 0; u < unroll; ++u) {
+        const ptrdiff_t rest = c.width - j - u * W;
+        Vec<L> g = splat<L>(scale_of[k]);
+        Vec<L> b = splat<L>(bias_of[k]);
+        if (__builtin_expect(vectors, 0)) {
+          const ptrdiff_t count = rest < W ? rest : W;
+          const ptrdiff_t shift = j + u * W;
+          if (c.scale_step == 1) g = load_some_as<T>(scale + at[k].scale + shift, count, 0);
+          if (bias != nullptr && c.bias_step == 1) {
+            b = load_some_as<T>(bias + at[k].bias + shift, count, 0);
+          }
+        }
+        const Vec<L> d = (load<L>(column + k * padded + u * W) - center[u]) - first[u];
+        Vec<L> out = d * second[u] * g + b;
+        if (c.silu) out = silu_of<L>(out);
+        put_vector<T>(y + at[k].x + j + u * W, out, rest, false);
+      }
+    }
+  };
+  ptrdiff_t j = 0;
+  for (; j + U * W <= c.width; j += U * W) block(j, Count<U>{});
+  for (; j < c.width; j += W) block(j, Count<1>{});
+}
+
+// The columns do not fit: x is read once a sweep.
+template <class T>
+void columns_by_sweeps(const Columns& c, const Walk& walk, ptrdiff_t padded) {
   using L = typename LaneOf<T>::Type;
   constexpr int W = Lane<L>::kWidth;
   const ptrdiff_t n = walk.entries;
-  const ptrdiff_t padded = (c.width + W - 1) / W * W;
-  // As in tile_in_scratch: read once where it fits, else once a sweep.
-  const bool kept = n <= kScratchBytes / ptrdiff_t{sizeof(L)} / padded;
-  alignas(64) L scratch[kScratchBytes / sizeof(L)];
+  alignas(64) L row[kTileWidth];
   alignas(64) L center[kTileWidth];
   alignas(64) L low[kTileWidth];
   alignas(64) L inverse[kTileWidth];
   ColumnSums<L> sums;
   const T* x = static_cast<const T*>(c.x);
-  const auto values = [&](ptrdiff_t k, const Offsets& at, bool again) -> const L* {
-    L* row = kept ? scratch + k * padded : scratch;
-    if (!(kept && again)) stage<T>(Source{x + at.x, nullptr, 1, 0, 1.0}, 0, c.width, row);
-    return row;
+  const auto read = [&](const Offsets& at) {
+    stage<T>(Source{x + at.x, nullptr, 1, 0, 1.0}, 0, c.width, row);
   };
-
   for (ptrdiff_t j = 0; j < padded; ++j) center[j] = 0;
   if (c.centered) {
     clear(sums, padded);
     walk.first(walk.self);
     for (ptrdiff_t k = 0; k < n; ++k) {
-      const L* row = values(k, walk.next(walk.self), false);
+      read(walk.next(walk.self));
       for (ptrdiff_t j = 0; j < padded; j += W) {
         store<L>(sums.first + j, load<L>(sums.first + j) + load<L>(row + j));
       }
@@ -791,7 +867,7 @@ void norm_columns(const Columns& c, const Walk& walk) {
   clear(sums, padded);
   walk.first(walk.self);
   for (ptrdiff_t k = 0; k < n; ++k) {
-    const L* row = values(k, walk.next(walk.self), c.centered);
+    read(walk.next(walk.self));
     for (ptrdiff_t j = 0; j < padded; j += W) {
       const Vec<L> d = load<L>(row + j) - load<L>(center + j);
       store<L>(sums.first + j, load<L>(sums.first + j) + d);
@@ -804,7 +880,7 @@ void norm_columns(const Columns& c, const Walk& walk) {
     const double rest = c.centered ? sums.total_first[j] / static_cast<double>(n) : 0;
     const double variance = sums.total_second[j] / static_cast<double>(n) - rest * rest;
     low[j] = static_cast<L>(rest);
-    // Not `variance < 0 ? 0`: a NaN has to stay one.
+    // Not max: a NaN has to stay one.
     inverse[j] = static_cast<L>(1 / sqrt((variance < 0 ? 0 : variance) + c.epsilon));
   }
   const T* scale = static_cast<const T*>(c.scale);
@@ -813,7 +889,7 @@ void norm_columns(const Columns& c, const Walk& walk) {
   walk.first(walk.self);
   for (ptrdiff_t k = 0; k < n; ++k) {
     const Offsets at = walk.next(walk.self);
-    const L* row = values(k, at, true);
+    read(at);
     const L one_scale = load_one<T>(scale, at.scale);
     const L one_bias = bias == nullptr ? L(0) : load_one<T>(bias, at.bias);
     for (ptrdiff_t j = 0; j < c.width; j += W) {
@@ -831,9 +907,23 @@ void norm_columns(const Columns& c, const Walk& walk) {
 }
 
 template <class T>
+void norm_columns(const Columns& c, const Walk& walk) {
+  using L = typename LaneOf<T>::Type;
+  constexpr int W = Lane<L>::kWidth;
+  const ptrdiff_t padded = (c.width + W - 1) / W * W;
+  // Never fewer than 16 columns, so that the entries are bounded too.
+  const ptrdiff_t counted = padded < 16 ? 16 : padded;
+  if (walk.entries <= kScratchBytes / ptrdiff_t{sizeof(L)} / counted) {
+    columns_in_scratch<T>(c, walk, padded);
+  } else {
+    columns_by_sweeps<T>(c, walk, padded);
+  }
+}
+
+template <class T>
 constexpr Softmax softmax_table() {
   using L = typename LaneOf<T>::Type;
-  return {softmax_row<T>,     softmax_sum<T>,     softmax_finish<T>,
+  return {softmax_rows<T>,    softmax_sum<T>,     softmax_finish<T>,
           softmax_special<T>, is_special_pair<L>, softmax_tile<T>};
 }
 

@@ -36,7 +36,15 @@ struct Row {
   void* y;
   ptrdiff_t n;
   bool log;
+  bool cached;  // the row and its output fit the core's own cache
   bool stream;  // the output does not fit the caches: write past them
+};
+
+// Elements from one row to the next.
+struct RowStep {
+  ptrdiff_t x;
+  ptrdiff_t mask;
+  ptrdiff_t y;
 };
 
 // `width` neighbouring columns of a softmax over an outer axis of n entries.
@@ -58,8 +66,8 @@ constexpr ptrdiff_t kTileWidth = 256;
 constexpr ptrdiff_t kScratchBytes = 64 * 1024;
 
 struct Softmax {
-  // A whole row.
-  void (*row)(const Row& row);
+  // `count` whole rows; the next one starts `step` elements behind.
+  void (*rows)(const Row& first, ptrdiff_t count, const RowStep& step);
   // A row in parts: the sum of each part, then its output, given the sum of all.
   Pair (*sum)(const Row& part);
   void (*finish)(const Row& part, const Pair& total);

@@ -128,8 +128,11 @@ void run_columns(Plan plan, const Parallel& parallel) {
   if (!plan.kept.empty()) plan.kept.pop_back();
   const std::int64_t n = product(plan.reduced);
   const std::int64_t lane = call.type == kF64 ? 8 : 4;
-  const std::int64_t fits = kScratchBytes / lane / n / 16 * 16;
-  const std::int64_t width = fits < 16 ? kTileWidth : std::min<std::int64_t>(fits, kTileWidth);
+  const std::int64_t fits = kScratchBytes / lane / n;
+  // Whole cache lines, and whole blocks of the widest kernel where there is room for one.
+  const std::int64_t width = fits < 16   ? kTileWidth
+                             : fits < 64 ? fits / 16 * 16
+                                         : std::min<std::int64_t>(fits / 64 * 64, kTileWidth);
   const std::int64_t blocks = ceil_div(inner.size, width);
   const std::int64_t items = product(plan.kept) * blocks;
   const std::int64_t each = std::max<std::int64_t>(1, kGrain / (n * std::min(width, inner.size)));

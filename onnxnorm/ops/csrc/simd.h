@@ -151,6 +151,23 @@ ONNXNORM_INLINE V min_or_second(V a, V b) {
 #endif
 }
 
+template <class V>
+ONNXNORM_INLINE V square_root(V v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(v[0]) == 4) return (V)_mm512_sqrt_ps((__m512)v);
+  else return (V)_mm512_sqrt_pd((__m512d)v);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(v[0]) == 4) return (V)_mm256_sqrt_ps((__m256)v);
+  else return (V)_mm256_sqrt_pd((__m256d)v);
+#elif defined(__SSE2__)
+  if constexpr (sizeof(v[0]) == 4) return (V)_mm_sqrt_ps((__m128)v);
+  else return (V)_mm_sqrt_pd((__m128d)v);
+#else
+  for (unsigned i = 0; i < sizeof(V) / sizeof(v[0]); ++i) v[i] = __builtin_sqrt(v[i]);
+  return v;
+#endif
+}
+
 // Is any lane of a above b?
 ONNXNORM_INLINE bool any_above(Vec<float> a, Vec<float> b) {
 #if defined(__AVX512F__)
@@ -202,18 +219,74 @@ ONNXNORM_INLINE void fence() {
 #endif
 }
 
-template <class L>
-ONNXNORM_INLINE L highest(Vec<L> v, L least) {
-  for (int i = 0; i < Lane<L>::kWidth; ++i) least = v[i] > least ? v[i] : least;
-  return least;
+// The largest lane, of lanes that are no NaN; and the sum of all lanes, by halves.
+#if defined(__AVX512F__)
+ONNXNORM_INLINE float highest(Vec<float> v) { return _mm512_reduce_max_ps((__m512)v); }
+ONNXNORM_INLINE double highest(Vec<double> v) { return _mm512_reduce_max_pd((__m512d)v); }
+ONNXNORM_INLINE float total(Vec<float> v) { return _mm512_reduce_add_ps((__m512)v); }
+ONNXNORM_INLINE double total(Vec<double> v) { return _mm512_reduce_add_pd((__m512d)v); }
+#elif defined(__SSE2__)
+typedef float Quad __attribute__((vector_size(16)));
+typedef double Couple __attribute__((vector_size(16)));
+ONNXNORM_INLINE Quad upper(Quad v) { return (Quad)_mm_movehl_ps((__m128)v, (__m128)v); }
+#if defined(__AVX2__)
+ONNXNORM_INLINE Quad low_half(Vec<float> v) { return (Quad)_mm256_castps256_ps128((__m256)v); }
+ONNXNORM_INLINE Quad high_half(Vec<float> v) { return (Quad)_mm256_extractf128_ps((__m256)v, 1); }
+ONNXNORM_INLINE Couple low_half(Vec<double> v) {
+  return (Couple)_mm256_castpd256_pd128((__m256d)v);
 }
-
-template <class L>
-ONNXNORM_INLINE double total(Vec<L> v) {
-  double sum = 0;
-  for (int i = 0; i < Lane<L>::kWidth; ++i) sum += v[i];
+ONNXNORM_INLINE Couple high_half(Vec<double> v) {
+  return (Couple)_mm256_extractf128_pd((__m256d)v, 1);
+}
+#endif
+ONNXNORM_INLINE float highest(Vec<float> v) {
+#if defined(__AVX2__)
+  Quad q = (Quad)_mm_max_ps((__m128)low_half(v), (__m128)high_half(v));
+#else
+  Quad q = v;
+#endif
+  q = (Quad)_mm_max_ps((__m128)q, (__m128)upper(q));
+  return q[0] > q[1] ? q[0] : q[1];
+}
+ONNXNORM_INLINE double highest(Vec<double> v) {
+#if defined(__AVX2__)
+  Couple q = (Couple)_mm_max_pd((__m128d)low_half(v), (__m128d)high_half(v));
+#else
+  Couple q = v;
+#endif
+  return q[0] > q[1] ? q[0] : q[1];
+}
+ONNXNORM_INLINE float total(Vec<float> v) {
+#if defined(__AVX2__)
+  Quad q = low_half(v) + high_half(v);
+#else
+  Quad q = v;
+#endif
+  q += upper(q);
+  return q[0] + q[1];
+}
+ONNXNORM_INLINE double total(Vec<double> v) {
+#if defined(__AVX2__)
+  Couple q = low_half(v) + high_half(v);
+#else
+  Couple q = v;
+#endif
+  return q[0] + q[1];
+}
+#else
+template <class V>
+ONNXNORM_INLINE auto highest(V v) {
+  auto most = v[0];
+  for (unsigned i = 1; i < sizeof(V) / sizeof(v[0]); ++i) most = v[i] > most ? v[i] : most;
+  return most;
+}
+template <class V>
+ONNXNORM_INLINE auto total(V v) {
+  auto sum = v[0];
+  for (unsigned i = 1; i < sizeof(V) / sizeof(v[0]); ++i) sum += v[i];
   return sum;
 }
+#endif
 
 // -- e^x = m * 2^n, n an integer and m = e^(x - n ln 2) in [2^-1/2, 2^1/2] -------------------------
 
@@ -232,24 +305,44 @@ ONNXNORM_INLINE Vec<L> mantissa(Vec<L> x, Vec<L> n) {
   return p;
 }
 
-// 2^n for an integer n below the largest exponent; 0 for n <= -bias, and for a NaN. A product with
-// a NaN stays a NaN, which is why the power is multiplied and never added to the exponent's bits.
+// m * 2^n for an integer n that a float's exponent can hold; 0 for n <= -bias, so results below the
+// smallest normal number are 0. A NaN in m stays one. Where kScaledDropsAll, that 0 comes whatever m
+// is, also for n = -infinity; elsewhere m has to be a number then, and callers bound their values.
+#if defined(__AVX512F__)
+constexpr bool kScaledDropsAll = true;
+ONNXNORM_INLINE Vec<float> scaled(Vec<float> m, Vec<float> n) {
+  const auto kept = _mm512_cmp_ps_mask((__m512)n, _mm512_set1_ps(-127), _CMP_NLE_UQ);
+  return (Vec<float>)_mm512_maskz_scalef_ps(kept, (__m512)m, (__m512)n);
+}
+ONNXNORM_INLINE Vec<double> scaled(Vec<double> m, Vec<double> n) {
+  const auto kept = _mm512_cmp_pd_mask((__m512d)n, _mm512_set1_pd(-1023), _CMP_NLE_UQ);
+  return (Vec<double>)_mm512_maskz_scalef_pd(kept, (__m512d)m, (__m512d)n);
+}
+#else
+constexpr bool kScaledDropsAll = false;
+template <class V>
+ONNXNORM_INLINE V scaled(V m, V n) {
+  using T = Lane<__typeof__(+m[0])>;
+  const V bounded = max_or_second(n, V{} - T::kBias);
+  const V shifted = bounded + (T::kMagic + T::kBias);
+  // Multiplied and never added to the exponent's bits: a NaN has to stay one.
+  return m * (V)((typename T::I)shifted << T::kMantissaBits);
+}
+#endif
+
+// x, or `least` where x is below it; NaN as it is. Nothing where `scaled` makes it needless.
 template <class L>
-ONNXNORM_INLINE Vec<L> power_of_two(Vec<L> n) {
-  using T = Lane<L>;
-  const Vec<L> bounded = max_or_second(n, splat<L>(-T::kBias));
-  const Vec<L> shifted = bounded + (T::kMagic + T::kBias);
-  return (Vec<L>)((typename T::I)shifted << T::kMantissaBits);
+ONNXNORM_INLINE Vec<L> bounded_below(Vec<L> x, L least) {
+  return kScaledDropsAll ? x : max_or_second(splat<L>(least), x);
 }
 
 // e^x for x <= 0 (and up to about 80): relative error 2e-7 in float, 3e-16 in double; results
 // below the smallest normal number are 0. NaN in, NaN out.
 template <class L>
 ONNXNORM_INLINE Vec<L> exp_nonpositive(Vec<L> x) {
-  // With the smallest exponent or less the power is 0; the bound keeps n small for -infinity.
-  const Vec<L> bounded = max_or_second(splat<L>(-(Lane<L>::kBias + 1) * L(0.6931471805599453)), x);
-  const Vec<L> n = exponent<L>(bounded);
-  return mantissa<L>(bounded, n) * power_of_two<L>(n);
+  x = bounded_below<L>(x, -(Lane<L>::kBias + 1) * L(0.6931471805599453));
+  const Vec<L> n = exponent<L>(x);
+  return scaled(mantissa<L>(x, n), n);
 }
 
 // -- storage types ---------------------------------------------------------------------------------

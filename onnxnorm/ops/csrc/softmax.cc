@@ -1,5 +1,8 @@
 // Softmax and LogSoftmax: which kernel treats which part, and in which pieces for the threads.
 #include <algorithm>
+#if !defined(_WIN32)
+#include <unistd.h>
+#endif
 
 #include "dispatch.h"
 #include "operators.h"
@@ -19,6 +22,17 @@ constexpr std::int64_t kStreamBytes = 8 * 1024 * 1024;
 constexpr std::size_t kX = 0, kMask = 1, kY = 2;
 constexpr std::int64_t kBytes[kTypes] = {4, 2, 2, 8};
 
+// The cache of one core: its second level.
+std::int64_t private_cache() {
+  constexpr std::int64_t kUnknown = 512 * 1024;
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+  static const std::int64_t size = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  return size > 0 ? size : kUnknown;
+#else
+  return kUnknown;
+#endif
+}
+
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 struct Plan {
@@ -27,6 +41,7 @@ struct Plan {
   std::vector<Dim> outer;  // every dimension but those below
   Dim axis;
   Dim inner;  // only for tiles
+  bool cached;
   bool stream;
 
   const char* at(const void* data, std::int64_t offset) const {
@@ -44,7 +59,7 @@ struct Plan {
   Row row(std::int64_t index) const {
     const auto offset = offsets(outer, index);
     return {source(offset, axis), out(offset[kY]), static_cast<std::ptrdiff_t>(axis.size),
-            call.log, stream};
+            call.log, cached, stream};
   }
 
   Row part(std::int64_t index, std::int64_t from, std::int64_t n) const {
@@ -79,9 +94,19 @@ void run_rows(const Plan& plan, const Parallel& parallel) {
     const std::int64_t each = std::max<std::int64_t>(1, kGrain / n);
     parallel(static_cast<std::size_t>(ceil_div(rows, each)), [&](std::size_t task) {
       const std::int64_t first = static_cast<std::int64_t>(task) * each;
-      for (std::int64_t r = first; r < std::min(rows, first + each); ++r) {
-        plan.kernels->row(plan.row(r));
+      const std::int64_t last = std::min(rows, first + each);
+      if (plan.outer.size() <= 1) {
+        RowStep step{};
+        if (!plan.outer.empty()) {
+          const auto& stride = plan.outer.front().stride;
+          step = {static_cast<std::ptrdiff_t>(stride[kX]),
+                  static_cast<std::ptrdiff_t>(stride[kMask]),
+                  static_cast<std::ptrdiff_t>(stride[kY])};
+        }
+        plan.kernels->rows(plan.row(first), static_cast<std::ptrdiff_t>(last - first), step);
+        return;
       }
+      for (std::int64_t r = first; r < last; ++r) plan.kernels->rows(plan.row(r), 1, {});
     });
     return;
   }
@@ -159,6 +184,9 @@ void run(const SoftmaxCall& call, const Parallel& parallel) {
   Plan plan{};
   plan.kernels = &kernels().softmax[call.type];
   plan.call = call;
+  // A row that fits with its output is read three times in cache, where one exponential an element
+  // is cheaper than two; a longer one is read twice.
+  plan.cached = 2 * shape[axis] * kBytes[call.type] <= private_cache();
   plan.stream = elements * kBytes[call.type] >= kStreamBytes;
   dims = merged(dims, kOperands);
   const auto found =
