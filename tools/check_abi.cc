@@ -1,6 +1,6 @@
-// Asserts that onnxnorm/ops/csrc/ort_abi.h says what onnxruntime's own header says: where each entry
-// of the function table and of a custom operator stands, and what type it has. Compiled, never run,
-// by tools/check_abi.py.
+// Asserts that onnxnorm/ops/csrc/ort_abi.h says what onnxruntime's own header says: where each
+// entry of the function table and of a custom operator stands, and what type it has. Compiled,
+// never run, by tools/check_abi.py.
 #include <onnxruntime_c_api.h>
 
 #include <cstddef>
@@ -12,9 +12,8 @@ namespace ours = onnxnorm::ort;
 
 // like<A, B>: two types that a call passes in the same way and for the same thing.
 template <class A, class B>
-struct Like : std::bool_constant<std::is_same_v<A, B> ||
-                                 (std::is_enum_v<A> && std::is_enum_v<B> && sizeof(A) == sizeof(B))> {
-};
+struct Like : std::bool_constant<std::is_same_v<A, B> || (std::is_enum_v<A> && std::is_enum_v<B> &&
+                                                          sizeof(A) == sizeof(B))> {};
 template <class A, class B>
 struct Like<A*, B*> : Like<A, B> {};
 template <class A, class B>
@@ -23,8 +22,10 @@ struct Like<const A, const B> : Like<A, B> {};
 template <class R, class... As, class S, class... Bs>
 struct Like<R (*)(As...), S (*)(Bs...)> {
   static constexpr bool value = [] {
-    if constexpr (sizeof...(As) != sizeof...(Bs)) return false;
-    else return Like<R, S>::value && (Like<As, Bs>::value && ...);
+    if constexpr (sizeof...(As) != sizeof...(Bs))
+      return false;
+    else
+      return Like<R, S>::value && (Like<As, Bs>::value && ...);
   }();
 };
 template <class R, class... As, class S, class... Bs>
@@ -45,7 +46,7 @@ SAME(OrtApi, ours::Api);
 SAME(OrtCustomOp, ours::CustomOp);
 #undef SAME
 
-#define ENTRY(type, own, name)                                                      \
+#define ENTRY(type, own, name)                                                           \
   static_assert(offsetof(type, name) == offsetof(own, name), #name " stands elsewhere"); \
   static_assert(Like<decltype(type::name), decltype(own::name)>::value, #name " has another type")
 #define API(name) ENTRY(OrtApi, ours::Api, name)

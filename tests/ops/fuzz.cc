@@ -64,11 +64,15 @@ void fill(void* data, std::int64_t n, Type type, bool special) {
       const double odd[] = {INFINITY, -INFINITY, NAN, -3e38, 3e38, 1e-40, -1e9, 0.0};
       value = odd[below(8)];
     }
-    if (type == kF32) static_cast<float*>(data)[i] = static_cast<float>(value);
-    else if (type == kF64) static_cast<double*>(data)[i] = value;
-    else if (special) static_cast<std::uint16_t*>(data)[i] = static_cast<std::uint16_t>(below(65536));
-    else static_cast<std::uint16_t*>(data)[i] =
-        static_cast<std::uint16_t>((type == kF16 ? 0x3800 : 0x3f00) + below(256));
+    if (type == kF32)
+      static_cast<float*>(data)[i] = static_cast<float>(value);
+    else if (type == kF64)
+      static_cast<double*>(data)[i] = value;
+    else if (special)
+      static_cast<std::uint16_t*>(data)[i] = static_cast<std::uint16_t>(below(65536));
+    else
+      static_cast<std::uint16_t*>(data)[i] =
+          static_cast<std::uint16_t>((type == kF16 ? 0x3800 : 0x3f00) + below(256));
   }
 }
 
@@ -122,7 +126,8 @@ void one_softmax() {
   const Shape mask_shape = broadcastable(shape);
   const bool with_mask = below(2) == 0, special = below(3) == 0, log = below(2) == 0;
   const std::int64_t elements = count(shape);
-  Buffer x(static_cast<std::size_t>(elements) * bytes), y(static_cast<std::size_t>(elements) * bytes);
+  Buffer x(static_cast<std::size_t>(elements) * bytes),
+      y(static_cast<std::size_t>(elements) * bytes);
   Buffer m(static_cast<std::size_t>(count(mask_shape)) * bytes);
   fill(x.data, elements, type, special);
   fill(m.data, count(mask_shape), type, special);
@@ -151,7 +156,8 @@ void one_softmax() {
     for (std::int64_t k = 0; k < shape[a]; ++k) sum += std::exp(value(start + k * inner));
     const double wanted = log ? value(at) - std::log(sum) : std::exp(value(at)) / sum;
     const double unit = type == kF64 ? 1e-12 : type == kF32 ? 4e-6 : type == kF16 ? 2e-3 : 1e-2;
-    check("softmax", read(y.data, at, type), wanted, unit * (log ? 1 + std::fabs(wanted) : wanted) + 1e-7);
+    check("softmax", read(y.data, at, type), wanted,
+          unit * (log ? 1 + std::fabs(wanted) : wanted) + 1e-7);
   }
 }
 
@@ -161,7 +167,8 @@ void one_norm() {
   const Shape shape = random_shape(20000);
   const Shape scale_shape = broadcastable(shape), bias_shape = broadcastable(shape);
   const std::int64_t elements = count(shape);
-  Buffer x(static_cast<std::size_t>(elements) * bytes), y(static_cast<std::size_t>(elements) * bytes);
+  Buffer x(static_cast<std::size_t>(elements) * bytes),
+      y(static_cast<std::size_t>(elements) * bytes);
   Buffer s(static_cast<std::size_t>(count(scale_shape)) * bytes);
   Buffer b(static_cast<std::size_t>(count(bias_shape)) * bytes);
   const bool special = below(3) == 0, centered = below(2) == 0;
@@ -174,8 +181,15 @@ void one_norm() {
   }
   if (axes.empty()) axes.push_back(0);
   const Tensor bias{b.data, bias_shape};
-  run(NormCall{type, {x.data, shape}, {s.data, scale_shape}, below(3) == 0 ? nullptr : &bias, axes,
-               1e-5, centered, below(3) == 0, y.data},
+  run(NormCall{type,
+               {x.data, shape},
+               {s.data, scale_shape},
+               below(3) == 0 ? nullptr : &bias,
+               axes,
+               1e-5,
+               centered,
+               below(3) == 0,
+               y.data},
       threaded);
 }
 

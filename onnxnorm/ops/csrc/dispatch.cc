@@ -22,7 +22,8 @@ std::vector<Candidate> candidates() {
 #endif
 #if defined(ONNXNORM_HAVE_avx2)
   // F16C has no name here on older compilers. Every processor with AVX2 has it.
-  found.push_back({avx2_kernels(), __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")});
+  found.push_back(
+      {avx2_kernels(), __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")});
 #endif
 #if defined(ONNXNORM_HAVE_neon)
   found.push_back({neon_kernels(), true});  // part of every 64-bit Arm

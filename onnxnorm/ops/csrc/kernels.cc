@@ -28,7 +28,8 @@ constexpr ptrdiff_t kSegment = 4096;
 template <class L>
 constexpr L kInfinity = static_cast<L>(__builtin_inf());
 
-// -- values ----------------------------------------------------------------------------------------
+// -- values
+// ----------------------------------------------------------------------------------------
 
 // buffer[i] = scale * x[i] + mask[i], n values from `at` on, and zeros up to a whole vector.
 template <class T, class L = typename LaneOf<T>::Type>
@@ -91,7 +92,8 @@ void put(T* y, const L* values, ptrdiff_t n) {
   if (i < n) store_some_as<T>(y + i, load_some<L>(values + i, n - i, 0), n - i);
 }
 
-// -- three sweeps, for rows in cache: one exponential an element -----------------------------------
+// -- three sweeps, for rows in cache: one exponential an element
+// -----------------------------------
 
 // The largest value; NaN are passed over (they make the sum a NaN).
 template <class L>
@@ -133,8 +135,7 @@ double exp_sum(const L* v, L* e, ptrdiff_t n, L max) {
       sums[0] += term;
     }
     if (i < stop) {
-      const Vec<L> term =
-          exp_nonpositive<L>(load_some<L>(v + i, stop - i, -kInfinity<L>) - max);
+      const Vec<L> term = exp_nonpositive<L>(load_some<L>(v + i, stop - i, -kInfinity<L>) - max);
       if (e != nullptr) store_some<L>(e + i, term, stop - i);
       // Summed one by one: where max is -infinity, the lanes that are no values hold NaN too.
       for (ptrdiff_t j = 0; j < stop - i; ++j) sum += term[j];
@@ -156,7 +157,8 @@ void scale_into(const L* e, T* y, ptrdiff_t n, L factor) {
   if (i < n) store_some_as<T>(y + i, load_some<L>(e + i, n - i, 0) * factor, n - i);
 }
 
-// -- two sweeps: sums as pairs m * 2^e -------------------------------------------------------------
+// -- two sweeps: sums as pairs m * 2^e
+// -------------------------------------------------------------
 //
 // e^x = m * 2^n without a maximum to subtract, so the sum needs one sweep. Adding pairs means to
 // scale both to the larger exponent. Here all lanes of all accumulators share one exponent N, and
@@ -224,8 +226,7 @@ void pair_sum(const L* v, ptrdiff_t n, Pair& sum) {
   for (; i < n; i += W) {
     // Lanes that are no values add nothing: next to a value in [-kBound, kBound] they vanish, and
     // a row that holds no other value is special.
-    const Vec<L> one =
-        i + W <= n ? load<L>(v + i) : load_some<L>(v + i, n - i, -kInfinity<L>);
+    const Vec<L> one = i + W <= n ? load<L>(v + i) : load_some<L>(v + i, n - i, -kInfinity<L>);
     pair_block<L, 1>(&one, sums, top, shared, sum.m);
   }
   sum.m += total((sums[0] + sums[1]) + (sums[2] + sums[3]));
@@ -325,9 +326,7 @@ void softmax_special(const Row& row) {
   using L = typename LaneOf<T>::Type;
   alignas(64) L buffer[kSegment];
   alignas(64) L out[kSegment];
-  const auto length = [&](ptrdiff_t at) {
-    return row.n - at < kSegment ? row.n - at : kSegment;
-  };
+  const auto length = [&](ptrdiff_t at) { return row.n - at < kSegment ? row.n - at : kSegment; };
   L max = -kInfinity<L>;
   for (ptrdiff_t at = 0; at < row.n; at += kSegment) {
     max = max_of<L>(fetch<T>(row.in, at, length(at), buffer), length(at), max);
@@ -404,7 +403,8 @@ void softmax_rows(const Row& first, ptrdiff_t count, const RowStep& step) {
   }
 }
 
-// -- an outer axis: columns ------------------------------------------------------------------------
+// -- an outer axis: columns
+// ------------------------------------------------------------------------
 
 template <class T>
 Source row_of(const Tile& tile, ptrdiff_t k) {
@@ -419,8 +419,10 @@ ONNXNORM_INLINE void put_vector(T* y, Vec<L> v, ptrdiff_t count, bool past_cache
   if (count < Lane<L>::kWidth) {
     store_some_as<T>(y, v, count);
   } else if constexpr (sizeof(T) > 2) {
-    if (past_caches) stream<L>(y, v);
-    else store<L>(y, v);
+    if (past_caches)
+      stream<L>(y, v);
+    else
+      store<L>(y, v);
   } else {
     store_as<T>(y, v);
   }
@@ -509,7 +511,8 @@ bool tile_by_pairs(const Tile& tile, ptrdiff_t padded) {
       const Vec<L> n = exponent<L>(x);
       const Vec<L> before = load<L>(e + j);
       const Vec<L> after = max_or_second(n, before);
-      store<L>(m + j, scaled(load<L>(m + j), before - after) + scaled(mantissa<L>(x, n), n - after));
+      store<L>(m + j,
+               scaled(load<L>(m + j), before - after) + scaled(mantissa<L>(x, n), n - after));
       store<L>(e + j, after);
     }
     if ((k + 1) % kRun == 0 || k + 1 == tile.n) {
@@ -608,7 +611,8 @@ void softmax_tile(const Tile& tile) {
   }
 }
 
-// -- normalization ---------------------------------------------------------------------------------
+// -- normalization
+// ---------------------------------------------------------------------------------
 //
 // The variance is the corrected two-pass one: with c close to the mean,
 //   mean = c + S1 / n,  variance = S2 / n - (S1 / n)^2,  Sk = sum (x - c)^k,
@@ -656,7 +660,8 @@ Moments norm_moments(const void* data, ptrdiff_t n, double center) {
       }
     }
     for (; i < stop; i += W) {
-      const Vec<L> d = (i + W <= stop ? load_as<T>(x + i) : load_some_as<T>(x + i, stop - i, c)) - c;
+      const Vec<L> d =
+          (i + W <= stop ? load_as<T>(x + i) : load_some_as<T>(x + i, stop - i, c)) - c;
       first[0] += d;
       second[0] += d * d;
     }
@@ -718,16 +723,22 @@ template <class T, bool silu>
 void affine_steps(const Affine& a) {
   const bool vector_scale = a.scale_step == 1;
   const bool vector_bias = a.bias != nullptr && a.bias_step == 1;
-  if (vector_scale && vector_bias) affine_row<T, Step::kOne, Step::kOne, silu>(a);
-  else if (vector_scale) affine_row<T, Step::kOne, Step::kZero, silu>(a);
-  else if (vector_bias) affine_row<T, Step::kZero, Step::kOne, silu>(a);
-  else affine_row<T, Step::kZero, Step::kZero, silu>(a);
+  if (vector_scale && vector_bias)
+    affine_row<T, Step::kOne, Step::kOne, silu>(a);
+  else if (vector_scale)
+    affine_row<T, Step::kOne, Step::kZero, silu>(a);
+  else if (vector_bias)
+    affine_row<T, Step::kZero, Step::kOne, silu>(a);
+  else
+    affine_row<T, Step::kZero, Step::kZero, silu>(a);
 }
 
 template <class T>
 void norm_affine(const Affine& a) {
-  if (a.silu) affine_steps<T, true>(a);
-  else affine_steps<T, false>(a);
+  if (a.silu)
+    affine_steps<T, true>(a);
+  else
+    affine_steps<T, false>(a);
 }
 
 // Sums down the columns: in the lane's type over kRun entries, in float64 beyond.

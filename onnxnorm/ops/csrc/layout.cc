@@ -62,8 +62,8 @@ std::size_t resolve_axis(std::int64_t axis, std::size_t rank) {
 void add_strides(std::vector<Dim>& dims, std::size_t at, const Shape& operand, const Shape& shape,
                  const char* name) {
   const auto refuse = [&] {
-    throw Refusal(std::string(name) + " of shape " + spell(operand) +
-                  " does not broadcast to " + spell(shape));
+    throw Refusal(std::string(name) + " of shape " + spell(operand) + " does not broadcast to " +
+                  spell(shape));
   };
   if (operand.size() > shape.size()) refuse();
   const std::size_t shift = shape.size() - operand.size();

@@ -112,7 +112,8 @@ struct Registered : ort::CustomOp {
 
 const Registered& self(const ort::CustomOp* op) { return *static_cast<const Registered*>(op); }
 
-// -- shape inference -------------------------------------------------------------------------------
+// -- shape inference
+// -------------------------------------------------------------------------------
 
 struct Known {
   Shape sizes;  // -1: not known, or a name
@@ -136,8 +137,8 @@ Known broadcast_known(const Known& a, const Known& b) {
   for (std::size_t i = 0; i < shorter.sizes.size(); ++i) {
     std::int64_t& size = out.sizes[shift + i];
     std::string& name = out.names[shift + i];
-    const bool same = size == shorter.sizes[i] && name == shorter.names[i] &&
-                      (size >= 0 || !name.empty());
+    const bool same =
+        size == shorter.sizes[i] && name == shorter.names[i] && (size >= 0 || !name.empty());
     if (same || shorter.sizes[i] == 1 || size > 1) continue;
     if (size == 1 || shorter.sizes[i] > 1) {
       size = shorter.sizes[i];
@@ -295,8 +296,10 @@ RegisterCustomOps(onnxnorm::ort::SessionOptions* options, const onnxnorm::ort::A
   const ort::Api* api = base->GetApi(ort::kApiVersion);
   if (api == nullptr) {
     // Version 1 has CreateStatus, and every runtime has version 1.
-    const std::string text = "the operator library of onnxnorm needs onnxruntime 1.17 or newer, "
-                             "and this is " + std::string(base->GetVersionString());
+    const std::string text =
+        "the operator library of onnxnorm needs onnxruntime 1.17 or newer, "
+        "and this is " +
+        std::string(base->GetVersionString());
     return base->GetApi(1)->CreateStatus(ort::kFail, text.c_str());
   }
   return onnxnorm::guarded(api, "onnxnorm", [&] {
@@ -318,8 +321,8 @@ ONNXNORM_EXPORT const char* onnxnorm_ops_describe() {
   for (const auto* table : onnxnorm::usable_kernels()) usable.emplace_back(table->name);
   std::vector<std::string> names;
   for (const auto& op : onnxnorm::operators()) names.emplace_back(op.name);
-  text = "{\"instruction_set\": \"" + std::string(onnxnorm::kernels().name) + "\", \"built\": " +
-         list(onnxnorm::built_kernels()) + ", \"usable\": " + list(usable) +
+  text = "{\"instruction_set\": \"" + std::string(onnxnorm::kernels().name) +
+         "\", \"built\": " + list(onnxnorm::built_kernels()) + ", \"usable\": " + list(usable) +
          ", \"operators\": " + list(names) +
          ", \"types\": [\"float\", \"float16\", \"bfloat16\", \"double\"]}";
   return text.c_str();

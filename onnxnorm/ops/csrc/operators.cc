@@ -6,7 +6,8 @@ namespace {
 
 Shape first_shape(const Attributes&, const std::vector<Tensor>& inputs) { return inputs[0].shape; }
 
-// -- softmax ---------------------------------------------------------------------------------------
+// -- softmax
+// ---------------------------------------------------------------------------------------
 
 Attributes read_softmax(const AttributeReader& reader, Type) {
   Attributes attributes;
@@ -37,8 +38,8 @@ double scalar(Type type, const Tensor& tensor, const char* name) {
     return mantissa != 0 ? __builtin_nan("") : sign * __builtin_inf();
   }
   const int leading = exponent == 0 ? 0 : 1 << mantissa_bits;
-  return sign * __builtin_ldexp(leading + mantissa,
-                                (exponent == 0 ? 1 : exponent) - bias - mantissa_bits);
+  return sign *
+         __builtin_ldexp(leading + mantissa, (exponent == 0 ? 1 : exponent) - bias - mantissa_bits);
 }
 
 Shape masked_shape(const Attributes&, const std::vector<Tensor>& inputs) {
@@ -52,7 +53,8 @@ void masked_softmax(const Invocation& it, const Parallel& parallel) {
       parallel);
 }
 
-// -- normalization ---------------------------------------------------------------------------------
+// -- normalization
+// ---------------------------------------------------------------------------------
 
 // The body computes in the type that stash_type names, and so does the kernel.
 void check_stash_type(const AttributeReader& reader, Type type) {

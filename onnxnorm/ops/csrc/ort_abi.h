@@ -1,10 +1,11 @@
 // The part of onnxruntime's C interface that custom operators of this library need.
 //
-// onnxruntime promises that its C interface is stable: the table of functions that GetApi(v) returns
-// only ever grows at its end, and a custom operator's struct is read no further than the version it
-// carries. So a table can be written down as slots: an entry that is called here has its type and
-// stands at its documented place, all others are padding. tools/check_abi.py compiles this header
-// against the official one, where that is installed, and asserts every offset and every signature.
+// onnxruntime promises that its C interface is stable: the table of functions that GetApi(v)
+// returns only ever grows at its end, and a custom operator's struct is read no further than the
+// version it carries. So a table can be written down as slots: an entry that is called here has its
+// type and stands at its documented place, all others are padding. tools/check_abi.py compiles this
+// header against the official one, where that is installed, and asserts every offset and every
+// signature.
 #pragma once
 
 #include <cstddef>
@@ -97,8 +98,7 @@ struct Api {
                                                             std::size_t* count);
   Unused<164, 268> unused_164;
   Status*(ONNXNORM_CALL* ShapeInferContext_GetInputTypeShape)(const ShapeInferContext* context,
-                                                              std::size_t index,
-                                                              TensorInfo** out);
+                                                              std::size_t index, TensorInfo** out);
   Unused<269, 270> unused_269;
   Status*(ONNXNORM_CALL* ShapeInferContext_SetOutputTypeShape)(const ShapeInferContext* context,
                                                                std::size_t index,
@@ -137,8 +137,8 @@ struct CustomOp {
   int(ONNXNORM_CALL* GetVariadicInputHomogeneity)(const CustomOp* op);
   int(ONNXNORM_CALL* GetVariadicOutputMinArity)(const CustomOp* op);
   int(ONNXNORM_CALL* GetVariadicOutputHomogeneity)(const CustomOp* op);
-  Status*(ONNXNORM_CALL* CreateKernelV2)(const CustomOp* op, const Api* api,
-                                         const KernelInfo* info, void** kernel);
+  Status*(ONNXNORM_CALL* CreateKernelV2)(const CustomOp* op, const Api* api, const KernelInfo* info,
+                                         void** kernel);
   Status*(ONNXNORM_CALL* KernelComputeV2)(void* kernel, KernelContext* context);
   Status*(ONNXNORM_CALL* InferOutputShapeFn)(const CustomOp* op, ShapeInferContext* context);
   int(ONNXNORM_CALL* GetStartVersion)(const CustomOp* op);

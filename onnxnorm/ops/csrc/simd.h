@@ -76,10 +76,20 @@ struct Lane<double> {
   static constexpr double kExponentLimit = 1048576;
   // Taylor's series; its remainder is below 5e-18 on the interval.
   static constexpr int kTerms = 14;
-  static constexpr double kPoly[kTerms] = {
-      1.0,          1.0,           1.0 / 2,        1.0 / 6,         1.0 / 24,
-      1.0 / 120,    1.0 / 720,     1.0 / 5040,     1.0 / 40320,     1.0 / 362880,
-      1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800.0};
+  static constexpr double kPoly[kTerms] = {1.0,
+                                           1.0,
+                                           1.0 / 2,
+                                           1.0 / 6,
+                                           1.0 / 24,
+                                           1.0 / 120,
+                                           1.0 / 720,
+                                           1.0 / 5040,
+                                           1.0 / 40320,
+                                           1.0 / 362880,
+                                           1.0 / 3628800,
+                                           1.0 / 39916800,
+                                           1.0 / 479001600,
+                                           1.0 / 6227020800.0};
 };
 
 template <class L>
@@ -121,14 +131,20 @@ ONNXNORM_INLINE void store_some(L* p, Vec<L> v, ptrdiff_t count) {
 template <class V>
 ONNXNORM_INLINE V max_or_second(V a, V b) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof(a[0]) == 4) return (V)_mm512_max_ps((__m512)a, (__m512)b);
-  else return (V)_mm512_max_pd((__m512d)a, (__m512d)b);
+  if constexpr (sizeof(a[0]) == 4)
+    return (V)_mm512_max_ps((__m512)a, (__m512)b);
+  else
+    return (V)_mm512_max_pd((__m512d)a, (__m512d)b);
 #elif defined(__AVX2__)
-  if constexpr (sizeof(a[0]) == 4) return (V)_mm256_max_ps((__m256)a, (__m256)b);
-  else return (V)_mm256_max_pd((__m256d)a, (__m256d)b);
+  if constexpr (sizeof(a[0]) == 4)
+    return (V)_mm256_max_ps((__m256)a, (__m256)b);
+  else
+    return (V)_mm256_max_pd((__m256d)a, (__m256d)b);
 #elif defined(__SSE2__)
-  if constexpr (sizeof(a[0]) == 4) return (V)_mm_max_ps((__m128)a, (__m128)b);
-  else return (V)_mm_max_pd((__m128d)a, (__m128d)b);
+  if constexpr (sizeof(a[0]) == 4)
+    return (V)_mm_max_ps((__m128)a, (__m128)b);
+  else
+    return (V)_mm_max_pd((__m128d)a, (__m128d)b);
 #else
   return a > b ? a : b;
 #endif
@@ -138,14 +154,20 @@ ONNXNORM_INLINE V max_or_second(V a, V b) {
 template <class V>
 ONNXNORM_INLINE V min_or_second(V a, V b) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof(a[0]) == 4) return (V)_mm512_min_ps((__m512)a, (__m512)b);
-  else return (V)_mm512_min_pd((__m512d)a, (__m512d)b);
+  if constexpr (sizeof(a[0]) == 4)
+    return (V)_mm512_min_ps((__m512)a, (__m512)b);
+  else
+    return (V)_mm512_min_pd((__m512d)a, (__m512d)b);
 #elif defined(__AVX2__)
-  if constexpr (sizeof(a[0]) == 4) return (V)_mm256_min_ps((__m256)a, (__m256)b);
-  else return (V)_mm256_min_pd((__m256d)a, (__m256d)b);
+  if constexpr (sizeof(a[0]) == 4)
+    return (V)_mm256_min_ps((__m256)a, (__m256)b);
+  else
+    return (V)_mm256_min_pd((__m256d)a, (__m256d)b);
 #elif defined(__SSE2__)
-  if constexpr (sizeof(a[0]) == 4) return (V)_mm_min_ps((__m128)a, (__m128)b);
-  else return (V)_mm_min_pd((__m128d)a, (__m128d)b);
+  if constexpr (sizeof(a[0]) == 4)
+    return (V)_mm_min_ps((__m128)a, (__m128)b);
+  else
+    return (V)_mm_min_pd((__m128d)a, (__m128d)b);
 #else
   return a < b ? a : b;
 #endif
@@ -154,14 +176,20 @@ ONNXNORM_INLINE V min_or_second(V a, V b) {
 template <class V>
 ONNXNORM_INLINE V square_root(V v) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof(v[0]) == 4) return (V)_mm512_sqrt_ps((__m512)v);
-  else return (V)_mm512_sqrt_pd((__m512d)v);
+  if constexpr (sizeof(v[0]) == 4)
+    return (V)_mm512_sqrt_ps((__m512)v);
+  else
+    return (V)_mm512_sqrt_pd((__m512d)v);
 #elif defined(__AVX2__)
-  if constexpr (sizeof(v[0]) == 4) return (V)_mm256_sqrt_ps((__m256)v);
-  else return (V)_mm256_sqrt_pd((__m256d)v);
+  if constexpr (sizeof(v[0]) == 4)
+    return (V)_mm256_sqrt_ps((__m256)v);
+  else
+    return (V)_mm256_sqrt_pd((__m256d)v);
 #elif defined(__SSE2__)
-  if constexpr (sizeof(v[0]) == 4) return (V)_mm_sqrt_ps((__m128)v);
-  else return (V)_mm_sqrt_pd((__m128d)v);
+  if constexpr (sizeof(v[0]) == 4)
+    return (V)_mm_sqrt_ps((__m128)v);
+  else
+    return (V)_mm_sqrt_pd((__m128d)v);
 #else
   for (unsigned i = 0; i < sizeof(V) / sizeof(v[0]); ++i) v[i] = __builtin_sqrt(v[i]);
   return v;
@@ -200,14 +228,20 @@ ONNXNORM_INLINE bool any_above(Vec<double> a, Vec<double> b) {
 template <class L>
 ONNXNORM_INLINE void stream(L* p, Vec<L> v) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof(L) == 4) _mm512_stream_ps(p, (__m512)v);
-  else _mm512_stream_pd(p, (__m512d)v);
+  if constexpr (sizeof(L) == 4)
+    _mm512_stream_ps(p, (__m512)v);
+  else
+    _mm512_stream_pd(p, (__m512d)v);
 #elif defined(__AVX2__)
-  if constexpr (sizeof(L) == 4) _mm256_stream_ps(p, (__m256)v);
-  else _mm256_stream_pd(p, (__m256d)v);
+  if constexpr (sizeof(L) == 4)
+    _mm256_stream_ps(p, (__m256)v);
+  else
+    _mm256_stream_pd(p, (__m256d)v);
 #elif defined(__SSE2__)
-  if constexpr (sizeof(L) == 4) _mm_stream_ps(p, (__m128)v);
-  else _mm_stream_pd(p, (__m128d)v);
+  if constexpr (sizeof(L) == 4)
+    _mm_stream_ps(p, (__m128)v);
+  else
+    _mm_stream_pd(p, (__m128d)v);
 #else
   store<L>(p, v);
 #endif
@@ -288,7 +322,8 @@ ONNXNORM_INLINE auto total(V v) {
 }
 #endif
 
-// -- e^x = m * 2^n, n an integer and m = e^(x - n ln 2) in [2^-1/2, 2^1/2] -------------------------
+// -- e^x = m * 2^n, n an integer and m = e^(x - n ln 2) in [2^-1/2, 2^1/2]
+// -------------------------
 
 template <class L>
 ONNXNORM_INLINE Vec<L> exponent(Vec<L> x) {
@@ -306,8 +341,9 @@ ONNXNORM_INLINE Vec<L> mantissa(Vec<L> x, Vec<L> n) {
 }
 
 // m * 2^n for an integer n that a float's exponent can hold; 0 for n <= -bias, so results below the
-// smallest normal number are 0. A NaN in m stays one. Where kScaledDropsAll, that 0 comes whatever m
-// is, also for n = -infinity; elsewhere m has to be a number then, and callers bound their values.
+// smallest normal number are 0. A NaN in m stays one. Where kScaledDropsAll, that 0 comes whatever
+// m is, also for n = -infinity; elsewhere m has to be a number then, and callers bound their
+// values.
 #if defined(__AVX512F__)
 constexpr bool kScaledDropsAll = true;
 ONNXNORM_INLINE Vec<float> scaled(Vec<float> m, Vec<float> n) {
@@ -345,7 +381,8 @@ ONNXNORM_INLINE Vec<L> exp_nonpositive(Vec<L> x) {
   return scaled(mantissa<L>(x, n), n);
 }
 
-// -- storage types ---------------------------------------------------------------------------------
+// -- storage types
+// ---------------------------------------------------------------------------------
 
 struct F16 {
   uint16_t bits;
@@ -421,8 +458,10 @@ ONNXNORM_INLINE Vec<typename LaneOf<T>::Type> load_as(const T* p) {
   if constexpr (sizeof(T) == 2) {
     Half h;
     __builtin_memcpy(&h, p, sizeof h);
-    if constexpr (__is_same(T, F16)) return widen_f16(h);
-    else return widen_bf16(h);
+    if constexpr (__is_same(T, F16))
+      return widen_f16(h);
+    else
+      return widen_bf16(h);
   } else {
     return load<T>(p);
   }
@@ -432,8 +471,10 @@ template <class T>
 ONNXNORM_INLINE void store_as(T* p, Vec<typename LaneOf<T>::Type> v) {
   if constexpr (sizeof(T) == 2) {
     Half h;
-    if constexpr (__is_same(T, F16)) h = narrow_f16(v);
-    else h = narrow_bf16(v);
+    if constexpr (__is_same(T, F16))
+      h = narrow_f16(v);
+    else
+      h = narrow_bf16(v);
     __builtin_memcpy(p, &h, sizeof h);
   } else {
     store<T>(p, v);

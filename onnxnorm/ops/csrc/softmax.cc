@@ -58,8 +58,12 @@ struct Plan {
 
   Row row(std::int64_t index) const {
     const auto offset = offsets(outer, index);
-    return {source(offset, axis), out(offset[kY]), static_cast<std::ptrdiff_t>(axis.size),
-            call.log, cached, stream};
+    return {source(offset, axis),
+            out(offset[kY]),
+            static_cast<std::ptrdiff_t>(axis.size),
+            call.log,
+            cached,
+            stream};
   }
 
   Row part(std::int64_t index, std::int64_t from, std::int64_t n) const {
@@ -116,7 +120,8 @@ void run_rows(const Plan& plan, const Parallel& parallel) {
   const auto piece = [&](std::size_t task) {
     const auto index = static_cast<std::int64_t>(task);
     const std::int64_t from = index % parts * each;
-    return plan.part(index / parts, std::min(n, from), std::max<std::int64_t>(0, std::min(each, n - from)));
+    return plan.part(index / parts, std::min(n, from),
+                     std::max<std::int64_t>(0, std::min(each, n - from)));
   };
   const auto tasks = static_cast<std::size_t>(rows * parts);  // at most kFewRows * kMostParts
   std::vector<Pair> sums(tasks);
