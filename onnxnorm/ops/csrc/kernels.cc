@@ -392,8 +392,30 @@ ONNXNORM_INLINE void softmax_row(const Row& row) {
   }
 }
 
+// Short rows, where waiting for a row's sum would cost as much as the row: the next row's maximum
+// is searched before this row is scaled.
+template <class L>
+void softmax_short_rows(const Row& first, ptrdiff_t count, const RowStep& step) {
+  const L* x = static_cast<const L*>(first.in.x);
+  L* y = static_cast<L*>(first.y);
+  L max = max_of<L>(x, first.n, -kInfinity<L>);
+  for (ptrdiff_t r = 0; r < count; ++r) {
+    const double sum = exp_sum<L>(x, y, first.n, max);
+    x += step.x;
+    if (r + 1 < count) max = max_of<L>(x, first.n, -kInfinity<L>);
+    scale_into<L>(y, y, first.n, static_cast<L>(1 / sum));
+    y += step.y;
+  }
+}
+
 template <class T>
 void softmax_rows(const Row& first, ptrdiff_t count, const RowStep& step) {
+  if constexpr (sizeof(T) > 2) {
+    if (!first.log && first.cached && first.n > 0 && first.n <= kSegment && is_plain<T>(first.in)) {
+      softmax_short_rows<T>(first, count, step);
+      return;
+    }
+  }
   Row row = first;
   for (ptrdiff_t r = 0; r < count; ++r) {
     softmax_row<T>(row);
