@@ -327,8 +327,16 @@ def _group(*, silu: bool) -> Callable[[int], list[NodeProto]]:
         ]
         last = "shifted"
         if silu:
-            nodes.append(_make("Sigmoid", ["shifted"], "gate"))
-            nodes.append(_make("Mul", ["shifted", "gate"], "gated"))
+            # x / (1 + e^-x), because onnxruntime 1.23 makes x * sigmoid(x) an operator that has no
+            # kernel in float64.
+            nodes += [
+                _make("Neg", ["shifted"], "negative"),
+                _make("Exp", ["negative"], "power"),
+                _make("Constant", [], "one_float", value_float=1.0),
+                _make("CastLike", ["one_float", "power"], "one"),
+                _make("Add", ["power", "one"], "divisor"),
+                _make("Div", ["shifted", "divisor"], "gated"),
+            ]
             last = "gated"
         return [*nodes, _make("CastLike", [last, "X"], "Y")]
 
