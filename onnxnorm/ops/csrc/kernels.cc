@@ -811,6 +811,12 @@ void columns_in_scratch(const Columns& c, const Walk& walk, ptrdiff_t padded) {
   for (ptrdiff_t k = 0; k < n; ++k) at[k] = walk.next(walk.self);
   for (ptrdiff_t k = 0; k < n; ++k) {
     stage<T>(Source{x + at[k].x, nullptr, 1, 0, 1.0}, 0, c.width, scratch + k * padded);
+    // The columns to come, while these are treated: the processor foresees neighbours, and they lie
+    // behind a jump to another entry.
+    for (ptrdiff_t i = 0; i < c.width; i += 64 / ptrdiff_t{sizeof(T)}) {
+      __builtin_prefetch(x + at[k].x + c.width + i, 0, 2);
+      __builtin_prefetch(y + at[k].x + c.width + i, 1, 2);
+    }
     scale_of[k] = load_one<T>(scale, at[k].scale);
     bias_of[k] = bias == nullptr ? L(0) : load_one<T>(bias, at[k].bias);
   }
