@@ -51,7 +51,6 @@ SAME(OrtCustomOp, ours::CustomOp);
   static_assert(Like<decltype(type::name), decltype(own::name)>::value, #name " has another type")
 #define API(name) ENTRY(OrtApi, ours::Api, name)
 API(CreateStatus);
-API(GetErrorMessage);
 API(CreateCustomOpDomain);
 API(CustomOpDomain_Add);
 API(AddCustomOpDomain);
@@ -66,7 +65,6 @@ API(GetSymbolicDimensions);
 API(GetTensorTypeAndShape);
 API(KernelInfoGetAttribute_float);
 API(KernelInfoGetAttribute_int64);
-API(KernelContext_GetInputCount);
 API(KernelContext_GetInput);
 API(KernelContext_GetOutput);
 API(ReleaseStatus);

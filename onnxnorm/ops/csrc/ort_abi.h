@@ -34,13 +34,11 @@ struct KernelContext;
 struct ShapeInferContext;
 struct Value;
 struct TensorInfo;
-struct OpAttr;
 
 enum ErrorCode : int { kOk = 0, kFail = 1, kInvalidArgument = 2 };
 enum ElementType : int { kUndefined = 0, kFloat = 1, kFloat16 = 10, kDouble = 11, kBFloat16 = 16 };
 enum Characteristic : int { kRequired = 0, kOptional = 1, kVariadic = 2 };
 enum MemoryType : int { kMemoryDefault = 0 };
-enum AttrType : int { kAttrInt = 1, kAttrInts = 2, kAttrFloat = 3 };
 
 // Slots [from, to) of the table that nothing here calls.
 template <std::size_t from, std::size_t to>
@@ -51,9 +49,7 @@ struct Unused {
 
 struct Api {
   Status*(ONNXNORM_CALL* CreateStatus)(ErrorCode code, const char* message);
-  Unused<1, 2> unused_1;
-  const char*(ONNXNORM_CALL* GetErrorMessage)(const Status* status);
-  Unused<3, 26> unused_3;
+  Unused<1, 26> unused_1;
   Status*(ONNXNORM_CALL* CreateCustomOpDomain)(const char* domain, CustomOpDomain** out);
   Status*(ONNXNORM_CALL* CustomOpDomain_Add)(CustomOpDomain* domain, const struct CustomOp* op);
   Status*(ONNXNORM_CALL* AddCustomOpDomain)(SessionOptions* options, CustomOpDomain* domain);
@@ -77,10 +73,7 @@ struct Api {
                                                        float* out);
   Status*(ONNXNORM_CALL* KernelInfoGetAttribute_int64)(const KernelInfo* info, const char* name,
                                                        std::int64_t* out);
-  Unused<87, 88> unused_87;
-  Status*(ONNXNORM_CALL* KernelContext_GetInputCount)(const KernelContext* context,
-                                                      std::size_t* out);
-  Unused<89, 90> unused_89;
+  Unused<87, 90> unused_87;
   Status*(ONNXNORM_CALL* KernelContext_GetInput)(const KernelContext* context, std::size_t index,
                                                  const Value** out);
   Status*(ONNXNORM_CALL* KernelContext_GetOutput)(KernelContext* context, std::size_t index,
@@ -148,7 +141,7 @@ struct CustomOp {
 // What the table documents: entry k stands k pointers behind its start.
 #define ONNXNORM_AT(entry, index) \
   static_assert(offsetof(::onnxnorm::ort::Api, entry) == (index) * sizeof(void*))
-ONNXNORM_AT(GetErrorMessage, 2);
+ONNXNORM_AT(CreateCustomOpDomain, 26);
 ONNXNORM_AT(AddCustomOpDomain, 28);
 ONNXNORM_AT(GetTensorMutableData, 51);
 ONNXNORM_AT(GetSymbolicDimensions, 63);
