@@ -17,18 +17,19 @@ if TYPE_CHECKING:
     from onnxnorm.api import inspect as inspect
     from onnxnorm.api import optimize as optimize
     from onnxnorm.errors import OnnxNormError as OnnxNormError
+    from onnxnorm.ops.library import register_ops as register_ops
     from onnxnorm.report import Report as Report
 
     __version__: str
 
-__all__ = ["OnnxNormError", "Report", "Result", "compare", "inspect", "optimize"]
+__all__ = ["OnnxNormError", "Report", "Result", "compare", "inspect", "optimize", "register_ops"]
 
 
 def __getattr__(name: str) -> Any:
     """Import what is asked for: a process that only measures need not import the compiler."""
     if name == "__version__":
         return import_module("importlib.metadata").version("onnxnorm")
-    homes = {"OnnxNormError": "errors", "Report": "report"}
+    homes = {"OnnxNormError": "errors", "Report": "report", "register_ops": "ops.library"}
     if name not in __all__:
         raise AttributeError(f"module 'onnxnorm' has no attribute '{name}'")
     return getattr(import_module(f"onnxnorm.{homes.get(name, 'api')}"), name)

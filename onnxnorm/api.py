@@ -22,6 +22,7 @@ from onnxnorm.errors import (
     UsageError,
     VerificationError,
 )
+from onnxnorm.facts import Facts
 from onnxnorm.module import Module
 from onnxnorm.pipeline import Pipeline, Run
 from onnxnorm.registry import select
@@ -31,6 +32,7 @@ from onnxnorm.rollback import prove
 from onnxnorm.rows import file_rows, model_facts, norm_rows, site_rows
 from onnxnorm.staging import Staged
 from onnxnorm.storage import Stored
+from onnxnorm.stream_rows import stream_rows
 from onnxnorm.workbench import Progress, Shapes, Workbench
 
 Target: TypeAlias = Literal["onnx", "ort-cpu", "ort-cuda"]
@@ -136,6 +138,7 @@ def optimize(
             bench.resolve(provider)
         say("passes", None)
         pipeline = Pipeline(chosen, tuple(only), tuple(skip), after_pass)
+        facts = Facts(Module(stored))
         run = pipeline.run(stored)
         _check_valid(stored, run)
         told = _Told()
@@ -164,12 +167,14 @@ def optimize(
                 told.notes.append("Nothing was changed, so nothing was written.")
             else:
                 files = staging.save(run.stored, place, ahead)
+        streams = stream_rows(facts, run.remarks)
         report = Report(
             command="optimize",
             version=version("onnxnorm"),
             model=model_facts(stored, place, run.stored),
             nodes={"before": run.nodes[0], "after": run.nodes[1]},
             norms=norm_rows(run.norms, run.remarks),
+            streams=streams,
             passes=[vars(s) for s in run.statistics],
             sites=site_rows(run.remarks),
             environment=_environment(bench.provider is not None, threads),
@@ -206,6 +211,7 @@ def inspect(
     """
     chosen = _aimed(select(passes), target)
     with _taken(model) as stored:
+        facts = Facts(Module(stored))
         run = Pipeline(chosen).run(stored)
         return Report(
             command="inspect",
@@ -213,6 +219,7 @@ def inspect(
             model=model_facts(stored, None, None),
             nodes={"before": run.nodes[0], "after": run.nodes[1]},
             norms=norm_rows(run.norms, run.remarks),
+            streams=stream_rows(facts, run.remarks),
             passes=[vars(s) for s in run.statistics],
             sites=site_rows(run.remarks),
             parity_skipped="inspect runs nothing",

@@ -1,4 +1,4 @@
-"""The command line: `onnxnorm optimize | inspect | compare | passes`.
+"""The command line: `onnxnorm optimize | inspect | compare | passes | ops`.
 
 Results go to stdout, progress and errors to stderr. Exit codes: 0 done; 1 the outputs do not
 agree or could not be compared, and nothing was written; 2 wrong usage or bad input.
@@ -278,6 +278,20 @@ def passes(*, as_json: bool) -> None:
         click.echo(f"{row['name']}  ({on})\n    {row['summary']}\n    {row['equation']}")
         for key, option in row["options"].items():
             click.echo(f"    {key}={option['default']}  ({option['type']})")
+
+
+@cli.command()
+@click.option("--path", is_flag=True, help="Print the library's path and nothing else.")
+def ops(*, path: bool) -> None:
+    """Show the operator library: kernels, instruction set in use, and what is missing."""
+    from onnxnorm.errors import ProviderError
+    from onnxnorm.ops import library
+
+    found = library.describe()
+    if path and found.path is None:
+        raise ProviderError(f"no operator library: {'; '.join(found.missing)}", library.HINT)
+    for line in [str(found.path)] if path else library.summary(found):
+        click.echo(line)
 
 
 @contextmanager

@@ -154,6 +154,12 @@ class Node(gs.Node):
         return next((name for name in names if isinstance(self.attrs.get(name), refers)), None)
 
     @property
+    def made_by(self) -> str:
+        """The site that made this node, in this run or before; "" for one the exporter made."""
+        told = (e.value for e in self.proto.metadata_props if e.key == SITE_KEY)
+        return self.site or next(told, "")
+
+    @property
     def label(self) -> str:
         """What to call this node in a message: its name, else its first output."""
         return str(self.name or next((v.name for v in self.outputs if v.name), self.op))

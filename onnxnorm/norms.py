@@ -184,7 +184,14 @@ class _Recogniser:
                 norm = replace(norm, obstacle=region.escape.reason, obstacle_at=region.escape.node)
             found.append((norm, region.escape))
         best = self._outermost(found)
+        if best is not None and operator and self._reads_centred(best, node):
+            best = None  # the operator by itself, on a tensor that others read as well
         return best if best is None else self._extended(best)
+
+    def _reads_centred(self, norm: Norm, node: Node) -> bool:
+        """Whether what stands in the way of a norm is that others read what an operator reads."""
+        at = norm.obstacle_at
+        return at is not None and self.moments.source(node.inputs[0]) is at.outputs[0]
 
     def _outermost(self, found: list[tuple[Norm, Escape | None]]) -> Norm | None:
         """The largest of several readings of one result.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from onnxnorm.errors import UsageError, VerificationError
@@ -219,7 +219,10 @@ class Pipeline:
         site = site_id(rule.name, anchor)
         names = (site, site.partition(":")[2], anchor.name)
         self._asked.update(names)
-        base = Remark("skipped", rule.name, site, at=root.label, anchor=anchor.name)
+        further = tuple(site_id("", v)[1:] for v in plan.anchors) if isinstance(plan, Plan) else ()
+        base = Remark(
+            "skipped", rule.name, site, at=root.label, anchor=anchor.name, anchors=further
+        )
         if isinstance(plan, Refusal):
             return Remark(
                 "missed" if plan.missed else "kept" if plan.kept else "refused",
@@ -249,4 +252,4 @@ class Pipeline:
 
 
 def _because(remark: Remark, reason: str) -> Remark:
-    return Remark(remark.outcome, remark.rule, remark.site, remark.at, reason, anchor=remark.anchor)
+    return replace(remark, reason=reason)

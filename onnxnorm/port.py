@@ -5,6 +5,10 @@
 A port knows which input is the weight, which of its axes (and groups) make the output features,
 and where the bias goes. It owns every check on the weight: that it is known, that its dtype can
 hold the result, and that a copy of a shared one is not too large.
+
+`Port` is a convolution as a whole. `slots` gives the same for every linear operator, constant by
+constant: a change of the output features is one change of each slot. `Inlet` is the other side, the
+input features: what a constant vector added to the input adds to the output.
 """
 
 from __future__ import annotations
@@ -183,3 +187,215 @@ def rounded(array: NDArray[np.float64], dtype: np.dtype[Any]) -> Array:
     with _quiet():
         out: Array = array.astype(dtype)
     return out
+
+
+# ** every linear operator, constant by constant **
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A constant input of an operator whose output is linear in it.
+
+        y = gain * (what the slot makes of the other inputs) + ...
+
+    Attributes:
+        index: Which input of the node it is.
+        constant: The constant.
+        axis: The axis of the constant, from the right, that makes the output features; a constant
+            without that axis, or of size 1 on it, is the same for every feature.
+        output_axis: The axis of the output, from the right, that the features are.
+        groups: Into how many groups the features are cut, in the constant's axis 0 (ConvTranspose).
+        bias: Whether it is added, and not multiplied with another input.
+        gain: The factor with which it enters the output (alpha and beta of Gemm).
+    """
+
+    index: int
+    constant: Constant
+    axis: int
+    output_axis: int
+    groups: int = 1
+    bias: bool = False
+    gain: float = 1.0
+
+
+def slots(node: Node, facts: Facts) -> tuple[Slot, ...] | str:
+    """The weights and biases that make a node's output features; a clause where it has none.
+
+    MatMul and Gemm with a constant on either side, Conv and ConvTranspose; a bias that is not
+    constant is no slot: `Slot`s say only what is known of the model's constants.
+    """
+    if node.domain != "":
+        return f"it is {node.op} of the domain {node.domain}"
+    finder = _SLOTS.get(node.op)
+    if finder is None:
+        return "it is not linear"
+    found = finder(node, facts)
+    if isinstance(found, str):
+        return found
+    for slot in found:
+        if not is_real(slot.constant.dtype):
+            return f"its '{slot.constant.name}' is of type {slot.constant.dtype}"
+    return found
+
+
+def _given(node: Node, index: int, facts: Facts) -> Constant | None:
+    if len(node.inputs) <= index or not node.inputs[index].name:
+        return None
+    return facts.constant(node.inputs[index])
+
+
+def _matmul_slots(node: Node, facts: Facts) -> tuple[Slot, ...] | str:
+    right, left = _given(node, 1, facts), _given(node, 0, facts)
+    if right is not None and len(right.shape) >= 2:
+        return (Slot(1, right, -1, -1),)
+    if left is not None and len(left.shape) >= 2:
+        return (Slot(0, left, -2, -2),)
+    return "none of its operands is a constant matrix"
+
+
+def _gemm_slots(node: Node, facts: Facts) -> tuple[Slot, ...] | str:
+    if name := node.parameter("alpha", "beta", "transA", "transB"):
+        return f"{name} is a parameter of the function"
+    right, left, bias = (_given(node, i, facts) for i in (1, 0, 2))
+    alpha, beta = (float(node.attrs.get(n, 1.0)) for n in ("alpha", "beta"))
+    found: list[Slot] = []
+    if right is not None and len(right.shape) == 2:
+        found.append(Slot(1, right, -2 if node.attrs.get("transB", 0) else -1, -1, gain=alpha))
+    elif left is not None and len(left.shape) == 2:
+        found.append(Slot(0, left, -1 if node.attrs.get("transA", 0) else -2, -2, gain=alpha))
+    else:
+        return "none of its operands is a constant matrix"
+    if bias is not None:
+        axis = found[0].output_axis
+        found.append(Slot(2, bias, axis, axis, bias=True, gain=beta))
+    return tuple(found)
+
+
+def _conv_slots(node: Node, facts: Facts) -> tuple[Slot, ...] | str:
+    if node.parameter("group") is not None:
+        return "group is a parameter of the function"
+    weight, bias = _given(node, _WEIGHT, facts), _given(node, _BIAS, facts)
+    if weight is None or len(weight.shape) < 3:
+        return "its weight is not constant"
+    rank, groups = len(weight.shape), int(node.attrs.get("group", 1))
+    layout = LAYOUTS[node.op]
+    found = [
+        Slot(
+            _WEIGHT,
+            weight,
+            layout.output_axis - rank,
+            1 - rank,
+            groups=groups if layout.split_groups else 1,
+        )
+    ]
+    if bias is not None:
+        found.append(Slot(_BIAS, bias, -1, 1 - rank, bias=True))
+    return tuple(found)
+
+
+_SLOTS: Final[dict[str, Callable[[Node, Facts], tuple[Slot, ...] | str]]] = {
+    "MatMul": _matmul_slots,
+    "Gemm": _gemm_slots,
+    "Conv": _conv_slots,
+    "ConvTranspose": _conv_slots,
+}
+
+
+@dataclass(frozen=True)
+class Inlet:
+    """The input-feature side of a linear operator: f(x + v) = f(x) + v W for every constant v.
+
+    Attributes:
+        node: The operator.
+        input_axis: The axis of its input, from the right, that it contracts.
+        output_axis: The axis of its output, from the right, that v W lies on.
+        weight: Its weight.
+        features: Number of output features.
+    """
+
+    node: Node
+    input_axis: int
+    output_axis: int
+    weight: Constant
+    features: int
+    _transposed: bool  # whether the weight is (out, in)
+    _gain: float
+
+    @classmethod
+    def of(cls, node: Node, index: int, facts: Facts, *, padded: bool = False) -> Inlet | str:
+        """The inlet of input `index`, or a clause that says why there is none.
+
+        A convolution must not pad: what it pads with has no v added. `padded` allows it, for what
+        multiplies the input. A grouped one mixes only part of the features and has no inlet.
+        """
+        if node.domain != "" or index != 0 or node.op not in ("MatMul", "Gemm", "Conv"):
+            return "it is not linear in this input"
+        weight = _given(node, 1, facts)
+        if weight is None or not is_real(weight.dtype):
+            return "its weight is not constant"
+        shape = weight.shape
+        if node.op == "MatMul":
+            if len(shape) != 2:
+                return f"its weight has {len(shape)} axes"
+            return cls(node, -1, -1, weight, shape[1], False, 1.0)
+        if node.op == "Gemm":
+            names = ("alpha", "beta", "transA", "transB")
+            if node.parameter(*names) or node.attrs.get("transA", 0) or len(shape) != 2:
+                return "it does not contract the last axis"
+            transposed = bool(node.attrs.get("transB", 0))
+            features, gain = shape[0 if transposed else 1], float(node.attrs.get("alpha", 1.0))
+            return cls(node, -1, -1, weight, features, transposed, gain)
+        pads = node.attrs.get("pads")
+        automatic = node.attrs.get("auto_pad", "NOTSET")
+        automatic = automatic.decode() if isinstance(automatic, bytes) else automatic
+        pads_now = automatic not in ("NOTSET", "VALID", "") or any(pads or ())
+        if (
+            (pads_now and not padded)
+            or node.attrs.get("group", 1) != 1
+            or node.parameter("pads", "group", "auto_pad")
+        ):
+            return "it pads with zeros or is grouped"
+        return cls(node, 1 - len(shape), 1 - len(shape), weight, shape[0], True, 1.0)
+
+    @property
+    def weight_axis(self) -> int:
+        """The axis of the weight, from the left, that is contracted."""
+        return 1 if self._transposed else 0
+
+    def scaled(self, vector: NDArray[np.float64]) -> Array:
+        """W' with f'(x) = f(diag(v) x), formed in float64 and rounded once."""
+        weight = self.weight.array()
+        out = np.empty_like(weight)
+        step = max(1, _BLOCK // max(1, weight[:1].size * 8))
+        for at in range(0, weight.shape[0], step):
+            rows = slice(at, at + step)
+            factors = vector[rows] if self.weight_axis == 0 else vector
+            shaped = [1] * weight.ndim
+            shaped[self.weight_axis] = -1
+            with _quiet():
+                out[rows] = rounded(
+                    weight[rows].astype(np.float64) * factors.reshape(shaped), weight.dtype
+                )
+        return out
+
+    def mixed(self, matrix: NDArray[np.float64]) -> Array:
+        """W' with f'(x) = f(x M), formed in float64 and rounded once."""
+        weight = self.weight.array()
+        moved = np.tensordot(matrix, weight.astype(np.float64), axes=(1, self.weight_axis))
+        return rounded(np.moveaxis(moved, 0, self.weight_axis), weight.dtype)
+
+    def through(self, vector: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The vector times W in float64, one entry for each output feature."""
+        weight = self.weight.array()
+        out = np.zeros(self.features)
+        if self._transposed:
+            step = max(1, _BLOCK // max(1, weight[:1].size * 8))
+            for at in range(0, weight.shape[0], step):
+                rows = weight[at : at + step].astype(np.float64)
+                rows = rows.reshape(rows.shape[0], rows.shape[1], -1).sum(axis=2)
+                out[at : at + step] = rows @ vector
+        else:
+            step = max(1, _BLOCK // max(1, weight[:1].size * 8))
+            for at in range(0, weight.shape[0], step):
+                out += vector[at : at + step] @ weight[at : at + step].astype(np.float64)
+        return out * self._gain

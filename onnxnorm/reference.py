@@ -206,11 +206,13 @@ class _Run:
             raise _NotTried(f"its input of shape {shape} is too large to try")
         return tuple(shape)
 
-    def _fit(self, dims: tuple[Dim, ...]) -> None:
+    def _fit(self, shape: tuple[Dim, ...]) -> None:
         """Give dims that are not known the sizes that the factors have there."""
         for factor in (self._norm.gamma, self._norm.beta):
             if isinstance(factor, np.ndarray):
-                for dim, size in zip(dims[::-1], factor.shape[::-1], strict=False):
+                for place, size in enumerate(factor.shape[::-1][: len(shape)]):
+                    axis = len(shape) - 1 - place
+                    dim = shape[axis]
                     if size > 1 and not isinstance(dim, int):
                         self._sizes[dim] = size
 

@@ -40,10 +40,15 @@ class Remark:
         advice: What the user could change; "" where there is nothing.
         removed: Labels of the nodes that went.
         added: Labels of the nodes that came.
-        region: Where, for an applied one; None in a function, which may be called anywhere.
+        region: Where, for an applied one; None in a function, which may be called anywhere, and for
+            a change that goes through the whole model.
         anchor: The output value of the place's root node.
-        into: What the place became, for an applied one.
         error: The measured error that rolled it back, over its budget.
+        anchors: Further values that the site stands for, with the way to their scope.
+        edited: Labels of the nodes that stayed and read something else now.
+        action: What an applied one did to a norm: "folded", "converted", "lowered".
+        into: What the place became, for an applied one.
+        note: What an applied one cost and gained, as a clause.
     """
 
     outcome: Outcome
@@ -56,5 +61,9 @@ class Remark:
     added: tuple[str, ...] = ()
     region: Region | None = None
     anchor: str = ""
-    into: str = ""
     error: float | None = None
+    anchors: tuple[str, ...] = ()
+    edited: tuple[str, ...] = ()
+    action: str = "folded"
+    into: str = ""
+    note: str = ""

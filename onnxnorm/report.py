@@ -58,6 +58,7 @@ class Report:
         model: Paths, sizes, opset, ir_version and producer.
         nodes: Number of nodes before and after.
         norms: One row for each normalization.
+        streams: One row for each residual stream.
         passes: One row for each pass that was run.
         sites: One row for each decision.
         parity: The parity result, or None and `parity_skipped` with the reason.
@@ -80,6 +81,7 @@ class Report:
     model: Json
     nodes: Json
     norms: Sequence[Json] = ()
+    streams: Sequence[Json] = ()
     passes: Sequence[Json] = ()
     sites: Sequence[Json] = ()
     parity: Json | None = None
@@ -125,6 +127,7 @@ class Report:
                 f"version {SCHEMA_VERSION}",
                 "Use the onnxnorm that wrote it, or make the report again.",
             )
+        data = {"streams": [], **data}  # the first version had none
         schema = load_schema()
         fault = _fault(data, schema, schema, "report")
         if fault is not None:

@@ -259,6 +259,7 @@ def render_inspect(report: Json, console: Console, *, verbose: bool = False) -> 
     if report["norms"]:
         page.line()
         _print_norm_rows(page, report, verbose=verbose)
+    _print_streams(page, report, verbose=verbose)
     norms = {norm["site"] for norm in report["norms"]}
     others = [s for s in report["sites"] if s["action"] == "refused" and s["site"] not in norms]
     if others:
@@ -267,6 +268,43 @@ def render_inspect(report: Json, console: Console, *, verbose: bool = False) -> 
     if verbose:
         _print_environment(page, report)
     _print_notes(page, report)
+
+
+def _print_streams(page: _Page, report: Json, *, verbose: bool) -> None:
+    """The residual streams: who writes and reads each, and what stands in the way."""
+    streams = report["streams"]
+    if not streams:
+        return
+    page.heading("Streams")
+    small = [s for s in streams if len(s["norms"]) == 1 and not s["converts"]]
+    shown = streams if verbose else [s for s in streams if s not in small]
+    for stream in shown:
+        of = f"{len(stream['converts'])} of {counted(len(stream['norms']), 'norm')} would convert"
+        page.prose(f"{counted(stream['features'], 'feature')}: {of}", lead="  ", hang=4)
+        for title in ("writers", "readers"):
+            names = stream[title]
+            listed_now = names if verbose else names[:_NAMES_SHOWN]
+            more = len(names) - len(listed_now)
+            tail = f" and {more} more" if more else ""
+            page.prose(
+                f"{len(names)} {title}: {', '.join(listed_now)}{tail}",
+                lead="    ",
+                hang=6,
+                style="dim",
+            )
+        for price in stream["price"]:
+            page.prose(price, lead="    ", hang=6, style="dim")
+        reasons: dict[str, int] = {}
+        for each in stream["blocked"]:
+            reasons[each["reason"]] = reasons.get(each["reason"], 0) + 1
+        for reason, number in reasons.items():
+            page.prose(f"{number} stay: {reason}", lead="    ", hang=6)
+    if len(shown) < len(streams):
+        hidden = counted(len(streams) - len(shown), "more stream")
+        page.prose(f"{hidden} of one norm that stays; --verbose lists them", lead="  ", hang=4)
+
+
+_NAMES_SHOWN: Final = 4
 
 
 def _mood(report: Json) -> str:

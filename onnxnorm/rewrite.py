@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import onnx
 
-from onnxnorm.facts import AnyValue, Facts
+from onnxnorm.facts import AnyValue, Facts, Use
 from onnxnorm.matcher import Match, Mismatch, match
 from onnxnorm.module import Module, Node, Scope, Value, Weight, reads
 from onnxnorm.pattern import Op
@@ -58,15 +58,29 @@ class Plan:
 
     Attributes:
         root: The node whose output value survives; it names the site.
-        nodes: Every node that the change replaces. Plans of one round never share one.
+        nodes: Every node that the change replaces or edits. Plans of one round never share one.
         detail: What `apply` needs; a `Match` for a local pattern.
+        anchors: Further values that the site stands for, where it covers more than its root.
+        inside: Nodes that stay and whose results change; they belong to the region.
+        outputs: What the region computes, where that is not the root's outputs: values that mean
+            the same before and after.
+        local: Whether the region can be run by itself. One that goes through the whole model
+            cannot: what it reads in many places has to fit together.
+        action: What it does to a norm: "folded", "converted", "lowered".
         into: What the place becomes, for the report; "" for the last operator that comes.
+        note: What it costs and gains, as a clause for the report.
     """
 
     root: Node
     nodes: tuple[Node, ...]
     detail: Any
+    anchors: tuple[AnyValue, ...] = ()
+    inside: tuple[Node, ...] = ()
+    outputs: tuple[AnyValue, ...] | None = None
+    local: bool = True
+    action: str = "folded"
     into: str = ""
+    note: str = ""
 
 
 class Pass(ABC):
@@ -137,6 +151,17 @@ class _Draft:
     proto: onnx.NodeProto
     inputs: tuple[AnyValue, ...]
     outputs: tuple[Value, ...]
+    scope: Scope
+    at: Node | Scope  # the node in whose place it goes, or behind which; or where a scope begins
+    behind: bool
+    replaces: bool
+
+
+@dataclass(frozen=True)
+class _Rewiring:
+    node: Node
+    index: int
+    value: AnyValue
 
 
 class Rewriter:
@@ -144,6 +169,10 @@ class Rewriter:
 
     New values are named after the root's output: `<output>_<role>`. A constant is always a new
     one: a weight that others share is never edited in place.
+
+    A site need not be one place. `at=` puts new nodes in the place of another node than the root,
+    `behind=` right behind the producer of a value; `rewire` gives an existing node another input,
+    `redirect` gives all readers of a value another one. All of it is staged, and committed whole.
 
     Args:
         module: The module to change.
@@ -164,7 +193,10 @@ class Rewriter:
         self._rule = ""
         self._drafts: list[_Draft] = []
         self._constants: list[Weight] = []
-        self._inserted: dict[Node, list[Node]] = {}  # a removed root -> what stands in its place
+        self._rewirings: list[_Rewiring] = []
+        self._redirects: dict[AnyValue, AnyValue] = {}
+        self._inserted: dict[Node, list[Node]] = {}  # a removed node -> what stands in its place
+        self._behind: dict[Node | Scope, list[Node]] = {}  # a producer -> what follows it
         self._scopes: dict[Scope, None] = {}
 
     # ** staging **
@@ -174,6 +206,7 @@ class Rewriter:
         self._plan, self._rule = plan, rule
         self._site = site_id(rule, plan.root.outputs[0])
         self._drafts, self._constants = [], []
+        self._rewirings, self._redirects = [], {}
 
     @property
     def root(self) -> Node:
@@ -181,10 +214,19 @@ class Rewriter:
         assert self._plan is not None, "begin() starts a site"
         return self._plan.root
 
-    def constant(self, role: str, array: Array) -> AnyValue:
-        """A new constant named after its role; in a function, a Constant node."""
-        scope = self.root.scope
-        name = self.module.fresh_name(f"{self.root.outputs[0].name}_{role}")
+    def constant(
+        self,
+        role: str,
+        array: Array,
+        *,
+        at: Node | None = None,
+        behind: Value | None = None,
+        name: str | None = None,
+    ) -> AnyValue:
+        """A new constant named after its role, or `name`; in a function, a Constant node."""
+        place = self.root if at is None else at
+        scope = place.scope if behind is None else _scope(behind)
+        name = self.module.fresh_name(name or f"{_named(place, behind)}_{role}")
         tensor = self.module.stored.keep(name, array)
         if not scope.is_function:
             weight = Weight(tensor, scope, self.module.stored)
@@ -192,7 +234,7 @@ class Rewriter:
             return weight
         tensor.name = ""
         proto = onnx.helper.make_node("Constant", [], [name], value=tensor)
-        return self._stage(proto, (), Value(name, scope))
+        return self._stage(proto, (), Value(name, scope), behind or place)
 
     def add(
         self,
@@ -202,11 +244,15 @@ class Rewriter:
         *,
         domain: str = "",
         attrs: Mapping[str, Any] | None = None,
+        at: Node | None = None,
+        behind: Value | None = None,
     ) -> Value:
         """A new node with one output, named after its role; returns the output."""
-        name = self.module.fresh_name(f"{self.root.outputs[0].name}_{role}")
+        place = self.root if at is None else at
+        name = self.module.fresh_name(f"{_named(place, behind)}_{role}")
         proto = onnx.helper.make_node(op, [], [], name=name, domain=domain, **(attrs or {}))
-        return self._stage(proto, inputs, Value(name, self.root.scope))
+        scope = place.scope if behind is None else _scope(behind)
+        return self._stage(proto, inputs, Value(name, scope), behind or place)
 
     def replace(
         self,
@@ -215,76 +261,174 @@ class Rewriter:
         *,
         domain: str = "",
         attrs: Mapping[str, Any] | None = None,
+        at: Node | None = None,
     ) -> None:
-        """A new node that computes the root's output from now on, under the root's name."""
-        proto = onnx.helper.make_node(
-            op, [], [], name=self.root.name, domain=domain, **(attrs or {})
-        )
-        self._stage(proto, inputs, self.root.outputs[0])
+        """A new node that computes the root's output from now on, under the root's name.
+
+        With `at`, it does so for that node and not for the root.
+        """
+        place = self.root if at is None else at
+        proto = onnx.helper.make_node(op, [], [], name=place.name, domain=domain, **(attrs or {}))
+        self._stage(proto, inputs, place.outputs[0], place, replaces=True)
 
     def replace_like(self, like: Node, inputs: Sequence[AnyValue | None]) -> None:
         """A copy of the node `like`, with other inputs, that computes the root's output.
 
         Its name, attributes, doc string and metadata are those of `like`.
         """
-        self._stage(like.proto, inputs, self.root.outputs[0])
+        self._stage(like.proto, inputs, self.root.outputs[0], self.root, replaces=True)
+
+    def copy(
+        self,
+        node: Node,
+        inputs: Sequence[AnyValue],
+        role: str,
+        *,
+        attrs: Mapping[str, Any] | None = None,
+    ) -> list[Value]:
+        """A copy of a node in front of it, with other inputs; its outputs are new values.
+
+        For a change after which they have other shapes: a value that stays keeps its shape.
+        """
+        made = [
+            Value(self.module.fresh_name(f"{v.name}_{role}") if v.name else "", node.scope)
+            for v in node.outputs
+        ]
+        proto = onnx.NodeProto()
+        proto.CopyFrom(node.proto)
+        if proto.name:
+            proto.name = self.module.fresh_name(f"{proto.name}_{role}")
+        for name, value in (attrs or {}).items():
+            for old in [a for a in proto.attribute if a.name == name]:
+                proto.attribute.remove(old)
+            proto.attribute.append(onnx.helper.make_attribute(name, value))
+        draft = _Draft(proto, tuple(inputs), tuple(made), node.scope, node, False, False)
+        self._drafts.append(draft)
+        return made
+
+    def rewire(self, node: Node, index: int, value: AnyValue) -> None:
+        """Let a node that stays read another value as its input `index`; it names the site."""
+        self._rewirings.append(_Rewiring(node, index, value))
+
+    def redirect(self, value: AnyValue, to: AnyValue) -> None:
+        """Let all that reads `value` read `to`; what computes it goes when nobody needs it.
+
+        The value must not be an output of its scope. Edits of the same site that name `value` mean
+        `to`.
+        """
+        assert self.facts.pinned(value) is None, "an output keeps its producer"
+        self._redirects[value] = to
 
     def _stage(
-        self, proto: onnx.NodeProto, inputs: Sequence[AnyValue | None], output: Value
+        self,
+        proto: onnx.NodeProto,
+        inputs: Sequence[AnyValue | None],
+        output: Value,
+        at: Node | Value,
+        *,
+        replaces: bool = False,
     ) -> Value:
-        given = [Value("", self.root.scope) if v is None else v for v in inputs]
+        scope = at.scope if isinstance(at, Node) else _scope(at)
+        place: Node | Scope = at if isinstance(at, Node) else self.facts.producer(at) or scope
+        behind = not isinstance(at, Node)
+        given = [Value("", scope) if v is None else v for v in inputs]
         while given and not given[-1].name:
             given.pop()  # trailing empty inputs say nothing
-        self._drafts.append(_Draft(proto, tuple(given), (output,)))
+        draft = _Draft(proto, tuple(given), (output,), scope, place, behind, replaces)
+        self._drafts.append(draft)
         return output
 
     # ** committing **
 
     def commit(self) -> Remark:
-        """Put the staged nodes in the root's place; remove what nobody needs any more."""
+        """Put the staged nodes in their places; remove what nobody needs any more."""
         plan = self._plan
         assert plan is not None, "begin() starts a site"
-        root, scope = plan.root, plan.root.scope
+        root = plan.root
         anchor = root.outputs[0]
-        gone = [_described(root)]
+        replaced = dict.fromkeys(d.at for d in self._drafts if d.replaces)
+        removed = [n for n in replaced if isinstance(n, Node)]
+        gone = [_described(n) for n in removed]
         region = self._region(plan)
-        freed = self._unlink(root)
-        made = []
-        for draft in self._drafts:
-            node = Node(draft.proto, scope, draft.inputs, draft.outputs, self._site)
-            self.module.names.update(v.name for v in draft.outputs)
-            for value in draft.outputs:
-                scope.values[value.name] = value
-            made.append(node)
+        outputs = [v for n in plan.nodes for v in n.outputs]
+        freed = [v for n in removed for v in self._unlink(n)]
+        made = [self._place(draft) for draft in self._drafts]
         for weight in self._constants:
-            scope.values[weight.name] = weight
-            scope.weights[weight] = None
-        self._inserted[root] = made
-        gone += self._sweep([*freed, *(v for n in plan.nodes for v in n.outputs)])
+            weight.scope.values[weight.name] = weight
+            weight.scope.weights[weight] = None
+            weight.scope.touch()
+        edited = [self._rewired(r, freed) for r in self._rewirings]
+        for value, to in self._redirects.items():
+            for use in [Use(n, i) for n in dict.fromkeys(value.outputs) for i in _places(n, value)]:
+                use.node.inputs[use.index] = self._meant(to)
+                use.node.scope.touch()
+            freed.append(value)
+        gone += self._sweep([*freed, *outputs])
+        changed = [n for n in dict.fromkeys(edited) if n not in self.dead]
         remark = Remark(
             "applied",
             self._rule,
             self._site,
-            at=gone[0].partition(" ")[2],
+            at=root.label if root not in self.dead or not gone else gone[0].partition(" ")[2],
             removed=tuple(gone),
             added=tuple(_described(n) for n in made),
             region=region,
             anchor=anchor.name,
+            anchors=tuple(_path(v) for v in plan.anchors),
+            edited=tuple(_described(n) for n in changed),
+            action=plan.action,
             into=plan.into or (made[-1].op if made else ""),
+            note=plan.note,
         )
         self.log.append(remark)
         self._plan = None
         return remark
 
+    def _place(self, draft: _Draft) -> Node:
+        """Make a staged node and put it down for its place."""
+        scope = draft.scope
+        inputs = [self._meant(v) for v in draft.inputs]
+        node = Node(draft.proto, scope, inputs, draft.outputs, self._site)
+        for value in draft.outputs:
+            if value.name:
+                self.module.names.add(value.name)
+                scope.values[value.name] = value
+        if isinstance(draft.at, Node) and not draft.behind:
+            self._inserted.setdefault(draft.at, []).append(node)
+        else:
+            self._behind.setdefault(draft.at, []).append(node)
+        scope.touch()
+        self._scopes[scope] = None
+        return node
+
+    def _rewired(self, edit: _Rewiring, freed: list[AnyValue]) -> Node:
+        node = edit.node
+        while len(node.inputs) <= edit.index:
+            node.inputs.append(Value("", node.scope))
+        freed.append(node.inputs[edit.index])
+        node.inputs[edit.index] = self._meant(edit.value)
+        node.site = self._site
+        node.scope.touch()
+        return node
+
+    def _meant(self, value: AnyValue) -> AnyValue:
+        """The value that stands for `value` when the site is committed."""
+        while value in self._redirects:
+            value = self._redirects[value]
+        return value
+
     def finish(self) -> None:
         """Rebuild the node lists of the scopes that were changed, each in one go."""
         for scope in self._scopes:
             nodes: list[Node] = []
+            nodes += self._behind.get(scope, ())
             for node in scope.nodes:
                 nodes += self._inserted.get(node, ())
-                if node not in self.dead:
-                    nodes.append(node)
-            scope.graph.nodes[:] = nodes
+                nodes.append(node)
+                # Also behind a node that is gone: what replaced it computes the same values.
+                nodes += self._behind.get(node, ())
+            # New nodes can be gone too: a site whose result nobody reads, or one that built on it.
+            scope.graph.nodes[:] = [node for node in nodes if node not in self.dead]
 
     def _sweep(self, candidates: list[AnyValue]) -> list[str]:
         """Remove what computed these values where nobody reads them now; says what went."""
@@ -327,22 +471,59 @@ class Rewriter:
         return freed
 
     def _region(self, plan: Plan) -> Region | None:
-        nodes, scope, outputs = plan.nodes, plan.root.scope, plan.root.outputs
-        while scope.owner is not None:
-            nodes, outputs = (scope.owner,), scope.owner.outputs
-            scope = scope.owner.scope
-        if scope.is_function:
+        """Where a site changes the main graph; None where a part cannot be told apart."""
+        if not plan.local:
+            return None
+        nodes = dict.fromkeys(_outermost(n) for n in (*plan.nodes, *plan.inside))
+        if plan.outputs is None:
+            outputs = _outermost(plan.root).outputs
+        else:
+            outputs = [o for v in plan.outputs for o in self._seen_outside(v)]
+        if any(node.scope.is_function for node in nodes):
             return None
         inside = {v for node in nodes for v in node.outputs}
         outside: dict[str, None] = {}
         for node in nodes:
             for value in reads(node):
-                local = value.scope is not scope
+                local = value.scope is not node.scope
                 skip = not value.name or value in inside or local
                 if not skip and self.facts.constant(value) is None:
                     outside[value.name] = None
-        return Region(self._site, tuple(outside), tuple(v.name for v in outputs if v.name))
+        names = dict.fromkeys(v.name for v in outputs if v.name)
+        return Region(self._site, tuple(outside), tuple(names))
+
+    def _seen_outside(self, value: AnyValue) -> list[Value]:
+        """A value of the main graph; what the outermost node around it computes otherwise."""
+        node = self.facts.producer(value)
+        if node is None or not isinstance(value, Value):
+            return []
+        outer = _outermost(node)
+        return [value] if outer is node else list(outer.outputs)
+
+
+def _outermost(node: Node) -> Node:
+    """The node of the main graph or of a function in whose bodies a node stands, or itself."""
+    while node.scope.owner is not None:
+        node = node.scope.owner
+    return node
 
 
 def _described(node: Node) -> str:
     return f"{node.op} {node.label}"
+
+
+def _path(value: AnyValue) -> str:
+    return f"{value.scope.path if value.scope is not None else ''}{value.name}"
+
+
+def _scope(value: Value) -> Scope:
+    assert value.scope is not None, "every value of a graph has a scope"
+    return value.scope
+
+
+def _named(place: Node, behind: Value | None) -> str:
+    return place.outputs[0].name if behind is None else behind.name
+
+
+def _places(node: Node, value: AnyValue) -> list[int]:
+    return [index for index, given in enumerate(node.inputs) if given is value]

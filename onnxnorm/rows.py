@@ -14,17 +14,16 @@ from onnxnorm.storage import Stored
 
 # Of several remarks on one place, the one that decided most about it is the row's.
 _RANK: Final = {"applied": 0, "rolled_back": 1, "refused": 2, "kept": 3, "skipped": 4, "missed": 5}
-_ACTIONS: Final = {"fold": "folded", "stream": "converted", "lower": "lowered"}  # by pass name
 
 
 def norm_rows(norms: Sequence[Norm], remarks: Sequence[Remark]) -> list[dict[str, Any]]:
     """One row for each normalization, with what the passes did about it."""
     by_anchor: dict[str, Remark] = {}
     for remark in remarks:
-        anchor = remark.site.partition(":")[2]
-        known = by_anchor.get(anchor)
-        if known is None or _RANK[remark.outcome] < _RANK[known.outcome]:
-            by_anchor[anchor] = remark
+        for anchor in (remark.site.partition(":")[2], *remark.anchors):
+            known = by_anchor.get(anchor)
+            if known is None or _RANK[remark.outcome] < _RANK[known.outcome]:
+                by_anchor[anchor] = remark
     rows = []
     for norm in norms:
         scope = norm.node.scope.path
@@ -63,7 +62,7 @@ def _action(norm: Norm, remark: Remark | None) -> tuple[str, str | None]:
     if remark is None:
         return ("none", "no pass that ran is for it")
     if remark.outcome == "applied":
-        return (_ACTIONS.get(remark.rule.partition("-")[0], "folded"), None)
+        return (remark.action, None)
     if remark.outcome in ("skipped", "kept"):
         return ("kept", remark.reason)
     if remark.outcome == "missed":

@@ -53,7 +53,8 @@ class LowerNorms(Pass):
                     yield decided
                     continue
             if guard is not None:
-                yield Plan(guard.node, (guard.node,), guard.node, "Mul and Reciprocal")
+                into = "Mul and Reciprocal"
+                yield Plan(guard.node, (guard.node,), guard.node, action="lowered", into=into)
 
     def _lowered(self, norm: Norm, facts: Facts) -> Plan | Refusal | None:
         if norm.kind in ("channel_affine", "batch_norm", "weight_standardization", "evo_norm"):
@@ -69,7 +70,7 @@ class LowerNorms(Pass):
         if untried is not None:
             reason = f"it could not be confirmed on random inputs: {untried}"
             return Refusal(reason, norm.node.label, node=norm.node)
-        return Plan(norm.node, norm.nodes, chosen, chosen[0].name)
+        return Plan(norm.node, norm.nodes, chosen, action="lowered", into=chosen[0].name)
 
     def apply(self, plan: Plan, rw: Rewriter) -> None:
         if isinstance(plan.detail, Node):

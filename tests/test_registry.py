@@ -14,6 +14,7 @@ from onnxnorm import passes, registry
 from onnxnorm.errors import UsageError
 from onnxnorm.passes.fold_batchnorm import FoldBatchnorm
 from onnxnorm.passes.lower_norms import LowerNorms
+from onnxnorm.passes.stream_fold_mean import StreamFoldMean
 from onnxnorm.registry import catalogue, default_passes, options, select
 from onnxnorm.rewrite import Pass
 
@@ -35,7 +36,8 @@ def test_approximate_passes_are_never_on_by_default() -> None:
 
 
 def test_selections() -> None:
-    assert select(None) == select("default") == [FoldBatchnorm(), LowerNorms()]
+    assert select(None) == [FoldBatchnorm(), StreamFoldMean(), LowerNorms()]
+    assert select("default") == select(None)
     assert select("none") == select("") == []
     assert select("fold-batchnorm{max_copy_mb=64}") == [FoldBatchnorm(max_copy_mb=64)]
     assert select(" fold-batchnorm { max_copy_mb = 64 } , fold-batchnorm") == [

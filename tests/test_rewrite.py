@@ -13,6 +13,7 @@ from onnx import numpy_helper, parser
 
 from onnxnorm import storage
 from onnxnorm.facts import Facts
+from onnxnorm.module import Node, Value
 from onnxnorm.pipeline import Pipeline, Run
 from onnxnorm.rewrite import Pass, Plan, Rewriter
 from onnxnorm.wire import INLINE_LIMIT
@@ -218,3 +219,116 @@ def test_a_site_in_a_body_changes_the_whole_control_flow_node() -> None:
     assert remark.region is not None
     assert (remark.region.inputs, remark.region.outputs) == (("flag", "x", "u"), ("y",))
     assert [t.name for t in done.stored.proto.graph.initializer] == [], "the outer weight went"
+
+
+# ** sites that span several places **
+
+SPREAD = """
+<ir_version: 8, opset_import: ["" : 17]>
+main (float[2] x) => (float[2] y, float[2] z) <float[2] w = {1.0, 2.0}>
+{
+   a = Neg (x)
+   b = Mul (a, w)
+   c = Abs (a)
+   y = Add (b, c)
+   z = Exp (c)
+}
+"""
+
+
+def _node(rw: Rewriter, output: str) -> Node:
+    return next(n for n in rw.module.nodes() if n.outputs[0].name == output)
+
+
+def test_nodes_go_behind_what_computes_a_value_and_chosen_readers_take_them() -> None:
+    def how(plan: Plan, rw: Rewriter) -> None:
+        a = plan.root.inputs[0]
+        made = rw.add("Sqrt", [a], "root", behind=a)
+        rw.rewire(plan.root, 0, made)
+        rw.replace("Relu", [_node(rw, "z").inputs[0]], at=_node(rw, "z"))
+
+    done = change("b", how, SPREAD)
+    assert ops(done.stored.proto.graph) == [
+        "Neg(x)->a",
+        "Sqrt(a)->a_root",
+        "Mul(a_root, w)->b",
+        "Abs(a)->c",
+        "Add(b, c)->y",
+        "Relu(c)->z",
+    ]
+    (remark,) = done.applied
+    assert remark.edited == ("Mul b",)
+    assert remark.removed == ("Exp z",)
+    sites = [[e.value for e in n.metadata_props] for n in done.stored.proto.graph.node]
+    assert sites == [[], ["at:b"], ["at:b"], [], [], ["at:b"]]
+
+
+def test_a_value_is_redirected_and_what_computed_it_goes() -> None:
+    def how(plan: Plan, rw: Rewriter) -> None:
+        c, a = plan.root.outputs[0], plan.root.inputs[0]
+        rw.redirect(c, a)
+        rw.replace("Relu", [c], at=_node(rw, "z"))  # means a
+
+    done = change("c", how, SPREAD)
+    assert ops(done.stored.proto.graph) == [
+        "Neg(x)->a",
+        "Mul(a, w)->b",
+        "Add(b, a)->y",
+        "Relu(a)->z",
+    ]
+    assert set(done.applied[0].removed) == {"Exp z", "Abs c"}
+
+
+def test_a_graph_input_is_followed_from_the_beginning() -> None:
+    def how(plan: Plan, rw: Rewriter) -> None:
+        x = plan.root.inputs[0]
+        assert isinstance(x, Value)
+        rw.rewire(plan.root, 0, rw.add("Sqrt", [x], "root", behind=x))
+
+    done = change("a", how, SPREAD)
+    assert ops(done.stored.proto.graph)[:2] == ["Sqrt(x)->x_root", "Neg(x_root)->a"]
+
+
+def test_an_input_that_was_not_there_can_be_given() -> None:
+    source = MODEL.replace("y = Neg (m)", "y = Clip (m)")
+
+    def how(plan: Plan, rw: Rewriter) -> None:
+        rw.rewire(plan.root, 2, rw.constant("most", np.asarray(3.0, np.float32), name="most"))
+
+    done = change("y", how, source)
+    assert ops(done.stored.proto.graph)[-1] == "Clip(m, , most)->y"
+
+
+def test_a_site_stands_for_all_its_anchors() -> None:
+    @dataclass(frozen=True)
+    class Wide(At):
+        def plan(self, facts: Facts) -> Iterator[Plan]:
+            for plan in super().plan(facts):
+                other = next(n for n in facts.module.nodes() if n.outputs[0].name == "z")
+                yield Plan(
+                    plan.root,
+                    (plan.root, other),
+                    None,
+                    anchors=(other.outputs[0],),
+                    outputs=(plan.root.outputs[0], other.outputs[0]),
+                    action="converted",
+                    note="for nothing",
+                )
+
+    def how(plan: Plan, rw: Rewriter) -> None:
+        rw.replace("Relu", [plan.root.inputs[0]])
+
+    stored = storage.from_proto(parser.parse_model(SPREAD))
+    (remark,) = Pipeline([Wide("y", how)]).run(stored).applied
+    assert (remark.anchors, remark.action, remark.note) == (("z",), "converted", "for nothing")
+    assert remark.region is not None
+    assert remark.region.outputs == ("y", "z")
+    skipped = Pipeline([Wide("y", how)], skip=("y",)).run(stored)
+    (kept,) = skipped.remarks
+    assert (kept.outcome, kept.anchors) == ("skipped", ("z",))
+
+
+def test_a_site_whose_result_nobody_reads_leaves_nothing_behind() -> None:
+    source = SPREAD.replace("   z = Exp (c)\n", "   z = Exp (c)\n   d = Sin (a)\n")
+    done = change("d", lambda plan, rw: rw.replace("Cos", [plan.root.inputs[0]]), source)
+    assert not [n for n in done.stored.proto.graph.node if n.op_type in ("Sin", "Cos")]

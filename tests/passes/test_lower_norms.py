@@ -244,7 +244,7 @@ def test_goldens(name: str) -> None:
     [
         (norm("layer").replace("y) <", "y, float[N,3,1] m) <"), "its result 'm' is"),
         (
-            norm("layer").replace("y) <", "y, float[N,3,1] k) <").replace("q =", "k = Cos (a) q ="),
+            norm("layer").replace("y) <", "y, float[N,3,1] k) <").replace("q =", "k = Cos (m) q ="),
             "is also read by node 'k'",
         ),
         (norm("layer", dtype="double", constants=LAST.replace("float", "double")), "for double"),

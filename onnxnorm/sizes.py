@@ -1,0 +1,654 @@
+"""Sizes of axes, with names for those that are unknown, also behind shapes computed in the graph.
+
+Shape inference gives up at a Reshape whose target is put together from `Shape`, `Gather`, `Concat`
+and arithmetic, as exporters write it. The features of a stream have a known size; what has to be
+known to follow them is which of the other axes stays the same. So one walk over the graph keeps,
+for every value, its sizes, and for small integer tensors also their entries: numbers, or the names
+of unknown sizes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, Final, TypeAlias
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from onnxnorm.facts import AnyValue, Facts
+from onnxnorm.layout import Dim, Dims
+from onnxnorm.module import Node
+
+Entries: TypeAlias = NDArray[np.object_]  # of int, or str for an unknown size
+
+_SMALL: Final = 64  # entries; shapes and lists of pads are not longer
+
+
+class Sizes:
+    """The sizes of a graph's values.
+
+    Args:
+        facts: What is true of the graph; its inferred types are refined here.
+    """
+
+    def __init__(self, facts: Facts) -> None:
+        self.facts = facts
+        self._dims: dict[AnyValue, Dims | None] = {}
+        self._entries: dict[AnyValue, Entries] = {}
+        self._numbers = itertools.count()
+        for node in facts.module.nodes():
+            self._visit(node)
+
+    def of(self, value: AnyValue) -> Dims | None:
+        """The sizes of a value, unknown ones by a name of their own; None for an unknown rank."""
+        if value not in self._dims:
+            self._dims[value] = self._merged(value, None)
+        return self._dims[value]
+
+    def dim(self, value: AnyValue, axis: int) -> Dim | None:
+        """The size of one axis, from the right; 1 where the value has no such axis."""
+        dims = self.of(value)
+        if dims is None:
+            return None
+        return dims[axis] if len(dims) >= -axis else 1
+
+    def entries(self, value: AnyValue) -> Entries | None:
+        """What a small integer tensor holds, as far as it is known; None where it is not one."""
+        known = self._entries.get(value)
+        if known is not None:
+            return known
+        constant = self.facts.constant(value)
+        if constant is None or math.prod(constant.shape) > _SMALL:
+            return None
+        if np.dtype(constant.dtype).kind not in "iub":
+            return None
+        found = np.asarray(constant.array()).astype(np.int64).astype(object)
+        self._entries[value] = found
+        return found
+
+    def integers(self, value: AnyValue) -> list[int] | None:
+        """The entries of an integer tensor where all are known numbers."""
+        found = self.entries(value)
+        if found is None:
+            return None
+        flat = found.reshape(-1).tolist()
+        return flat if all(isinstance(n, int) for n in flat) else None
+
+    # ** the walk **
+
+    def _fresh(self) -> str:
+        return f"?{next(self._numbers)}"
+
+    def _visit(self, node: Node) -> None:
+        if not node.outputs or not node.outputs[0].name:
+            return
+        dims: Dims | None = None
+        given = any(a.ref_attr_name for a in node.proto.attribute)  # differs from call to call
+        known = given or node.domain != "" or not node.inputs
+        if not known and self.facts.constant(node.outputs[0]) is None:
+            try:
+                rule = _ENTRIES.get(node.op)
+                found = rule(self, node) if rule is not None else None
+                if found is not None and found.size <= _SMALL:
+                    self._entries[node.outputs[0]] = found
+                deriving = _DIMS.get(node.op)
+                dims = deriving(self, node) if deriving is not None else None
+            except (IndexError, ValueError, TypeError, ZeroDivisionError, OverflowError):
+                dims = None  # a graph that shape inference would reject; nothing is known
+        self._dims[node.outputs[0]] = self._merged(node.outputs[0], dims)
+
+    def _merged(self, value: AnyValue, derived: Dims | None) -> Dims | None:
+        constant = self.facts.constant(value)
+        if constant is not None:
+            return constant.shape
+        known = self.facts.type(value)
+        stated = None if known is None else known.shape
+        if stated is None:
+            return derived
+        if derived is not None and len(derived) != len(stated):
+            derived = None
+        merged: list[Dim] = []
+        for at, dim in enumerate(stated):
+            other = derived[at] if derived is not None else None
+            if isinstance(dim, int):
+                merged.append(dim)
+            elif isinstance(other, int):
+                merged.append(other)
+            elif dim is None or dim.startswith("unk__"):
+                merged.append(other or dim or self._fresh())
+            else:
+                merged.append(dim)
+        return tuple(merged)
+
+    def given(self, node: Node, index: int) -> Dims | None:
+        """The sizes of an input; None where it is absent."""
+        if len(node.inputs) <= index or not node.inputs[index].name:
+            return None
+        return self.of(node.inputs[index])
+
+    def listed(self, node: Node, index: int, name: str) -> list[int] | None:
+        """A list of integers that is an input, or an attribute in older opsets."""
+        if name in node.attrs and node.parameter(name) is None:
+            stated = node.attrs[name]
+            return [int(n) for n in (stated if isinstance(stated, list) else [stated])]
+        if len(node.inputs) <= index or not node.inputs[index].name:
+            return None
+        return self.integers(node.inputs[index])
+
+    def broadcast(self, given: Sequence[Dims | None]) -> Dims | None:
+        """The sizes of an elementwise result."""
+        if any(g is None for g in given):
+            return None
+        known = [g for g in given if g is not None]
+        dims: list[Dim] = []
+        for axis in range(-max(map(len, known), default=0), 0):
+            here = {g[axis] for g in known if len(g) >= -axis} - {1}
+            sizes = [d for d in here if isinstance(d, int)]
+            if sizes or len(here) <= 1:
+                dims.append(sizes[0] if sizes else next(iter(here), 1))
+            else:
+                dims.append(self._fresh())
+        return tuple(dims)
+
+    def rest(self, before: Dims, others: Sequence[Dim]) -> Dim:
+        """The size that makes both products equal."""
+        total, names = _factors(before)
+        taken, others_named = _factors(others)
+        for name in others_named:
+            if name not in names:
+                return self._fresh()
+            names.remove(name)
+        if not taken or total % taken:
+            return self._fresh()
+        return _product(total // taken, names)
+
+    def some(self, count: int) -> Dims:
+        """Sizes of which nothing is known."""
+        return tuple(self._fresh() for _ in range(count))
+
+
+def _factors(dims: Sequence[Dim]) -> tuple[int, list[str]]:
+    """A product of sizes as a number and the names in it."""
+    number, names = 1, list[str]()
+    for dim in dims:
+        if isinstance(dim, int):
+            number *= dim
+        elif _PRODUCT.fullmatch(dim):
+            for factor in dim.split("*"):
+                if factor.isdigit():
+                    number *= int(factor)
+                else:
+                    names.append(factor)
+        else:
+            names.append(dim)
+    return number, names
+
+
+def _product(number: int, names: Sequence[str]) -> Dim:
+    """The size that is a number times named sizes, always spelled in the same way."""
+    if not names or number == 0:
+        return number
+    parts = [*([str(number)] if number != 1 else []), *sorted(names)]
+    return "*".join(parts)
+
+
+_PRODUCT: Final = re.compile(r"[\w?]+(\*[\w?]+)+")
+
+
+# ** sizes of results **
+
+_Dims: TypeAlias = "Callable[[Sizes, Node], Dims | None]"
+
+
+def _same(s: Sizes, node: Node) -> Dims | None:
+    return s.given(node, 0)
+
+
+def _elementwise(s: Sizes, node: Node) -> Dims | None:
+    return s.broadcast([s.given(node, i) for i in range(len(node.inputs))])
+
+
+def _matmul(s: Sizes, node: Node) -> Dims | None:
+    left, right = s.given(node, 0), s.given(node, 1)
+    if left is None or right is None or len(left) < 2 or len(right) < 2:
+        return None
+    batch = s.broadcast([left[:-2], right[:-2]])
+    return None if batch is None else (*batch, left[-2], right[-1])
+
+
+def _gemm(s: Sizes, node: Node) -> Dims | None:
+    left, right = s.given(node, 0), s.given(node, 1)
+    if left is None or right is None:
+        return None
+    return left[1 if node.attrs.get("transA", 0) else 0], right[
+        0 if node.attrs.get("transB", 0) else 1
+    ]
+
+
+def _conv(s: Sizes, node: Node) -> Dims | None:
+    data, weight = s.given(node, 0), s.given(node, 1)
+    if weight is None:
+        return None
+    batch = data[0] if data is not None else s.some(1)[0]
+    return (batch, weight[0], *s.some(len(weight) - 2))
+
+
+def _transpose(s: Sizes, node: Node) -> Dims | None:
+    dims = s.given(node, 0)
+    if dims is None:
+        return None
+    perm = node.attrs.get("perm", list(range(len(dims)))[::-1])
+    return tuple(dims[i] for i in perm)
+
+
+def _reshape(s: Sizes, node: Node) -> Dims | None:
+    before = s.given(node, 0)
+    wanted = s.entries(node.inputs[1]) if len(node.inputs) > 1 else None
+    if wanted is None:
+        length = s.given(node, 1)
+        return s.some(length[0]) if length and isinstance(length[0], int) else None
+    dims: list[Dim | None] = []
+    for at, dim in enumerate(wanted.reshape(-1).tolist()):
+        if dim == 0 and not node.attrs.get("allowzero", 0):
+            dims.append(before[at] if before is not None else s.some(1)[0])
+        else:
+            dims.append(None if dim == -1 else dim)
+    if dims.count(None) == 1:
+        known = [d for d in dims if d is not None]
+        dims[dims.index(None)] = s.rest(before, known) if before is not None else s.some(1)[0]
+    return tuple(d for d in dims if d is not None)
+
+
+def _flatten(s: Sizes, node: Node) -> Dims | None:
+    dims = s.given(node, 0)
+    if dims is None:
+        return None
+    axis = int(node.attrs.get("axis", 1))
+    axis += len(dims) if axis < 0 else 0
+    sides: list[Dim] = []
+    for side in (dims[:axis], dims[axis:]):
+        kept = [d for d in side if d != 1]
+        if all(isinstance(d, int) for d in kept):
+            sides.append(math.prod(d for d in kept if isinstance(d, int)))
+        else:
+            sides.append(kept[0] if len(kept) == 1 else s.some(1)[0])
+    return tuple(sides)
+
+
+def _squeeze(s: Sizes, node: Node) -> Dims | None:
+    dims, axes = s.given(node, 0), s.listed(node, 1, "axes")
+    if dims is None:
+        return None
+    if axes is None:
+        return None if any(isinstance(d, str) for d in dims) else tuple(d for d in dims if d != 1)
+    gone = {a % len(dims) for a in axes}
+    return tuple(d for at, d in enumerate(dims) if at not in gone)
+
+
+def _unsqueeze(s: Sizes, node: Node) -> Dims | None:
+    dims, axes = s.given(node, 0), s.listed(node, 1, "axes")
+    if dims is None or axes is None:
+        return None
+    rank = len(dims) + len(axes)
+    new = {a % rank for a in axes}
+    old = iter(dims)
+    return tuple(1 if at in new else next(old) for at in range(rank))
+
+
+def _gather(s: Sizes, node: Node) -> Dims | None:
+    data, index = s.given(node, 0), s.given(node, 1)
+    if data is None or index is None:
+        return None
+    axis = int(node.attrs.get("axis", 0)) % len(data)
+    return (*data[:axis], *index, *data[axis + 1 :])
+
+
+def _slice(s: Sizes, node: Node) -> Dims | None:
+    dims = s.given(node, 0)
+    if dims is None:
+        return None
+    starts, ends = s.listed(node, 1, "starts"), s.listed(node, 2, "ends")
+    axes, steps = s.listed(node, 3, "axes"), s.listed(node, 4, "steps")
+    length = s.given(node, 1)
+    if axes is None:
+        if len(node.inputs) > 3 and node.inputs[3].name:
+            return s.some(len(dims))
+        count = len(starts) if starts is not None else length[0] if length else None
+        axes = list(range(count)) if isinstance(count, int) else list(range(len(dims)))
+    found = list(dims)
+    for at, axis in enumerate(axes):
+        size = dims[axis]
+        start = None if starts is None else starts[at]
+        end = None if ends is None else ends[at]
+        step = 1 if steps is None else steps[at]
+        if start == 0 and end is not None and end >= 2**31 - 1 and step == 1:
+            continue
+        if isinstance(size, int) and start is not None and end is not None:
+            found[axis] = len(range(size)[slice(start, end, step)])
+        elif start is not None and end is not None and step == 1 and 0 <= start < end < 2**31 - 1:
+            found[axis] = s.some(1)[0]
+        else:
+            found[axis] = s.some(1)[0]
+    return tuple(found)
+
+
+def _concat(s: Sizes, node: Node) -> Dims | None:
+    given = [s.given(node, i) for i in range(len(node.inputs))]
+    known = [g for g in given if g is not None]
+    if not known:
+        return None
+    rank = len(known[0])
+    axis = int(node.attrs.get("axis", 0)) % rank
+    found = list(known[0])
+    for at in range(rank):
+        sizes = [g[at] for g in known]
+        numbers = [d for d in sizes if isinstance(d, int)]
+        if at != axis:
+            found[at] = numbers[0] if numbers else sizes[0]
+        elif len(numbers) == len(given):
+            found[at] = sum(numbers)
+        else:
+            found[at] = s.some(1)[0]
+    return tuple(found)
+
+
+def _split(s: Sizes, node: Node) -> Dims | None:
+    dims, sizes = s.given(node, 0), s.listed(node, 1, "split")
+    if dims is None:
+        return None
+    axis = int(node.attrs.get("axis", 0)) % len(dims)
+    size = dims[axis]
+    for at, value in enumerate(node.outputs):
+        here: Dim = s.some(1)[0]
+        if sizes is not None:
+            here = sizes[at]
+        elif isinstance(size, int) and size % len(node.outputs) == 0:
+            here = size // len(node.outputs)
+        found = (*dims[:axis], here, *dims[axis + 1 :])
+        if at == 0:
+            first = found
+        else:
+            s._dims[value] = s._merged(value, found)
+    return first
+
+
+def _expand(s: Sizes, node: Node) -> Dims | None:
+    dims, wanted = s.given(node, 0), s.entries(node.inputs[1])
+    if wanted is not None:
+        return s.broadcast([dims, tuple(wanted.reshape(-1).tolist())])
+    length = s.given(node, 1)
+    if dims is None or not length or not isinstance(length[0], int):
+        return None
+    padded = (*(1,) * (length[0] - len(dims)), *dims)
+    # An axis of size 1 may become anything; any other stays.
+    return tuple(s.some(1)[0] if d == 1 else d for d in padded)
+
+
+def _tile(s: Sizes, node: Node) -> Dims | None:
+    dims = s.given(node, 0)
+    wanted = s.entries(node.inputs[1])
+    if dims is None:
+        return None
+    if wanted is None:
+        return s.some(len(dims))
+    repeats = wanted.reshape(-1).tolist()
+    return tuple(_times(s, d, n) for d, n in zip(dims, repeats, strict=True))
+
+
+def _reduce(s: Sizes, node: Node) -> Dims | None:
+    dims, axes = s.given(node, 0), s.listed(node, 1, "axes")
+    if dims is None:
+        return None
+    if axes is None:
+        if len(node.inputs) > 1 and node.inputs[1].name:
+            return None
+        axes = list(range(len(dims)))
+    gone = {a % len(dims) for a in axes}
+    if node.attrs.get("keepdims", 1):
+        return tuple(1 if at in gone else d for at, d in enumerate(dims))
+    return tuple(d for at, d in enumerate(dims) if at not in gone)
+
+
+def _pad(s: Sizes, node: Node) -> Dims | None:
+    dims, pads = s.given(node, 0), s.listed(node, 1, "pads")
+    if dims is None:
+        return None
+    if len(node.inputs) > 3 and node.inputs[3].name:
+        return s.some(len(dims))
+    if pads is None:
+        return s.some(len(dims))
+    sums = [pads[at] + pads[at + len(dims)] for at in range(len(dims))]
+    return tuple(_plus(s, d, n) for d, n in zip(dims, sums, strict=True))
+
+
+def _global_pool(s: Sizes, node: Node) -> Dims | None:
+    dims = s.given(node, 0)
+    return None if dims is None else (*dims[:2], *(1,) * (len(dims) - 2))
+
+
+def _pool(s: Sizes, node: Node) -> Dims | None:
+    dims = s.given(node, 0)
+    return None if dims is None else (*dims[:2], *s.some(len(dims) - 2))
+
+
+def _shape_of(s: Sizes, node: Node) -> Dims | None:
+    dims = s.given(node, 0)
+    if dims is None:
+        return None
+    return (len(range(len(dims))[node.attrs.get("start", 0) : node.attrs.get("end")]),)
+
+
+_DIMS: Final[dict[str, _Dims]] = {
+    **dict.fromkeys(
+        (
+            "Identity", "Cast", "CastLike", "Dropout", "Neg", "Gelu", "Erf", "Relu", "Sigmoid",
+            "Tanh", "Softmax", "LogSoftmax", "LayerNormalization", "RMSNormalization", "Sqrt",
+            "SimplifiedLayerNormalization", "BatchNormalization", "InstanceNormalization", "Abs",
+            "GroupNormalization", "LeakyRelu", "Clip", "Exp", "Log", "Reciprocal", "HardSwish",
+            "HardSigmoid", "Elu", "Selu", "Softplus", "Mish", "Swish", "Not", "ScatterND",
+            "ScatterElements", "CumSum", "Trilu", "LpNormalization", "Floor", "Ceil", "Round",
+        ),
+        _same,
+    ),
+    **dict.fromkeys(
+        (
+            "Add", "Sub", "Mul", "Div", "Sum", "Mean", "Where", "Pow", "Mod", "Max", "Min",
+            "Equal", "Less", "Greater", "LessOrEqual", "GreaterOrEqual", "And", "Or", "PRelu",
+        ),
+        _elementwise,
+    ),
+    **dict.fromkeys(
+        ("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceL2", "ReduceSumSquare"),
+        _reduce,
+    ),
+    "MatMul": _matmul,
+    "Gemm": _gemm,
+    "Conv": _conv,
+    "Transpose": _transpose,
+    "Reshape": _reshape,
+    "Flatten": _flatten,
+    "Squeeze": _squeeze,
+    "Unsqueeze": _unsqueeze,
+    "Gather": _gather,
+    "Slice": _slice,
+    "Concat": _concat,
+    "Split": _split,
+    "Expand": _expand,
+    "Tile": _tile,
+    "Pad": _pad,
+    "GlobalAveragePool": _global_pool,
+    "AveragePool": _pool,
+    "MaxPool": _pool,
+    "Shape": _shape_of,
+}  # fmt: skip
+
+
+# ** entries of small integer tensors **
+
+_Entries: TypeAlias = "Callable[[Sizes, Node], Entries | None]"
+
+
+def _objects(values: Sequence[Any]) -> Entries:
+    out = np.empty(len(values), dtype=object)
+    out[:] = list(values)
+    return out
+
+
+def _entries_of_shape(s: Sizes, node: Node) -> Entries | None:
+    dims = s.given(node, 0)
+    if dims is None:
+        return None
+    return _objects(dims[node.attrs.get("start", 0) : node.attrs.get("end")])
+
+
+def _moved(s: Sizes, node: Node) -> Entries | None:
+    """Operators that move entries, on arrays of objects as numpy moves them."""
+    data = s.entries(node.inputs[0])
+    if data is None:
+        return None
+    if node.op in ("Identity", "Cast"):
+        integers = (onnx.TensorProto.INT64, onnx.TensorProto.INT32)
+        return data if node.op == "Identity" or node.attrs.get("to") in integers else None
+    if node.op == "Transpose":
+        return data.transpose(node.attrs.get("perm"))
+    if node.op == "Reshape":
+        wanted = s.integers(node.inputs[1])
+        return None if wanted is None else data.reshape(wanted)
+    axes = s.listed(node, 1, "axes")
+    if node.op == "Squeeze":
+        return np.squeeze(data, None if axes is None else tuple(axes))
+    return None if axes is None else np.expand_dims(data, tuple(axes))
+
+
+def _picked(s: Sizes, node: Node) -> Entries | None:
+    data, index = s.entries(node.inputs[0]), s.entries(node.inputs[1])
+    if data is None or index is None or any(isinstance(i, str) for i in index.reshape(-1)):
+        return None
+    found = np.take(data, index.astype(np.int64), axis=int(node.attrs.get("axis", 0)))
+    if isinstance(found, np.ndarray):
+        return found
+    scalar = np.empty((), dtype=object)
+    scalar[()] = found
+    return scalar
+
+
+def _sliced(s: Sizes, node: Node) -> Entries | None:
+    data = s.entries(node.inputs[0])
+    starts, ends = s.listed(node, 1, "starts"), s.listed(node, 2, "ends")
+    axes, steps = s.listed(node, 3, "axes"), s.listed(node, 4, "steps")
+    if data is None or starts is None or ends is None:
+        return None
+    if axes is None and len(node.inputs) > 3 and node.inputs[3].name:
+        return None
+    picked: list[slice] = [slice(None)] * data.ndim
+    for at, axis in enumerate(axes if axes is not None else range(len(starts))):
+        step = 1 if steps is None else steps[at]
+        # Far beyond the beginning means "to the very first", which Python writes as None.
+        end = None if step < 0 and ends[at] < -data.shape[axis] else ends[at]
+        picked[axis] = slice(starts[at], end, step)
+    return data[tuple(picked)]
+
+
+def _joined(s: Sizes, node: Node) -> Entries | None:
+    parts = []
+    for index, value in enumerate(node.inputs):
+        part = s.entries(value)
+        if part is None:
+            length = s.given(node, index)
+            if not length or len(length) != 1 or not isinstance(length[0], int):
+                return None
+            if length[0] > _SMALL:
+                return None
+            part = _objects(s.some(length[0]))
+        parts.append(part)
+    return np.concatenate(parts, axis=int(node.attrs.get("axis", 0)))
+
+
+def _filled(s: Sizes, node: Node) -> Entries | None:
+    wanted = s.integers(node.inputs[0])
+    if wanted is None or math.prod(wanted) > _SMALL or "value" not in node.attrs:
+        return None
+    value = onnx.numpy_helper.to_array(next(a.t for a in node.proto.attribute if a.name == "value"))
+    return np.full(tuple(wanted), int(value.reshape(-1)[0]), dtype=object)
+
+
+def _computed(s: Sizes, node: Node) -> Entries | None:
+    known = s.facts.type(node.outputs[0])
+    if known is not None and known.element == onnx.TensorProto.FLOAT:
+        return None
+    given = [s.entries(v) for v in node.inputs]
+    if any(g is None for g in given):
+        return None
+    arrays = np.broadcast_arrays(*[g for g in given if g is not None])
+    out = np.empty(arrays[0].shape, dtype=object)
+    for at in np.ndindex(out.shape):
+        out[at] = _OPERATIONS[node.op](s, *(a[at] for a in arrays))
+    return out
+
+
+def _times(s: Sizes, a: Dim, b: Dim) -> Dim:
+    return _product(*_factors([a, b]))
+
+
+def _plus(s: Sizes, a: Dim, b: Dim) -> Dim:
+    if isinstance(a, int) and isinstance(b, int):
+        return a + b
+    return b if a == 0 else a if b == 0 else s.some(1)[0]
+
+
+def _minus(s: Sizes, a: Dim, b: Dim) -> Dim:
+    if isinstance(a, int) and isinstance(b, int):
+        return a - b
+    return a if b == 0 else 0 if a == b else s.some(1)[0]
+
+
+def _over(s: Sizes, a: Dim, b: Dim) -> Dim:
+    if isinstance(a, int) and isinstance(b, int):
+        return abs(a) // abs(b) * (1 if a * b >= 0 else -1)
+    number, names = _factors([a])
+    if isinstance(b, int) and b > 0 and number % b == 0:
+        return _product(number // b, names)
+    return 1 if a == b else s.some(1)[0]
+
+
+def _modulo(s: Sizes, a: Dim, b: Dim) -> Dim:
+    if isinstance(a, int) and isinstance(b, int):
+        return a % b
+    return 0 if b == 1 else s.some(1)[0]
+
+
+def _equal(s: Sizes, a: Dim, b: Dim) -> Dim:
+    if isinstance(a, int) and isinstance(b, int):
+        return int(a == b)
+    # A size is never negative, and -1 is what shapes are compared with.
+    return 0 if a == -1 or b == -1 else s.some(1)[0]
+
+
+def _chosen(s: Sizes, condition: Dim, a: Dim, b: Dim) -> Dim:
+    if isinstance(condition, int):
+        return a if condition else b
+    return a if a == b else s.some(1)[0]
+
+
+_OPERATIONS: Final[dict[str, Callable[..., Dim]]] = {
+    "Mul": _times,
+    "Add": _plus,
+    "Sub": _minus,
+    "Div": _over,
+    "Mod": _modulo,
+    "Equal": _equal,
+    "Where": _chosen,
+}
+_ENTRIES: Final[dict[str, _Entries]] = {
+    "Shape": _entries_of_shape,
+    **dict.fromkeys(("Identity", "Cast", "Transpose", "Reshape", "Squeeze", "Unsqueeze"), _moved),
+    "Gather": _picked,
+    "Slice": _sliced,
+    "Concat": _joined,
+    "ConstantOfShape": _filled,
+    **dict.fromkeys(_OPERATIONS, _computed),
+}

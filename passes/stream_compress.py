@@ -1,0 +1,216 @@
+"""Store centered streams without the direction that is always zero: d features in d - 1.
+
+    x 1 = 0,  V^T V = I,  V V^T = C:     x -> x V,   W -> W V for writers,   W -> V^T W for readers
+    RMS_eps(x) = sqrt(d / r) * RMS_eps'(x V) V^T      r = d - 1,   eps' = eps d / r
+
+V are the first d - 1 columns of the reflection that takes 1 / sqrt(d) to the last axis. Exact over
+the reals for streams whose writers have no mean (stream-fold-mean) and whose norms have no affine
+(fold-norm-affine). In floating point every weight is formed in float64 and rounded once. A width of
+d - 1 is rarely a good one for matrix multiplication, so it has to be asked for. Source: Z. Jiang,
+J. Gu, H. Zhu, D. Z. Pan, "Pre-RMSNorm and Pre-CRMSNorm Transformers" (2023), section 3; they drop
+the last feature, an orthonormal basis keeps the norm what it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Final
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxnorm.basis_change import BasisChange, Survey
+from onnxnorm.facts import AnyValue, Facts
+from onnxnorm.given import GivenNorm, given_norms
+from onnxnorm.module import Node
+from onnxnorm.port import rounded
+from onnxnorm.rewrite import Pass, Plan, Refusal, Rewriter
+from onnxnorm.stream import Streams
+from onnxnorm.transfer import Demand, Stop, described
+
+_finfo: Final[Callable[[Any], Any]] = ml_dtypes.finfo  # it has no types of its own
+
+
+@dataclass(frozen=True)
+class StreamCompress(Pass):
+    """Take one feature out of every centered RMS stream.
+
+    Attributes:
+        multiple: Refuse unless d - 1 is a multiple of this.
+    """
+
+    multiple: int = 1
+
+    name: ClassVar = "stream-compress"
+    summary: ClassVar = "centered RMS streams with d - 1 features in place of d"
+    equation: ClassVar = "RMS(h W) U -> RMS'(h (W V)) (V^T U),   V V^T = I - 1 1^T / d"
+
+    def plan(self, facts: Facts) -> Iterator[Plan | Refusal]:
+        """Every stream that an RMS norm reads."""
+        norms = [n for n in given_norms(facts) if n.kind in ("rms_norm", "layer_norm")]
+        if not norms:
+            return
+        streams = Streams(facts, norms)
+        for stream in streams.all():
+            if all(n.kind == "layer_norm" for n in stream.norms):
+                continue
+            root = stream.norms[0].node
+            change = Survey(streams, stream).found()
+            if isinstance(change, BasisChange):
+                change = self._checked(change, stream.norms, streams) or change
+            if isinstance(change, Stop):
+                at = change.node.label if change.node is not None else root.label
+                yield Refusal(change.why, at, node=root)
+                continue
+            targets = _targets(change, streams)
+            if isinstance(targets, Stop):
+                at = targets.node.label if targets.node is not None else root.label
+                yield Refusal(targets.why, at, node=root)
+                continue
+            order = {n: i for i, n in enumerate(facts.module.nodes())}
+            inside = sorted(change.inside, key=order.__getitem__)
+            yield Plan(
+                root,
+                tuple(dict.fromkeys((root, *inside))),
+                _Detail(change, tuple(stream.norms), tuple(inside), targets),
+                outputs=change.outputs,
+                local=False,
+            )
+
+    def _checked(
+        self, change: BasisChange, norms: tuple[GivenNorm, ...], streams: Streams
+    ) -> Stop | None:
+        """Why a stream that could change its basis cannot lose a feature."""
+        width = change.features - 1
+        if width < 1 or width % self.multiple:
+            wanted = max(1, round(width / self.multiple)) * self.multiple + 1
+            told = (
+                f"a stream of {change.features} features would have {width}, which is not a"
+                f" multiple of {self.multiple}; a model of width {wanted} would have one"
+            )
+            return Stop(norms[0].node, told)
+        for node, demand in change.writers:
+            if not _centered(demand):
+                name = "" if demand.constant is None else demand.constant.name
+                told = f"'{name}' of {described(node)} has a mean; stream-fold-mean takes it out"
+                return Stop(node, told)
+        for norm in norms:
+            if norm.gamma is None:
+                return Stop(norm.node, f"{described(norm.node)} has no scale to correct")
+        for value in change.values:
+            for use in streams.facts.uses(value):
+                if use.node.op in ("Shape", "Size"):
+                    told = f"{described(use.node)} computes with the width of '{value.name}'"
+                    return Stop(use.node, told)
+        return None
+
+    def apply(self, plan: Plan, rw: Rewriter) -> None:
+        """Copy what carries the stream, at the new width, and let the readers take the copies."""
+        detail: _Detail = plan.detail
+        change = detail.change
+        weights = change.stage(rw, complement(change.features), "compressed")
+        new: dict[AnyValue, AnyValue] = {}
+        readers = {inlet.node for inlet, _ in change.readers}
+        parameters = {
+            key: value for norm in detail.norms for key, value in _parameters(norm, change, rw)
+        }
+        for node in detail.inside:
+            if node in readers:
+                rw.rewire(node, 0, new.get(node.inputs[0], node.inputs[0]))
+                rw.rewire(node, 1, weights[node, 1])
+                continue
+            inputs: list[AnyValue] = []
+            for index, value in enumerate(node.inputs):
+                given = weights.get((node, index)) or parameters.get((node, index))
+                if given is None and (node, index) in detail.targets:
+                    target = np.asarray(detail.targets[node, index], np.int64)
+                    given = rw.constant("target", target, at=node)
+                inputs.append(given if given is not None else new.get(value, value))
+            made = rw.copy(node, inputs, "compressed", attrs=_attributes(node, detail, change))
+            new.update(zip(node.outputs, made, strict=True))
+
+
+@dataclass(frozen=True)
+class _Detail:
+    change: BasisChange
+    norms: tuple[GivenNorm, ...]
+    inside: tuple[Node, ...]
+    targets: dict[tuple[Node, int], list[int]]
+
+
+def complement(size: int) -> NDArray[np.float64]:
+    """V, d x (d - 1), with V^T V = I and V V^T = I - 1 1^T / d.
+
+    >>> v = complement(5)
+    >>> bool(np.allclose(v.T @ v, np.eye(4)) and np.allclose(v.T @ np.ones(5), 0))
+    True
+    """
+    u = -np.full(size, size**-0.5)
+    u[-1] += 1.0
+    reflection = np.eye(size) - 2.0 * np.outer(u, u) / (u @ u)
+    return np.asarray(reflection[:, :-1])
+
+
+def _centered(demand: Demand) -> bool:
+    """Whether a writer's constant has no mean but for the rounding of its entries."""
+    assert demand.constant is not None, "a writer is a constant"
+    array = demand.constant.float64()
+    layout = demand.basis.layout
+    unit = float(_finfo(demand.constant.dtype).eps) / 2
+    removed = np.abs(array - layout.centered(array)).max(initial=0.0)
+    room = 4.0 * unit * np.sqrt(layout.features) * np.abs(array).max(initial=0.0)
+    return bool(removed <= room)
+
+
+def _parameters(
+    norm: GivenNorm, change: BasisChange, rw: Rewriter
+) -> Iterator[tuple[tuple[Node, int], AnyValue]]:
+    """The scale of a norm, and its epsilon where that is a constant: at the new width."""
+    d, r = change.features, change.features - 1
+    assert norm.gamma is not None, "checked before"
+    scale = np.full(r, float(norm.gamma.flat[0]) * np.sqrt(d / r))
+    for node in norm.nodes:
+        for index, value in enumerate(node.inputs):
+            constant = rw.facts.constant(value)
+            if constant is None:
+                continue
+            if node is norm.node and (node.op == "Mul" or index == 1):
+                array = rounded(scale, constant.dtype)
+                yield (node, index), rw.constant("scale", array, at=node)
+            elif node.op == "Add":
+                array = rounded(np.asarray(norm.epsilon * d / r), constant.dtype)
+                yield (node, index), rw.constant("epsilon", array, at=node)
+
+
+def _attributes(node: Node, detail: _Detail, change: BasisChange) -> dict[str, Any]:
+    """The attributes that change: epsilon, of a norm that is one operator."""
+    d = change.features
+    for norm in detail.norms:
+        if norm.node is node and norm.nodes == (node,):
+            return {"epsilon": norm.epsilon * d / (d - 1)}
+    return {}
+
+
+def _targets(change: BasisChange, streams: Streams) -> dict[tuple[Node, int], list[int]] | Stop:
+    """The shapes that name the width, with the new one; or a node whose shape is not known."""
+    found: dict[tuple[Node, int], list[int]] = {}
+    for node in change.inside:
+        if node.op not in ("Reshape", "Expand", "Resize", "Pad", "Tile"):
+            continue
+        layout = change.values.get(node.outputs[0])
+        if layout is None or node.op in ("Pad", "Tile"):
+            continue
+        target = streams.sizes.integers(node.inputs[1]) if node.op != "Resize" else None
+        constant = streams.facts.constant(node.inputs[1])
+        if target is None or constant is None:
+            return Stop(node, f"{described(node)} computes its shape")
+        axis = layout.parts[0].axis
+        if len(target) < -axis:
+            return Stop(node, f"{described(node)} has a shape that does not name the features")
+        if target[axis] == layout.parts[0].extent:
+            changed = list(target)
+            changed[axis] = layout.parts[0].outer * (change.features - 1)
+            found[node, 1] = changed
+    return found

@@ -1,0 +1,113 @@
+"""Affines of norms into their linear readers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from onnxnorm.passes.fold_norm_affine import FoldNormAffine
+from onnxnorm.passes.stream_fold_mean import StreamFoldMean
+from onnxnorm.pipeline import Run
+from onnxnorm.testing import assert_parity, assert_rewrites, assert_sound, run
+from tests.networks import Net, transformer
+
+RULE = FoldNormAffine()
+BEFORE = """
+<ir_version: 8, opset_import: ["" : 17]>
+main (float[N,2] x) => (float[N,2] y)
+<float[2] gamma = {2.0, 4.0}, float[2] beta = {0.5, 0.25}, float[2,2] v = {1.0, 0.0, 2.0, 4.0},
+ float[2] c = {1.0, 2.0}>
+{
+   n = LayerNormalization <axis: int = -1, epsilon: float = 0.5> (x, gamma, beta)
+   p = MatMul (n, v)
+   y = Add (p, c)
+}
+"""
+AFTER = """
+<ir_version: 8, opset_import: ["" : 17]>
+main (float[N,2] x) => (float[N,2] y)
+<float[2] c_shifted = {2.0, 3.0}, float[2] n_scale = {1.0, 1.0},
+ float[2,2] v_scaled = {2.0, 0.0, 8.0, 16.0}>
+{
+   n = LayerNormalization <axis: int = -1, epsilon: float = 0.5> (x, n_scale)
+   p = MatMul (n, v_scaled)
+   y = Add (p, c_shifted)
+}
+"""
+
+
+def folded(model: onnx.ModelProto | str, *rules: Any) -> Run:
+    done = run(model, *(rules or (RULE,)))
+    assert_sound(model, done, *(rules or (RULE,)))
+    if done.applied:
+        assert_parity(model, done.stored.complete())
+    return done
+
+
+def reasons(done: Run) -> list[str]:
+    return [r.reason for r in done.remarks if r.outcome == "refused"]
+
+
+def test_gamma_goes_into_the_weight_and_beta_into_the_bias() -> None:
+    done = assert_rewrites(BEFORE, AFTER, RULE)
+    (remark,) = done.applied
+    assert remark.region is not None
+    assert (remark.region.inputs, remark.region.outputs) == (("x",), ("y",))
+
+
+@pytest.mark.parametrize("opset", [17, 23])
+def test_with_means_folded_first(opset: int) -> None:
+    model = transformer(opset=opset)
+    done = folded(model, StreamFoldMean(), RULE)
+    assert sum(r.rule == "fold-norm-affine" for r in done.applied) == 5
+
+
+def test_every_reader_has_to_be_linear() -> None:
+    net = Net()
+    normed = net.norm(net.input("x", ["n", 5, 8]), 8)
+    done = folded(net.model(net.op("Add", net.op("Relu", normed), net.linear(normed, 8, 8))))
+    assert not done.applied
+    assert "Relu" in reasons(done)[0]
+
+
+def test_beta_needs_a_bias() -> None:
+    net = Net()
+    normed = net.norm(net.input("x", ["n", 5, 8]), 8)
+    done = folded(net.model(net.linear(normed, 8, 4, bias=False)))
+    assert "beta has no place" in reasons(done)[0]
+
+
+@pytest.mark.parametrize("pads", [[0, 0, 0, 0], [1, 1, 1, 1]])
+def test_convolutions_take_gamma_also_where_they_pad(pads: list[int]) -> None:
+    net = Net()
+    normed = net.norm(net.input("x", ["n", 4, 4, 8]), 8, bias=not any(pads))
+    image = net.op("Transpose", normed, perm=[0, 3, 1, 2])
+    y = net.op("Conv", image, net.matrix(5, 8, 3, 3), net.vector(5), pads=pads)
+    assert len(folded(net.model(y)).applied) == 1
+
+
+def test_gemm_and_the_flattening_of_channels() -> None:
+    net = Net()
+    normed = net.norm(net.input("x", ["n", 3, 8]), 8)
+    flat = net.op("Flatten", normed)
+    y = net.op("Gemm", flat, net.matrix(5, 24), net.vector(5), transB=1, alpha=0.5)
+    assert len(folded(net.model(y)).applied) == 1
+
+
+def test_shared_weights_are_copied_or_refused_by_size() -> None:
+    model = transformer(shared=True, layers=2)
+    done = folded(model)
+    assert len(done.applied) == 5
+    never = folded(model, FoldNormAffine(max_copy_mb=0))
+    assert any("has other readers" in r for r in reasons(never))
+
+
+def test_weights_that_overflow() -> None:
+    net = Net(dtype=np.float16)
+    x = net.input("x", ["n", 8])
+    normed = net.op("LayerNormalization", x, net.keep(np.full(8, 300.0)), axis=-1)
+    done = run(net.model(net.op("MatMul", normed, net.keep(np.full((8, 2), 300.0)))), RULE)
+    assert "is not finite in float16" in reasons(done)[0]

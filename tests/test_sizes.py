@@ -1,0 +1,88 @@
+"""Sizes behind shapes that the graph computes, as exporters of dynamic models write them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from onnxnorm import storage
+from onnxnorm.facts import Facts
+from onnxnorm.module import Module
+from onnxnorm.sizes import Sizes
+from tests.networks import Net
+
+
+def sizes_of(net: Net, value: str) -> Any:
+    graph = onnx.helper.make_graph(net.nodes, "g", net.inputs, [], list(net.weights.values()))
+    graph.output.append(onnx.helper.make_empty_tensor_value_info(value))
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)])
+    module = Module(storage.from_proto(model))
+    return Sizes(Facts(module)).of(module.main.values[value])
+
+
+def _dim(net: Net, x: str, axis: int) -> str:
+    picked = net.op("Gather", net.op("Shape", x), net.keep(np.asarray(axis)), axis=0)
+    return net.op("Unsqueeze", picked, net.ints(0))
+
+
+def test_a_target_put_together_from_sizes_and_numbers() -> None:
+    net = Net()
+    x = net.input("x", ["batch", "tokens", 12])
+    target = net.op("Concat", _dim(net, x, 0), _dim(net, x, 1), net.ints(3), net.ints(4), axis=0)
+    assert sizes_of(net, net.op("Reshape", x, target)) == ("batch", "tokens", 3, 4)
+
+
+def test_minus_one_is_what_is_left() -> None:
+    net = Net()
+    x = net.input("x", ["batch", "tokens", 12])
+    assert sizes_of(net, net.op("Reshape", x, net.ints(0, -1, 3, 4)))[2:] == (3, 4)
+    target = net.op("Concat", net.ints(-1), _dim(net, x, 1), net.ints(12), axis=0)
+    assert sizes_of(net, net.op("Reshape", x, target)) == ("batch", "tokens", 12)
+
+
+def test_arithmetic_on_sizes() -> None:
+    net = Net()
+    x = net.input("x", ["batch", 56, 56, 12])
+    height = net.op("Div", _dim(net, x, 1), net.ints(7))
+    target = net.op("Concat", _dim(net, x, 0), height, net.ints(7), height, net.ints(7, 12), axis=0)
+    assert sizes_of(net, net.op("Reshape", x, target)) == ("batch", 8, 7, 8, 7, 12)
+
+
+def test_pads_computed_from_sizes_that_fit() -> None:
+    net = Net()
+    x = net.input("x", ["batch", 56, 12])
+    rest = net.op("Mod", _dim(net, x, 1), net.ints(7))
+    pads = net.op("Concat", net.ints(0, 0, 0, 0), rest, net.ints(0), axis=0)
+    assert sizes_of(net, net.op("Pad", x, pads)) == ("batch", 56, 12)
+
+
+@pytest.mark.parametrize(
+    ("kind", "attrs", "expected"),
+    [
+        ("Softmax", {}, ("batch", 6, 12)),
+        ("Transpose", {"perm": [2, 0, 1]}, (12, "batch", 6)),
+        ("ReduceMean", {"axes": [1], "keepdims": 0}, ("batch", 12)),
+        ("ReduceMean", {"axes": [1]}, ("batch", 1, 12)),
+        ("Flatten", {"axis": 2}, (None, 12)),
+    ],
+)
+def test_sizes_pass_operators(kind: str, attrs: dict[str, Any], expected: Any) -> None:
+    net = Net()
+    x = net.input("x", ["batch", "tokens", 12])
+    shaped = net.op("Reshape", x, net.op("Concat", _dim(net, x, 0), net.ints(6, 12), axis=0))
+    found = sizes_of(net, net.op(kind, shaped, name="y", **attrs))
+    assert len(found) == len(expected)
+    assert all(e is None or f == e for f, e in zip(found, expected, strict=True))
+
+
+def test_an_expansion_to_sizes_that_exporters_guard() -> None:
+    net = Net()
+    x = net.input("x", ["batch", "tokens", 12])
+    token = net.keep(np.ones((1, 1, 12)))
+    wanted = net.op("Concat", _dim(net, x, 0), net.ints(-1, -1), axis=0)
+    ones = net.op("Equal", wanted, net.ints(-1, -1, -1))
+    target = net.op("Where", ones, net.ints(1, 1, 1), wanted)
+    assert sizes_of(net, net.op("Expand", token, target)) == ("batch", 1, 12)
