@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 from rich.console import Console
@@ -110,3 +111,17 @@ def test_optimize_proves_what_it_did() -> None:
     report = result.report.to_json()
     assert report["parity"]["passed"]
     assert {n["action"] for n in _layer_norms(report)} == {"converted"}
+
+
+def test_what_is_lowered_first_and_then_converted_is_converted() -> None:
+    net = Net(opset=17, dtype=np.float16)
+    x = net.op("Cast", net.linear(net.input("x", ["n", 4]), 4, 8), to=onnx.TensorProto.FLOAT)
+    small = net.op("Cast", net.scalar(0.01), to=onnx.TensorProto.FLOAT)
+    off = net.op("Sub", x, net.op("ReduceMean", x, axes=[-1]))
+    square = net.op("ReduceMean", net.op("Mul", off, off), axes=[-1])
+    normed = net.op("Div", off, net.op("Sqrt", net.op("Add", square, small)))
+    model = net.model(normed)
+    model.graph.output[0].type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+    report = inspected(model)
+    (row,) = _layer_norms(report)
+    assert (row["action"], row["into"]) == ("converted", "rms_norm")
