@@ -217,12 +217,15 @@ class Exponentials:
         return None
 
     def _clamped(self, node: Node) -> Part | None:
-        """max(x, -inf), which JAX writes so that an empty row has a maximum."""
-        for value, other in (node.inputs[:2], node.inputs[1::-1]):
+        """max(x, -inf), which JAX writes so that an empty row has a maximum; max of one value."""
+        if len(node.inputs) != 2:
+            part = self.part(node.inputs[0]) if len(node.inputs) == 1 else None
+            return part if part is not None and part.what == "maximum" else None
+        for value, other in (node.inputs, node.inputs[::-1]):
             part = self.part(value)
             bound = self.moments.statics.scalar(other)
             if part is not None and part.what == "maximum" and bound is not None:
-                return part if bound < _LOWEST and len(node.inputs) == 2 else None
+                return part if bound < _LOWEST else None
         return None
 
     def _moved(self, node: Node) -> Part | None:

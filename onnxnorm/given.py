@@ -68,7 +68,7 @@ def given_norms(facts: Facts) -> Iterator[GivenNorm]:
         if norm.epsilon is None:
             reason = reason or "its epsilon is a parameter of the function"
         kind, nodes, given = norm.kind, norm.nodes, norm.input
-        centred = _centred_here(norm)
+        centred = centred_here(norm)
         if centred is not None:
             kind, nodes, given = "rms_norm", *centred
             reason = norm.reason
@@ -87,7 +87,7 @@ def given_norms(facts: Facts) -> Iterator[GivenNorm]:
         )
 
 
-def _centred_here(norm: Norm) -> tuple[tuple[Node, ...], AnyValue] | None:
+def centred_here(norm: Norm) -> tuple[tuple[Node, ...], AnyValue] | None:
     """The RMS norm behind a centering that streams have put in: together they read as a layer norm.
 
     Its nodes and its input; None where no such centering is.

@@ -287,7 +287,7 @@ def _print_streams(page: _Page, report: Json, *, verbose: bool) -> None:
             more = len(names) - len(listed_now)
             tail = f" and {more} more" if more else ""
             page.prose(
-                f"{len(names)} {title}: {', '.join(listed_now)}{tail}",
+                f"{counted(len(names), title[:-1])}: {', '.join(listed_now)}{tail}",
                 lead="    ",
                 hang=6,
                 style="dim",
@@ -298,7 +298,8 @@ def _print_streams(page: _Page, report: Json, *, verbose: bool) -> None:
         for each in stream["blocked"]:
             reasons[each["reason"]] = reasons.get(each["reason"], 0) + 1
         for reason, number in reasons.items():
-            page.prose(f"{number} stay: {reason}", lead="    ", hang=6)
+            verb = "stays" if number == 1 else "stay"
+            page.prose(f"{number} {verb}: {reason}", lead="    ", hang=6)
     if len(shown) < len(streams):
         hidden = counted(len(streams) - len(shown), "more stream")
         page.prose(f"{hidden} of one norm that stays; --verbose lists them", lead="  ", hang=4)

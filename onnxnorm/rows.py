@@ -22,7 +22,7 @@ def norm_rows(norms: Sequence[Norm], remarks: Sequence[Remark]) -> list[dict[str
     for remark in remarks:
         for anchor in (remark.site.partition(":")[2], *remark.anchors):
             known = by_anchor.get(anchor)
-            if known is None or _RANK[remark.outcome] < _RANK[known.outcome]:
+            if known is None or _says_more(remark, known):
                 by_anchor[anchor] = remark
     rows = []
     for norm in norms:
@@ -50,6 +50,13 @@ def norm_rows(norms: Sequence[Norm], remarks: Sequence[Remark]) -> list[dict[str
             }
         )
     return rows
+
+
+def _says_more(remark: Remark, known: Remark) -> bool:
+    """Whether a remark is what to tell of a place; what is lowered may be converted after that."""
+    if remark.outcome == known.outcome == "applied":
+        return known.action == "lowered"
+    return _RANK[remark.outcome] < _RANK[known.outcome]
 
 
 def _action(norm: Norm, remark: Remark | None) -> tuple[str, str | None]:

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from onnxnorm.facts import Facts
+from onnxnorm.given import centred_here
 from onnxnorm.lowering import choose
 from onnxnorm.module import Node
 from onnxnorm.norms import Norm, find_norms
@@ -59,6 +60,9 @@ class LowerNorms(Pass):
     def _lowered(self, norm: Norm, facts: Facts) -> Plan | Refusal | None:
         if norm.kind in ("channel_affine", "batch_norm", "weight_standardization", "evo_norm"):
             return None  # other passes are for them
+        if centred_here(norm) is not None:
+            reason = "streams have put a centering in front of it, and what follows is an RMS norm"
+            return Refusal(reason, norm.node.label, node=norm.node, kept=True)
         if norm.obstacle:
             at = norm.obstacle_at.label if norm.obstacle_at is not None else ""
             advice = "Leave that value out of what reads it, and the norm becomes one operator."

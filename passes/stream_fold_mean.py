@@ -267,13 +267,13 @@ class Survey:
         parts = [f"{saved} converted, which saves {saved:g}"]
         if group.explicit:
             names = ", ".join(f"'{v.name}'" for v in group.explicit)
-            parts.append(
-                f"{len(group.explicit)} centered at run time ({names}) for {options.centering:g}"
-                " each"
-            )
-        if added:
-            noun = "bias" if len(added) == 1 else "biases"
-            parts.append(f"{len(added)} {noun} added behind their norm for {options.add:g} each")
+            number = len(group.explicit)
+            price = f"{options.centering:g}{' each' if number > 1 else ''}"
+            parts.append(f"{number} centered at run time ({names}) for {price}")
+        if len(added) == 1:
+            parts.append(f"1 bias added behind its norm for {options.add:g}")
+        elif added:
+            parts.append(f"{len(added)} biases added behind their norms for {options.add:g} each")
         return "; ".join(parts)
 
     def _folded(self, bypassed: list[tuple[AnyValue, AnyValue]]) -> list[Node]:

@@ -47,6 +47,8 @@ SOFTMAX: Final = {
     " y = Div (e1, t)",
     "JAX": MAX + "k = Max (m, low) d = Sub (x, k) e1 = Exp (d) t = ReduceSum (e1, last)"
     " y = Div (e1, t)",
+    "a maximum of one": MAX + "k = Max (m) d = Sub (x, k) e1 = Exp (d) t = ReduceSum (e1, last)"
+    " y = Div (e1, t)",
 }
 LOG: Final = {
     "a log of it": STABLE + "q = Div (e1, t) y = Log (q)",

@@ -20,6 +20,7 @@ from onnxnorm import shift as shift_module
 from onnxnorm import staging, storage
 from onnxnorm import stream as stream_module
 from onnxnorm import transfer as transfer_module
+from onnxnorm.passes.lower_norms import LowerNorms
 from onnxnorm.passes.stream_fold_mean import StreamFoldMean
 from onnxnorm.pipeline import Run
 from onnxnorm.testing import assert_parity, assert_refuses, assert_rewrites, assert_sound, run
@@ -859,3 +860,27 @@ def _nodes(model: onnx.ModelProto) -> list[Any]:
     from onnxnorm.module import Module
 
     return [n for n in Module(storage.from_proto(model)).nodes() if n.op == "MatMul"]
+
+
+@pytest.mark.parametrize("opset", [13, 17, 18, 23])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("price", [0.0, 0.1])
+def test_a_centering_with_one_reader_is_not_lowered_again(
+    opset: int, dtype: Any, price: float
+) -> None:
+    net = Net(opset=opset, dtype=dtype)
+    x = net.input("x", ["n", 5, 8])
+    if opset < 17:
+        mean = net.op("ReduceMean", x, axes=[-1])
+        off = net.op("Sub", x, mean)
+        square = net.op("ReduceMean", net.op("Mul", off, off), axes=[-1])
+        root = net.op("Sqrt", net.op("Add", square, net.scalar(0.01)))
+        normed = net.op("Mul", net.op("Div", off, root), net.vector(8, 1.0))
+    else:
+        normed = net.norm(x, 8)
+    model = net.model(net.linear(normed, 8, 4))
+    passes = (StreamFoldMean(centering=price), LowerNorms())
+    done = run(model, *passes)
+    assert (converted(done), centerings(done)) == (1, 1)
+    assert not any(r.action == "lowered" for r in done.applied)
+    assert_sound(model, done, *passes)
