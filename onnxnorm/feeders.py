@@ -26,7 +26,7 @@ from onnxnorm.transfer import Basis, Link, Stop, Transfer, described
 
 Vector = NDArray[np.float64]
 
-_MOVES: Final = frozenset({"Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
+MOVES: Final = frozenset({"Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 _BIASED: Final = {"Conv": 1, "ConvTranspose": 1, "Gemm": 11}  # the opset from which it may lack one
 _BLOCK: Final = 4 << 20  # bytes of float64 that are in the making at a time
 _finfo: Final[Callable[[Any], Any]] = ml_dtypes.finfo  # it has no types of its own
@@ -157,7 +157,7 @@ class _Walk:
                 return Stop(None, f"no linear operator makes '{value.name}': {self._origin(value)}")
             if node.scope is not self.reader.scope:
                 return Stop(node, f"{described(node)} is outside the body that scales its result")
-            if node.domain == "" and node.op in _MOVES:
+            if node.domain == "" and node.op in MOVES:
                 link = self.transfer.back(node, value, Basis(self.layout))
                 if not isinstance(link, Link):
                     return Stop(node, f"the features cannot be followed back: {link.why}")

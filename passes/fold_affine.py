@@ -1,34 +1,38 @@
-"""Fold a constant affine map per channel into the linear operator that feeds it.
+"""Fold a constant affine map per channel into its linear neighbours.
 
-    s * (W x + b) + t  ->  (s * W) x + (s * b + t)
+    s * (W x + b) + t  ->  (s * W) x + (s * b + t)        into what feeds it
+    (s * x + t) W + b  ->  x (diag(s) W) + (b + t W)      else into all that reads it
 
 The map is a BatchNormalization with fixed statistics that stands behind something else than a
 convolution, a batch normalization that was written out, or a chain of Mul, Add, Sub and Div with
 constants, as LayerScale is. The operator is a Conv, ConvTranspose, Gemm or MatMul, with or without
 a bias, and between the two may stand what only moves the features. Where a MatMul has no bias and
-t is not zero, one Add behind it takes t. Exact over the reals. In floating point s and t are formed
-in float64 and every constant is rounded once. Source: the definitions of these operators in the
-ONNX operator specification.
+t is not zero, one Add behind it takes t. Readers must be MatMul, Gemm or Conv of one group, with a
+place for t: a Conv that pads takes none, since it pads with zeros in the place of t. Exact over the
+reals. In floating point s and t are formed in float64 and every constant is rounded once. Source:
+the definitions of these operators in the ONNX operator specification.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from onnxnorm.consumers import consumers
 from onnxnorm.facts import AnyValue, Facts
-from onnxnorm.feeders import Change, Feeder, feeder, shared
+from onnxnorm.feeders import MOVES, Change, Feeder, feeder, shared
 from onnxnorm.layout import Layout, Part
 from onnxnorm.module import Node
 from onnxnorm.norms import Norm, find_norms
 from onnxnorm.port import is_real
 from onnxnorm.rewrite import Pass, Plan, Refusal, Rewriter
+from onnxnorm.shift import Sinks, sinks
 from onnxnorm.sizes import Sizes
-from onnxnorm.transfer import Stop, Transfer
+from onnxnorm.transfer import Stop, Transfer, described
 
 DEFAULT_EPSILON: Final = 1e-5  # BatchNormalization's schema default
 _PARAMETERS: Final = ("gamma", "beta", "mean", "variance")
@@ -45,7 +49,7 @@ class FoldAffine(Pass):
     max_copy_mb: int = 256
 
     name: ClassVar = "fold-affine"
-    summary: ClassVar = "scales and shifts per channel into the linear operator that feeds them"
+    summary: ClassVar = "scales and shifts per channel into the linear operators beside them"
     equation: ClassVar = "s (W x + b) + t -> (s W) x + (s b + t)"
 
     def plan(self, facts: Facts) -> Iterator[Plan | Refusal]:
@@ -59,7 +63,66 @@ class FoldAffine(Pass):
             if isinstance(affine, str):
                 yield Refusal(affine, norm.node.label, node=norm.node)
             else:
-                yield self._behind(norm, affine, transfer)
+                yield self._decided(norm, affine, transfer)
+
+    def _decided(self, norm: Norm, affine: Affine, transfer: Transfer) -> Plan | Refusal:
+        behind = self._behind(norm, affine, transfer)
+        if isinstance(behind, Plan):
+            return behind
+        before = self._before(norm, affine, transfer)
+        if isinstance(before, Plan):
+            return before
+        return replace(behind, reason=f"{behind.reason}; nor into what reads it: {before}")
+
+    def _before(self, norm: Norm, affine: Affine, transfer: Transfer) -> Plan | str:
+        """The fold into the readers, or what stands in its way."""
+        facts = transfer.facts
+        readers = consumers(norm.output, affine.layout, transfer)
+        if isinstance(readers, str):
+            return readers
+        if not readers.places:
+            return "nothing reads it"
+        places = Sinks()
+        if affine.shift.any():
+            told = sinks(norm.output, affine.layout, transfer)
+            if isinstance(told, str):
+                return f"the shift has no place, {told}"
+            places = told
+        between = dict.fromkeys((*readers.between, *places.between))
+        adds = {s.node for s in places.places}
+        linear = {c.inlet.node for c in readers.places}
+        for node in between:
+            if node.op not in MOVES and node not in linear | adds:
+                return f"{described(node)} stands between"
+        changes: list[Change] = []
+        for reader in readers.places:
+            inlet, factors = reader.inlet, reader.factors(affine.scale)
+            if bool((factors != 1.0).any()):
+                shape = [1] * len(inlet.weight.shape)
+                shape[inlet.weight_axis] = -1
+                scale, dtype = factors.reshape(shape), inlet.weight.dtype
+                changes.append(Change(inlet.node, 1, inlet.weight, dtype, scale))
+        for sink in places.places:
+            if sink.inlet is None:
+                return f"{described(sink.node)} joins it with other values"
+            dtype, moved = sink.inlet.weight.dtype, sink.shift(affine.shift)
+            if sink.bias is not None:
+                dtype = sink.bias.dtype
+            changes.append(
+                Change(sink.node, sink.index, sink.bias, dtype, np.ones(1), moved, bias=True)
+            )
+        for change in changes:
+            if (refusal := self._refused(change, norm, facts)) is not None:
+                return f"{refusal.reason} in '{refusal.at}'"
+        results = [s.node.outputs[0] for s in places.places] or [n.outputs[0] for n in linear]
+        return Plan(
+            norm.node,
+            tuple(dict.fromkeys((*norm.nodes, *linear, *adds))),
+            Readers(norm, tuple(changes)),
+            inside=tuple(n for n in between if n not in linear | adds),
+            outputs=tuple(dict.fromkeys(results)),
+            into=readers.places[0].inlet.node.op,
+        )
 
     def _behind(self, norm: Norm, affine: Affine, transfer: Transfer) -> Plan | Refusal:
         first = next(n for n in norm.nodes if norm.input in n.inputs)
@@ -88,7 +151,15 @@ class FoldAffine(Pass):
 
     def apply(self, plan: Plan, rw: Rewriter) -> None:
         """Change the constants; what fed the map computes its result."""
-        found: Feeder = plan.detail
+        found: Feeder | Readers = plan.detail
+        if isinstance(found, Readers):
+            for change in found.changes:
+                role = "bias" if change.bias else "weight"
+                name = f"{change.node.outputs[0].name}_{role}"
+                made = rw.constant(role, change.array(), at=change.node, name=name)
+                rw.rewire(change.node, change.index, made)
+            rw.redirect(found.norm.output, found.norm.input)
+            return
         linear, result = found.linear, plan.root.outputs[0]
         last = found.way[0] if found.way else linear
         inputs: dict[tuple[Node, int], AnyValue] = {}
@@ -126,6 +197,14 @@ def _rewire(rw: Rewriter, inputs: dict[tuple[Node, int], AnyValue]) -> None:
 
 
 @dataclass(frozen=True, eq=False)
+class Readers:
+    """All that reads the result of a row, and what becomes of its constants."""
+
+    norm: Norm
+    changes: tuple[Change, ...]
+
+
+@dataclass(frozen=True, eq=False)
 class Affine:
     """y = scale * x + shift.
 
@@ -142,6 +221,8 @@ class Affine:
 
 def read(norm: Norm, transfer: Transfer) -> Affine | str:
     """The map that a row computes, or the reason why it is not known to be one per channel."""
+    if norm.node.scope.opsets[""] < 7:
+        return "before opset 7 constants are not broadcast from the right"
     rank = transfer.rank(norm.input)
     if rank is None or transfer.rank(norm.output) != rank:
         return f"the rank of '{norm.input.name}' is not known, or is not that of the result"

@@ -505,6 +505,164 @@ def test_folding_agrees_in_onnxruntime(case: Case) -> None:
     assert_parity(model, done.stored.complete(), seed=case.seed)
 
 
+def test_opset_6_has_other_sums() -> None:
+    before = parser.parse_model(BASE.replace(": 17", ": 6"))
+    assert not run(before, RULE).applied
+
+
+# ** into what reads it **
+
+
+def test_into_the_weights_and_biases_of_the_readers() -> None:
+    before = graph(
+        f"r = Relu (x)\n n = {NORM} (r, g, h, m, v)\n p = MatMul (n, w)\n q = Add (p, b)\n"
+        "u = Gemm <transB: int = 1, alpha: float = 0.5, beta: float = 2.0> (n, w, b)\n"
+        "y = Sub (q, u)",
+        f"{W}, float[2] b = {{1.0, 2.0}}, {BN.replace('g = {2.0, 3.0}', 'g = {4.0, 12.0}')}",
+    )
+    # s = (2, 4), t = (-1.5, 5): t w = (13.5, 17), t w^T / 2 / 2 = (2.125, 3.875)
+    after = graph(
+        "r = Relu (x)\n p = MatMul (r, p_weight)\n q = Add (p, q_bias)\n"
+        "u = Gemm <transB: int = 1, alpha: float = 0.5, beta: float = 2.0> (r, u_weight, u_bias)\n"
+        "y = Sub (q, u)",
+        "float[2,2] p_weight = {2.0, 4.0, 12.0, 16.0}, float[2] q_bias = {14.5, 19.0},"
+        " float[2] u_bias = {3.125, 5.875}, float[2,2] u_weight = {2.0, 8.0, 6.0, 16.0}",
+    )
+    done = assert_rewrites(before, after, RULE)
+    assert [(r.site, r.action, r.into) for r in done.applied] == [
+        ("fold-affine:n", "folded", "MatMul")
+    ]
+    (row,) = rows.norm_rows(done.norms, done.remarks)
+    assert (row["action"], row["site"]) == ("folded", "fold-affine:n")
+
+
+@pytest.mark.parametrize("pads", ["", "<pads: ints = [0, 0]>"])
+def test_into_an_unpadded_convolution_without_a_bias(pads: str) -> None:
+    before = graph(
+        f"r = Relu (x)\n n = {NORM} (r, g, h, m, v)\n y = Conv {pads} (n, w)",
+        f"float[1,2,2] w = {{1.0, 2.0, 3.0, 4.0}}, "
+        f"{BN.replace('g = {2.0, 3.0}', 'g = {4.0, 12.0}')}",
+        x="N,2,4",
+        y="N,1,3",
+    )
+    # t summed over the kernel: -1.5 * 3 + 5 * 7
+    after = graph(
+        f"r = Relu (x)\n y = Conv {pads} (r, y_weight, y_bias)",
+        "float[1] y_bias = {30.5}, float[1,2,2] y_weight = {2.0, 4.0, 12.0, 16.0}",
+        x="N,2,4",
+        y="N,1,3",
+    )
+    assert_rewrites(before, after, RULE)
+
+
+def test_a_padded_convolution_takes_a_scale() -> None:
+    before = graph(
+        "r = Relu (x)\n k = Mul (r, s)\n y = Conv <pads: ints = [1, 0]> (k, w)",
+        "float[1,2,2] w = {1.0, 2.0, 3.0, 4.0}, float[2,1] s = {2.0, 4.0}",
+        x="N,2,4",
+        y="N,1,4",
+    )
+    after = graph(
+        "r = Relu (x)\n y = Conv <pads: ints = [1, 0]> (r, y_weight)",
+        "float[1,2,2] y_weight = {2.0, 4.0, 12.0, 16.0}",
+        x="N,2,4",
+        y="N,1,4",
+    )
+    assert_rewrites(before, after, RULE)
+
+
+def test_through_a_transpose_into_a_matmul() -> None:
+    before = graph(
+        f"r = Relu (x)\n n = {NORM} (r, g, h, m, v)\n p = Transpose <perm: ints = [0, 2, 1]> (n)\n"
+        "q = MatMul (p, w)\n y = Add (q, b)",
+        f"{W}, float[2] b = {{1.0, 2.0}}, {BN}",
+        x="N,2,3",
+        y="N,3,2",
+    )
+    done = run(before, RULE)
+    assert [n.op_type for n in done.stored.proto.graph.node] == [
+        "Relu",
+        "Transpose",
+        "MatMul",
+        "Add",
+    ]
+    assert_sound(before, done, RULE)
+    assert_parity(before, done.stored.complete())
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ("y = Conv <pads: ints = [1, 0]> (n, w)", "it pads with zeros or is grouped"),
+        ("y = Conv <auto_pad: string = \"SAME_UPPER\"> (n, w)", "it pads with zeros or is grouped"),
+        ("y = Conv <group: int = 2> (n, f)", "the grouped convolution 'y' reads it"),
+        ("z = Conv (n, w)\n y = Relu (n)", "Relu 'y' reads it and is not linear"),
+        ("a = Relu (n)\n y = Conv (a, w)", "Relu 'a' reads it and is not linear"),
+        ("y = Conv (n, big)", "the folded weight is not finite in float32 in 'y'"),
+        ("a = Cast <to: int = 1> (n)\n y = Conv (a, w)", "Cast 'a' stands between"),
+        ("a = Transpose <perm: ints = [0, 2, 1]> (n)\n y = MatMul (a, u)", "'y' has no bias"),
+    ],
+)  # fmt: skip
+def test_readers_that_cannot_take_it(body: str, reason: str) -> None:
+    constants = (
+        "float[1,2,2] w = {1.0, 2.0, 3.0, 4.0}, float[1,2,2] big = {3e38, 2.0, 3.0, 4.0},"
+        " float[2,2,1] f = {1.0, 2.0, 3.0, 4.0}, float[2,2] u = {1.0, 2.0, 3.0, 4.0}, "
+        + BN.replace("g = {2.0, 3.0}", "g = {4.0, 12.0}")
+    )
+    before = graph(
+        f"r = Relu (x)\n n = {NORM} (r, g, h, m, v)\n {body}", constants, "N,2,4", "A,B,C"
+    )
+    done = assert_refuses(before, RULE, reason)
+    assert any("Relu 'r' makes it" in remark.reason for remark in done.remarks)
+
+
+def reading(op: str, biased: bool, dtype: Any, seed: int) -> onnx.ModelProto:
+    """A map in front of a linear operator, behind nothing linear."""
+    rng = np.random.default_rng(seed)
+
+    def tensor(name: str, array: Any) -> onnx.TensorProto:
+        return numpy_helper.from_array(np.asarray(array).astype(dtype), name)
+
+    wide = {"Conv": (5, 3, 2), "Gemm": (3, 5), "MatMul": (3, 5)}[op]
+    weights = [tensor("w", rng.normal(size=wide)), tensor("b", rng.normal(size=5))]
+    weights += [tensor(n, rng.normal(size=3)) for n in ("gamma", "beta", "mean")]
+    weights.append(tensor("var", rng.uniform(0.5, 2.0, 3)))
+    nodes = [
+        helper.make_node("Relu", ["x"], ["r"]),
+        helper.make_node("BatchNormalization", ["r", "gamma", "beta", "mean", "var"], ["n"]),
+    ]
+    if op == "MatMul":
+        nodes.append(helper.make_node("MatMul", ["n", "w"], ["c"]))
+        nodes.append(helper.make_node("Add", ["c", "b"], ["y"]))
+    else:
+        attrs: dict[str, Any] = {"alpha": 0.5, "beta": 2.0} if op == "Gemm" else {}
+        inputs = ["n", "w", *(["b"] if biased else [])]
+        nodes.append(helper.make_node(op, inputs, ["y"], **attrs))
+    dims: list[str | int | None] = ["N", 3, 4] if op == "Conv" else ["N", 3]
+    element = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    x = helper.make_tensor_value_info("x", element, dims)
+    y = helper.make_tensor_value_info("y", element, [None] * len(dims))
+    made = helper.make_graph(nodes, "g", [x], [y], weights)
+    return helper.make_model(made, ir_version=9, opset_imports=[helper.make_opsetid("", 17)])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from(["Conv", "Gemm", "MatMul"]),
+    st.booleans(),
+    st.sampled_from([np.float32, np.float16]),
+    st.integers(0, 2**16),
+)
+def test_folding_forward_agrees_in_onnxruntime(
+    op: str, biased: bool, dtype: Any, seed: int
+) -> None:
+    model = reading(op, biased, dtype, seed)
+    done = run(model, RULE)
+    assert len(done.applied) == 1
+    assert_sound(model, done, RULE)
+    assert_parity(model, done.stored.complete(), seed=seed)
+
+
 # ** mutants: each wrong formula must be caught by the checks above **
 
 MUTANTS = {
@@ -513,6 +671,13 @@ MUTANTS = {
     "sign of the mean": (fold_affine, "beta - mean * scale", "beta + mean * scale"),
     "mean not scaled": (fold_affine, "beta - mean * scale", "beta - mean"),
     "bias not scaled": (feeders, "moved: Vector = array * scale", "moved: Vector = array"),
+    "rows of the readers": (
+        fold_affine,
+        "shape[inlet.weight_axis] = -1",
+        "shape[1 - inlet.weight_axis] = -1",
+    ),
+    "weights of the readers": (fold_affine, "factors.reshape(shape)", "1 / factors.reshape(shape)"),
+    "shift of the readers": (fold_affine, "sink.shift(affine.shift)", "-sink.shift(affine.shift)"),
     "shift lost": (feeders, "moved if self.shift is None else moved + self.shift", "moved"),
     "beta of Gemm": (feeders, "slot.spread(vector) / slot.gain", "slot.spread(vector)"),
     "beta of an empty bias": (feeders, "moved = vector / gain", "moved = vector"),
@@ -562,15 +727,18 @@ FIXED = [
 
 def agrees(rule: Any) -> bool:
     """Whether a fold computes the same on a set of cases."""
-    for case in FIXED:
-        model = case.model()
-        try:
-            after = run(model, rule).stored.complete()
-            if not np.allclose(outputs(after), outputs(model), rtol=1e-4, atol=1e-4):
-                return False
-        except Exception:
-            return False
-    return True
+    models = [case.model() for case in FIXED]
+    models += [reading(op, True, np.float32, 3) for op in ("Conv", "Gemm", "MatMul")]
+    return all(agrees_on(model, rule) for model in models)
+
+
+def agrees_on(model: onnx.ModelProto, rule: Any) -> bool:
+    """Whether a fold computes the same."""
+    try:
+        after = run(model, rule).stored.complete()
+        return bool(np.allclose(outputs(after), outputs(model), rtol=1e-4, atol=1e-4))
+    except Exception:
+        return False
 
 
 def test_the_unchanged_arithmetic_agrees() -> None:
@@ -592,8 +760,3 @@ def test_mutants_are_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(port_module.Slot, "spread", names["Slot"].spread)
     rule = names["FoldAffine"]() if source is fold_affine else RULE
     assert not agrees(rule)
-
-
-def test_opset_6_has_other_sums() -> None:
-    before = parser.parse_model(BASE.replace(": 17", ": 6"))
-    assert not run(before, RULE).applied
