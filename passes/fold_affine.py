@@ -40,7 +40,7 @@ _PARAMETERS: Final = ("gamma", "beta", "mean", "variance")
 
 @dataclass(frozen=True)
 class FoldAffine(Pass):
-    """Remove affine maps per channel behind linear operators.
+    """Remove affine maps per channel beside linear operators.
 
     Attributes:
         max_copy_mb: A weight that others read too is copied; refuse copies larger than this.
@@ -150,7 +150,7 @@ class FoldAffine(Pass):
         return None if misfit is None else Refusal(misfit, at, node=norm.node)
 
     def apply(self, plan: Plan, rw: Rewriter) -> None:
-        """Change the constants; what fed the map computes its result."""
+        """Change the constants; what fed the map computes its result, or what read it reads x."""
         found: Feeder | Readers = plan.detail
         if isinstance(found, Readers):
             for change in found.changes:
@@ -169,11 +169,8 @@ class FoldAffine(Pass):
             made = rw.constant(role, change.array(), at=change.node, name=name)
             inputs[change.node, change.index] = made
         if found.rest is not None:
-            rest, name, made_by_linear = (
-                found.rest.array(),
-                f"{result.name}_bias",
-                linear.outputs[0],
-            )
+            rest, name = found.rest.array(), f"{result.name}_bias"
+            made_by_linear = linear.outputs[0]
             if last is linear:
                 bias = rw.constant("bias", rest, name=name)
                 _rewire(rw, inputs)
