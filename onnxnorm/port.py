@@ -217,6 +217,22 @@ class Slot:
     bias: bool = False
     gain: float = 1.0
 
+    def features(self) -> int:
+        """How many output features the constant has entries for; 1 where it has none of its own."""
+        if len(self.constant.shape) < -self.axis:
+            return 1
+        return self.constant.shape[self.axis] * self.groups
+
+    def spread(self, factors: NDArray[np.float64]) -> NDArray[np.float64]:
+        """One factor for each output feature, in a shape that broadcasts against the constant."""
+        inner = (1,) * (-self.axis - 1)
+        if self.groups == 1:
+            return factors.reshape(-1, *inner)
+        # Row c of (C, M / g, *kernel) belongs to group c // (C / g).
+        rows = self.constant.shape[0]
+        group = np.arange(rows) // (rows // self.groups)
+        return factors.reshape(self.groups, -1)[group].reshape(rows, -1, *inner)
+
 
 def slots(node: Node, facts: Facts) -> tuple[Slot, ...] | str:
     """The weights and biases that make a node's output features; a clause where it has none.

@@ -13,6 +13,7 @@ if __name__ != "onnxnorm.passes":  # a second copy would have its own classes
 # name -> "module:class", in the order in which the passes run
 PASSES: Final[dict[str, str]] = {
     "fold-batchnorm": "onnxnorm.passes.fold_batchnorm:FoldBatchnorm",
+    "fold-affine": "onnxnorm.passes.fold_affine:FoldAffine",
     "stream-fold-mean": "onnxnorm.passes.stream_fold_mean:StreamFoldMean",
     "fold-norm-affine": "onnxnorm.passes.fold_norm_affine:FoldNormAffine",
     "stream-compress": "onnxnorm.passes.stream_compress:StreamCompress",
@@ -21,4 +22,9 @@ PASSES: Final[dict[str, str]] = {
 }
 
 # What `optimize` runs when it is not told otherwise: passes that are equal over the reals.
-DEFAULT: Final[tuple[str, ...]] = ("fold-batchnorm", "stream-fold-mean", "lower-norms")
+DEFAULT: Final[tuple[str, ...]] = (
+    "fold-batchnorm",
+    "fold-affine",
+    "stream-fold-mean",
+    "lower-norms",
+)

@@ -132,9 +132,9 @@ def test_json_is_one_object_on_standard_output(command: Command, model: Path, ou
     assert data["latency_skipped"] == "--no-latency was given"
     assert data["nodes"] == {"before": 11, "after": 8}
     assert sites(data) == {f"fold-batchnorm:b{i}" for i in range(3)}
-    assert sites(data, "refused") == {"fold-batchnorm:b3"}
+    assert sites(data, "refused") == {"fold-batchnorm:b3", "fold-affine:y"}
     assert sites(data, "missed") == {"fold-batchnorm:y"}
-    assert [n["action"] for n in data["norms"]] == ["folded"] * 3 + ["refused", "none"]
+    assert [n["action"] for n in data["norms"]] == ["folded"] * 3 + ["refused", "refused"]
     assert data["files"] == [
         {"path": str(out), "role": "model", "bytes": out.stat().st_size},
     ]
@@ -169,7 +169,7 @@ def test_other_commands_report_too(
 def test_the_terminal_says_what_the_json_says(command: Command, model: Path, out: Path) -> None:
     done = command("optimize", model, out, *FAST)
     assert (done.code, done.err) == (0, "")
-    assert "3 of 5 batch normalizations folded into Conv and 1 refused" in done.out
+    assert "3 of 5 batch normalizations folded into Conv and 2 refused" in done.out
     assert "agree with the original" in " ".join(done.out.split())
     assert "its result 'q' is a graph output" in " ".join(done.out.split())
     assert str(out) in done.out.replace("\n", "")

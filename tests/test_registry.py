@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from onnxnorm import passes, registry
 from onnxnorm.errors import UsageError
+from onnxnorm.passes.fold_affine import FoldAffine
 from onnxnorm.passes.fold_batchnorm import FoldBatchnorm
 from onnxnorm.passes.lower_norms import LowerNorms
 from onnxnorm.passes.stream_fold_mean import StreamFoldMean
@@ -36,7 +37,7 @@ def test_approximate_passes_are_never_on_by_default() -> None:
 
 
 def test_selections() -> None:
-    assert select(None) == [FoldBatchnorm(), StreamFoldMean(), LowerNorms()]
+    assert select(None) == [FoldBatchnorm(), FoldAffine(), StreamFoldMean(), LowerNorms()]
     assert select("default") == select(None)
     assert select("none") == select("") == []
     assert select("fold-batchnorm{max_copy_mb=64}") == [FoldBatchnorm(max_copy_mb=64)]
