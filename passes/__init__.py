@@ -17,8 +17,15 @@ PASSES: Final[dict[str, str]] = {
     "fold-norm-affine": "onnxnorm.passes.fold_norm_affine:FoldNormAffine",
     "stream-compress": "onnxnorm.passes.stream_compress:StreamCompress",
     "stream-rotate": "onnxnorm.passes.stream_rotate:StreamRotate",
+    "lower-softmax": "onnxnorm.passes.lower_softmax:LowerSoftmax",
     "lower-norms": "onnxnorm.passes.lower_norms:LowerNorms",
 }
 
 # What `optimize` runs when it is not told otherwise: passes that are equal over the reals.
-DEFAULT: Final[tuple[str, ...]] = ("fold-batchnorm", "stream-fold-mean", "lower-norms")
+# Those that write calls of our own operators do nothing unless --ops asks for them.
+DEFAULT: Final[tuple[str, ...]] = (
+    "fold-batchnorm",
+    "stream-fold-mean",
+    "lower-softmax",
+    "lower-norms",
+)
