@@ -18,6 +18,8 @@ PASSES: Final[dict[str, str]] = {
     "stream-compress": "onnxnorm.passes.stream_compress:StreamCompress",
     "stream-rotate": "onnxnorm.passes.stream_rotate:StreamRotate",
     "lower-softmax": "onnxnorm.passes.lower_softmax:LowerSoftmax",
+    "lower-channel-norm": "onnxnorm.passes.lower_channel_norm:LowerChannelNorm",
+    "lower-group-norm": "onnxnorm.passes.lower_group_norm:LowerGroupNorm",
     "lower-norms": "onnxnorm.passes.lower_norms:LowerNorms",
 }
 
@@ -27,5 +29,7 @@ DEFAULT: Final[tuple[str, ...]] = (
     "fold-batchnorm",
     "stream-fold-mean",
     "lower-softmax",
+    "lower-channel-norm",
+    "lower-group-norm",
     "lower-norms",
 )
