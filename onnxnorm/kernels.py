@@ -38,6 +38,7 @@ class KernelPass(Pass):
     ops: bool = False
 
     def plan(self, facts: Facts) -> Iterator[Plan | Refusal]:
+        """Every norm of the pass's kinds, where calls are wanted."""
         if not self.ops or self.target != "ort-cpu":
             return
         for norm in find_norms(facts):

@@ -96,7 +96,7 @@ def _front(norm: Norm, facts: Facts) -> _Front:
 
 
 def _scaled(value: AnyValue, readers: tuple[Node, ...], facts: Facts) -> _Front:
-    """x and s, if a value is s * x or x / (1/s) and only these nodes read it."""
+    """The x and s of a value, if it is s * x or x / (1/s) and only these nodes read it."""
     made = _made(value, readers, facts)
     if made is not None and made.op in ("Mul", "Div"):
         for place in (1, 0) if made.op == "Mul" else (1,):

@@ -137,9 +137,7 @@ OTHERS: Final = {
         + " y = Add (u, z)",
         constants=FLAT,
     ),
-    "the last axis": graph(
-        chain("layer", "-1"), "1,256,2", WIDE.replace("[2,1,1]", "[2]")
-    ),
+    "the last axis": graph(chain("layer", "-1"), "1,256,2", WIDE.replace("[2,1,1]", "[2]")),
 }
 
 
@@ -178,7 +176,7 @@ def test_any_size_agrees(dims: list[int], seed: int, epsilon: float, biased: boo
     x = rng.standard_normal(dims).astype(np.float32)
     (wanted,) = ReferenceEvaluator(parser.parse_model(before)).run(None, {"x": x})
     (found,) = ReferenceEvaluator(done.stored.complete()).run(None, {"x": x})
-    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(np.asarray(found), np.asarray(wanted), rtol=1e-4, atol=1e-5)
 
 
 MUTANTS: Final[dict[str, tuple[str, str, str]]] = {
