@@ -13,12 +13,12 @@ if __name__ != "onnxnorm.passes":  # a second copy would have its own classes
 # name -> "module:class", in the order in which the passes run
 PASSES: Final[dict[str, str]] = {
     "fold-batchnorm": "onnxnorm.passes.fold_batchnorm:FoldBatchnorm",
+    "lower-channel-norm": "onnxnorm.passes.lower_channel_norm:LowerChannelNorm",
     "stream-fold-mean": "onnxnorm.passes.stream_fold_mean:StreamFoldMean",
     "fold-norm-affine": "onnxnorm.passes.fold_norm_affine:FoldNormAffine",
     "stream-compress": "onnxnorm.passes.stream_compress:StreamCompress",
     "stream-rotate": "onnxnorm.passes.stream_rotate:StreamRotate",
     "lower-softmax": "onnxnorm.passes.lower_softmax:LowerSoftmax",
-    "lower-channel-norm": "onnxnorm.passes.lower_channel_norm:LowerChannelNorm",
     "lower-group-norm": "onnxnorm.passes.lower_group_norm:LowerGroupNorm",
     "lower-norms": "onnxnorm.passes.lower_norms:LowerNorms",
 }
@@ -27,9 +27,9 @@ PASSES: Final[dict[str, str]] = {
 # Those that write calls of our own operators do nothing unless --ops asks for them.
 DEFAULT: Final[tuple[str, ...]] = (
     "fold-batchnorm",
+    "lower-channel-norm",
     "stream-fold-mean",
     "lower-softmax",
-    "lower-channel-norm",
     "lower-group-norm",
     "lower-norms",
 )

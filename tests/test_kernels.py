@@ -47,7 +47,7 @@ main (float[1,3,16,16] x) => (float[1,3,16,16] y) {
 
 
 def optimized(text: str, **given: Any) -> onnxnorm.Result:
-    asked = {"target": "ort-cpu", "ops": True, "latency": False} | given
+    asked: dict[str, Any] = {"target": "ort-cpu", "ops": True, "latency": False} | given
     return onnxnorm.optimize(parser.parse_model(text), **asked)
 
 
@@ -201,6 +201,26 @@ def test_a_library_without_the_kernel_is_refused(monkeypatch: pytest.MonkeyPatch
     path = library.describe().path
     monkeypatch.setattr(library, "describe", lambda: library.Library(path))
     assert_refuses(SOFTMAX, RULES[0], "it has no kernel for TwoPassSoftmax")
+
+
+@needs_library
+def test_a_norm_over_channels_becomes_a_call_before_its_stream_loses_the_mean() -> None:
+    done = optimized(
+        """<ir_version: 8, opset_import: ["" : 17]>
+        main (float[1,2,16,16] x) => (float[1,2,16,16] y)
+        <float[2,2,1,1] w = {1, 2, 3, 4}, float[2] g = {1, 2}, float[2] b = {0.5, -1}> {
+            c = Conv (x, w)
+            p = Transpose <perm: ints = [0, 2, 3, 1]> (c)
+            n = LayerNormalization (p, g, b)
+            y = Transpose <perm: ints = [0, 3, 1, 2]> (n)
+        }"""
+    )
+    assert [n.op_type for n in done.model.graph.node] == ["Conv", "ChannelLayerNormalization"]
+    (row,) = done.report.norms
+    assert (row["action"], row["into"]) == ("lowered", "ChannelLayerNormalization")
+    for asked in (True, False):
+        again = onnxnorm.optimize(done.model, target="ort-cpu", ops=asked, latency=False)
+        assert again.model == done.model
 
 
 @needs_library

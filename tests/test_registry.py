@@ -41,9 +41,9 @@ def test_approximate_passes_are_never_on_by_default() -> None:
 def test_selections() -> None:
     assert select(None) == [
         FoldBatchnorm(),
+        LowerChannelNorm(),
         StreamFoldMean(),
         LowerSoftmax(),
-        LowerChannelNorm(),
         LowerGroupNorm(),
         LowerNorms(),
     ]
