@@ -30,13 +30,14 @@ _BETWEEN = ("LayerNormalization", "SimplifiedLayerNormalization", "RMSNormalizat
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a norm over one axis of x stands."""
+    """Where a norm over one axis of x stands; `between`: as an operator between Transposes."""
 
     x: AnyValue
     axis: int
     shape: tuple[int | str | None, ...]
     root: Node
     nodes: tuple[Node, ...]
+    between: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,8 @@ def _between(norm: Norm, site: Site, facts: Facts) -> _Place | None:
     if before is None or before.op != "Transpose" or before.scope is not node.scope or not uses:
         return None
     after = uses[0].node
+    if before.domain or after.domain:
+        return None
     there, back = before.attrs.get("perm"), after.attrs.get("perm")
     if after.op != "Transpose" or after.scope is not node.scope or there is None or back is None:
         return None
@@ -110,7 +113,7 @@ def _between(norm: Norm, site: Site, facts: Facts) -> _Place | None:
     if [there[a] for a in back] != list(range(len(there))):
         return None
     shape = tuple(site.shape[a] for a in back)
-    return _Place(before.inputs[0], there[-1], shape, after, (before, node, after))
+    return _Place(before.inputs[0], there[-1], shape, after, (before, node, after), True)
 
 
 def _along(known: Any, default: float, channels: int, place: _Place) -> Any:
@@ -118,8 +121,10 @@ def _along(known: Any, default: float, channels: int, place: _Place) -> Any:
     behind = len(place.shape) - place.axis - 1
     if known is None:
         known = np.full(channels, default)
-    elif place.root in place.nodes[2:] and known.ndim <= 1 and len(place.nodes) == 3:
-        known = np.broadcast_to(known.reshape(-1), (channels,))  # of the operator's last axis
+    elif place.between:
+        if known.ndim > 1 or known.size not in (1, channels):
+            return None
+        known = np.broadcast_to(known.reshape(-1), (channels,))  # along the operator's last axis
     else:
         rank = len(place.shape)
         full = known.reshape((1,) * (rank - known.ndim) + known.shape)

@@ -76,6 +76,8 @@ def _per_channel(known: Any, default: float, site: Site, norm: Norm) -> Any:
         known = np.full(channels, default)
     elif norm.operator:
         # Before opset 21 there is one for each group.
+        if known.size not in (channels, norm.groups) or channels % norm.groups:
+            return None
         known = np.repeat(known, channels // known.size)
     else:
         known = known.reshape((1,) * (rank - known.ndim) + known.shape)
