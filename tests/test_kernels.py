@@ -11,8 +11,8 @@ import pytest
 from onnx import helper, parser
 
 import onnxnorm
-from onnxnorm import session, storage
-from onnxnorm.errors import UsageError, VerificationError
+from onnxnorm import kernels, session, storage
+from onnxnorm.errors import OnnxNormError, UsageError, VerificationError
 from onnxnorm.facts import Facts
 from onnxnorm.module import Module
 from onnxnorm.norms import find_norms
@@ -27,6 +27,7 @@ from onnxnorm.testing import assert_refuses, run
 from onnxnorm.verifier import Verifier
 from tests.ops.calls import needs_library
 from tests.ops.test_bodies import example
+from tests.passes.test_lower_softmax import REFUSALS
 
 RULES: Final = tuple(p("ort-cpu", True) for p in (LowerSoftmax, LowerChannelNorm, LowerGroupNorm))
 SOFTMAX: Final = """
@@ -251,3 +252,39 @@ def test_sessions_have_the_library_where_optimizations_are_on(
     assert all("TwoPassSoftmax" not in graph for graph in graphs[1:])
     for result in results[1:]:
         np.testing.assert_allclose(result, results[0], rtol=1e-5, atol=1e-7)
+
+
+# ** each condition of a call is needed **
+
+CONDITIONS: Final = {
+    "library": ("there.path is None or name not in there.operators", "False"),
+    "function": ("if scope.is_function:", "if False:"),
+    "IR version": ("version < bodies.IR_VERSION", "False"),
+    "opset": ("opset < bodies.OPERATORS[name].opset", "False"),
+    "domain": ("scope.opsets.get(bodies.DOMAIN, bodies.VERSION) != bodies.VERSION", "False"),
+    "namesake": ("known is not None and not _is_same", "False and _is_same"),
+}
+CASES: Final = {
+    "function": "in a function",
+    "IR version": "an old IR version",
+    "opset": "an old opset",
+    "domain": "another version of our domain",
+    "namesake": "another function of that name",
+}
+
+
+@needs_library
+@pytest.mark.parametrize("name", CONDITIONS)
+def test_each_condition_is_needed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, reason = REFUSALS[CASES[name]] if name in CASES else (SOFTMAX, "is not there")
+    if name == "library":
+        monkeypatch.setattr(library, "describe", lambda: library.Library(None))
+    assert_refuses(before, RULES[0], reason)
+    old, new = CONDITIONS[name]
+    text = Path(kernels.__file__).read_text("utf-8")
+    assert text.count(old) == 1, old
+    names: dict[str, Any] = {"__name__": kernels.__name__}
+    exec(compile(text.replace(old, new), kernels.__file__, "exec"), names)
+    monkeypatch.setattr(kernels, "lack", names["lack"])
+    with pytest.raises((AssertionError, OnnxNormError)):
+        assert_refuses(before, RULES[0], reason)
