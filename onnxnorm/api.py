@@ -24,6 +24,7 @@ from onnxnorm.errors import (
 )
 from onnxnorm.facts import Facts
 from onnxnorm.module import Module
+from onnxnorm.ops import bodies, library
 from onnxnorm.pipeline import Pipeline, Run
 from onnxnorm.registry import select
 from onnxnorm.report import Report
@@ -39,6 +40,14 @@ Target: TypeAlias = Literal["onnx", "ort-cpu", "ort-cuda"]
 Model: TypeAlias = Any  # path, ModelProto, onnx_ir.Model, or what torch.onnx.export returns
 
 TIME_BUDGET: Final = 60.0  # seconds for parity; latency takes half as many
+_WITH_LIBRARY: Final = (
+    "The model calls operators of onnxnorm: runs with optimizations on have the operator library,"
+    " those with optimizations off its bodies in standard ONNX."
+)
+_WITHOUT_LIBRARY: Final = (
+    "The model calls operators of onnxnorm, whose library was not there: all runs have their bodies"
+    " in standard ONNX."
+)
 _UNCHANGED: Final = "the output is the input, byte for byte"
 
 
@@ -76,6 +85,7 @@ def optimize(
     *,
     passes: str | Iterable[str | Pass] | None = None,
     target: Target = "onnx",
+    ops: bool = False,
     provider: str = "auto",
     threads: int | None = None,
     inputs: str | Path | None = None,
@@ -105,6 +115,7 @@ def optimize(
         passes: Pass names as in `onnxnorm.registry`, or passes; None is the default list.
         target: What the model is for: "onnx" is any runtime and writes standard operators,
             "ort-cpu" and "ort-cuda" are onnxruntime and may write its own.
+        ops: Whether a model for "ort-cpu" may call the operators of onnxnorm, with their bodies.
         provider: "cpu", "cuda" or "auto", for parity and latency.
         threads: Intra-op threads for latency; None is onnxruntime's own choice.
         inputs: The user's own inputs, an .npz file.
@@ -129,7 +140,7 @@ def optimize(
         ParityError: The outputs do not agree, or onnxruntime cannot run the model.
     """
     say = progress or _silent
-    chosen = _aimed(select(passes), target)
+    chosen = _aimed(select(passes), target, ops=ops)
     with ExitStack() as stack:
         stored = stack.enter_context(_taken(model))
         place = _target(stored, output, in_place=in_place)
@@ -158,6 +169,7 @@ def optimize(
                 told.parity_skipped = "--no-parity was given"
                 told.warnings.append("The outputs were not compared with those of the original.")
             _time(bench, told, run, candidate, asked=latency, proven=parity)
+            told.notes += _told_of_operators(bench, run.stored)
         files: tuple[Path, ...] = ()
         if place is not None and not dry_run:
             say("writing", None)
@@ -181,6 +193,7 @@ def optimize(
             options={
                 "passes": [p.name for p in chosen],
                 "target": target,
+                "ops": ops,
                 "provider": bench.provider or provider,
                 "seed": seed,
                 "only": list(only),
@@ -200,6 +213,7 @@ def inspect(
     *,
     passes: str | Iterable[str | Pass] | None = None,
     target: Target = "onnx",
+    ops: bool = False,
 ) -> Report:
     """List every normalization of a model, what would be done with it, and what is in the way.
 
@@ -207,9 +221,9 @@ def inspect(
 
     Raises:
         ModelError: The model cannot be read or is broken.
-        UsageError: `passes` names what does not exist.
+        UsageError: `passes` names what does not exist, or `ops` is for another target.
     """
-    chosen = _aimed(select(passes), target)
+    chosen = _aimed(select(passes), target, ops=ops)
     with _taken(model) as stored:
         facts = Facts(Module(stored))
         run = Pipeline(chosen).run(stored)
@@ -259,6 +273,7 @@ def compare(
             latency_skipped=None if latency else "--no-latency was given",
         )
         path = bench.on_disk(second)
+        told.notes += _told_of_operators(bench, second) or _told_of_operators(bench, first)
         if parity:
             told.parity = bench.checker().check(path).to_json()
         if latency:
@@ -274,14 +289,31 @@ def compare(
         )
 
 
-def _aimed(passes: list[Pass], target: Target) -> list[Pass]:
+def _aimed(passes: list[Pass], target: Target, *, ops: bool) -> list[Pass]:
     """Passes that depend on the target, told of it; what the user gave them stays."""
-    return [
-        replace(p, target=target)  # type: ignore[type-var]
-        if getattr(p, "target", None) == "onnx"
-        else p
-        for p in passes
-    ]
+    if ops and target != "ort-cpu":
+        raise UsageError(
+            f"--ops was given for the target {target}",
+            "Add --target ort-cpu: the operators of onnxnorm have kernels for onnxruntime's CPU.",
+        )
+    aimed = []
+    for each in passes:
+        given: dict[str, Any] = {}
+        if getattr(each, "target", None) == "onnx":
+            given["target"] = target
+        if ops and hasattr(each, "ops"):
+            given["ops"] = True
+        aimed.append(replace(each, **given) if given else each)  # type: ignore[type-var]
+    return aimed
+
+
+def _told_of_operators(bench: Workbench, stored: Stored) -> list[str]:
+    """How our operators were run, if the model calls any."""
+    functions = stored.proto.functions
+    if bench.provider is None or all(each.domain != bodies.DOMAIN for each in functions):
+        return []
+    there = library.describe().path is not None and bench.provider == "cpu"
+    return [_WITH_LIBRARY if there else _WITHOUT_LIBRARY]
 
 
 # ** proving and measuring **

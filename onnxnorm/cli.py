@@ -118,12 +118,19 @@ _output = _options(
 )
 
 
-_TARGET = click.option(
-    "--target",
-    type=click.Choice(["onnx", "ort-cpu", "ort-cuda"]),
-    default="onnx",
-    show_default=True,
-    help="What the model is for.",
+_TARGET = _options(
+    click.option(
+        "--target",
+        type=click.Choice(["onnx", "ort-cpu", "ort-cuda"]),
+        default="onnx",
+        show_default=True,
+        help="What the model is for.",
+    ),
+    click.option(
+        "--ops",
+        is_flag=True,
+        help="With --target ort-cpu: call the operators of onnxnorm where they are faster.",
+    ),
 )
 
 
@@ -200,6 +207,7 @@ def inspect(
     source: Path,
     passes: str | None,
     target: Target,
+    ops: bool,
     reports: Sequence[Path],
     *,
     as_json: bool,
@@ -210,7 +218,7 @@ def inspect(
     from onnxnorm import api
 
     _check_reports(reports, source)
-    report = api.inspect(source, passes=passes, target=target)
+    report = api.inspect(source, passes=passes, target=target, ops=ops)
     _show(report, reports, as_json=as_json, verbose=verbose, quiet=quiet)
 
 

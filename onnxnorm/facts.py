@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from onnxnorm.module import Module, Node, Scope, Value, Weight, dense
+from onnxnorm.ops import bodies
 from onnxnorm.storage import Array, payload_size
 
 AnyValue: TypeAlias = Value | Weight
@@ -389,6 +390,7 @@ class Facts:
         _show_constants(model.graph, self.module.main, untyped)
         _restore_shapes(model.graph)
         _show_runtime_norms(model.graph, self.module.main.opsets[""])
+        _show_own_operators(model.graph)
         _show_ranks(model)
         # Inference that fails leaves the types that the file itself states; the C++ side raises
         # several unrelated types.
@@ -590,6 +592,18 @@ def _show_runtime_norms(graph: onnx.GraphProto, opset: int) -> None:
         ]
     del graph.node[:]
     graph.node.extend(nodes)
+
+
+def _show_own_operators(graph: onnx.GraphProto) -> None:
+    """Tell shape inference that results of our operators have the shape of X, or of X + mask.
+
+    Their bodies reshape to a computed shape, through which inference sees no more than a rank.
+    """
+    for node in graph.node:
+        if node.domain == bodies.DOMAIN and node.op_type in bodies.OPERATORS:
+            inputs = [node.input[0], *(node.input[2:3] if "Masked" in node.op_type else ())]
+            shaped = onnx.helper.make_node("Sum", inputs, list(node.output[:1]))
+            node.CopyFrom(shaped)
 
 
 def _type(proto: onnx.TypeProto.Tensor) -> Type:

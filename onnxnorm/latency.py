@@ -387,7 +387,7 @@ def measure(
         pairs: Session pairs wanted; each is one trial.
         seed: Decides the order of sessions.
         budget_seconds: Time it may take, roughly.
-        libraries: Shared libraries of custom operators.
+        libraries: Shared libraries of custom operators; empty is that of this package, where it is.
         progress: Called as progress(text, fraction done).
 
     Raises:
@@ -694,7 +694,7 @@ class _Here:
             provider=spec.provider,
             threads=spec.threads,
             deterministic=False,
-            libraries=spec.libraries,
+            libraries=spec.libraries or None,
         )
         bound = self._session.bind(feeds)
         bound()  # the first run also tells whether the model runs at all

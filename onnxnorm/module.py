@@ -20,6 +20,7 @@ from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from onnxnorm import wellformed
 from onnxnorm.errors import ModelError
+from onnxnorm.ops import bodies
 from onnxnorm.storage import Array, Stored
 
 SITE_KEY: Final = "onnxnorm.site"  # the metadata key that names, on a new node, the site it is from
@@ -439,6 +440,7 @@ class Module:
         self.proto = stored.proto
         self._given = stored
         self._paths: set[str] = set()
+        self._carried: dict[str, onnx.FunctionProto] = {}
         self.names: set[str] = set()
         opsets = wellformed.versions(self.proto.opset_import)
         self.scopes: list[Scope] = []
@@ -459,6 +461,8 @@ class Module:
                         f" '{node.domain or 'ai.onnx'}', which the model does not import",
                         "Export the model again; its opset imports are incomplete.",
                     )
+        self._imports = opsets  # those of the main graph, and of every body in it
+        self._called = self._calls()
 
     def nodes(self) -> Iterator[Node]:
         """Every node of every scope, the main graph first."""
@@ -488,6 +492,25 @@ class Module:
         self._paths.add(path)
         return path
 
+    def carried(self, name: str) -> onnx.FunctionProto | None:
+        """The function of the operator `name` of our domain that the model has or will have."""
+        known = {f.name: f for f in self.proto.functions if f.domain == bodies.DOMAIN}
+        return known.get(name, self._carried.get(name))
+
+    def carry(self, name: str) -> None:
+        """Let the model have the function of an operator of our domain, while a node calls it.
+
+        The model must not have another one of that name, nor another version of our domain, and be
+        of an IR version with functions.
+        """
+        if self.carried(name) is None:
+            self._carried[name] = bodies.function(name, self._imports[""])
+        self._imports[bodies.DOMAIN] = bodies.VERSION
+
+    def _calls(self) -> set[str]:
+        """The operators of our domain that are called anywhere."""
+        return {node.op for node in self.nodes() if node.domain == bodies.DOMAIN}
+
     def export(self) -> Stored:
         """The model with all edits; the input itself where there are none."""
         if not self.touched:
@@ -496,7 +519,18 @@ class Module:
         proto.CopyFrom(self.proto)
         proto.graph.CopyFrom(self.main.export())
         del proto.functions[:]
-        proto.functions.extend(s.export() for s in self.scopes if s.is_function)
+        called = self._calls()
+        gone = self._called - called
+        proto.functions.extend(
+            scope.export()
+            for scope in self.scopes
+            if isinstance(scope.proto, onnx.FunctionProto)
+            and not (scope.proto.domain == bodies.DOMAIN and scope.proto.name in gone)
+        )
+        fresh = [self._carried[name] for name in sorted(called & set(self._carried))]
+        proto.functions.extend(fresh)
+        if fresh and all(i.domain != bodies.DOMAIN for i in proto.opset_import):
+            proto.opset_import.append(onnx.helper.make_opsetid(bodies.DOMAIN, bodies.VERSION))
         return self.stored.with_proto(proto)
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Final, TypeAlias
 
 from onnxnorm.module import Node
+from onnxnorm.ops import bodies
 
 Axes: TypeAlias = "tuple[int, ...] | None"
 
@@ -51,7 +52,7 @@ def norm_operator(node: Node, rank: int | None) -> Operator | None:
     training = training_reason(node) if kind == "batch_norm" else None
     return Operator(
         kind,
-        None if node.parameter("axis") else axes_of(node, rank),
+        None if node.parameter("axis", "axes") else axes_of(node, rank),
         epsilon,
         training or "",
         scale,
@@ -119,6 +120,11 @@ def _softmax(node: Node, rank: int | None) -> Axes:
     return _one_axis(-1)(node, rank)
 
 
+def _listed(node: Node, rank: int | None) -> Axes:
+    axes = node.attrs.get("axes", ())
+    return tuple(sorted(a % rank for a in axes)) if rank else tuple(axes)
+
+
 def _all_but_channels(node: Node, rank: int | None) -> Axes:
     return None if rank is None else tuple(a for a in range(rank) if a != 1)
 
@@ -156,4 +162,12 @@ _ROWS: Final[dict[tuple[str, str], _Row]] = {
     (_CONTRIB, "EmbedLayerNormalization"): ("layer_norm", _last, 1e-12, 5, 6),
     (_CONTRIB, "SimplifiedLayerNormalization"): ("rms_norm", _from_axis(-1), 1e-5, 1, None),
     (_CONTRIB, "SkipSimplifiedLayerNormalization"): ("rms_norm", _last, 1e-12, 2, None),
+    (bodies.DOMAIN, "TwoPassSoftmax"): ("softmax", _one_axis(-1), None, None, None),
+    (bodies.DOMAIN, "TwoPassLogSoftmax"): ("log_softmax", _one_axis(-1), None, None, None),
+    (bodies.DOMAIN, "TwoPassMaskedSoftmax"): ("softmax", _one_axis(-1), None, None, None),
+    (bodies.DOMAIN, "TwoPassMaskedLogSoftmax"): ("log_softmax", _one_axis(-1), None, None, None),
+    (bodies.DOMAIN, "ChannelLayerNormalization"): ("layer_norm", _listed, 1e-5, 1, 2),
+    (bodies.DOMAIN, "ChannelRMSNormalization"): ("rms_norm", _listed, 1e-5, 1, None),
+    (bodies.DOMAIN, "GroupNormalization"): ("group_norm", _all_but_batch, 1e-5, 1, 2),
+    (bodies.DOMAIN, "GroupNormalizationSilu"): ("group_norm", _all_but_batch, 1e-5, 1, 2),
 }

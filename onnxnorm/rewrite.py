@@ -17,6 +17,7 @@ import onnx
 from onnxnorm.facts import AnyValue, Facts, Use
 from onnxnorm.matcher import Match, Mismatch, match
 from onnxnorm.module import Module, Node, Scope, Value, Weight, reads
+from onnxnorm.ops import bodies
 from onnxnorm.pattern import Op
 from onnxnorm.remark import Region, Remark
 from onnxnorm.storage import Array
@@ -270,6 +271,19 @@ class Rewriter:
         place = self.root if at is None else at
         proto = onnx.helper.make_node(op, [], [], name=place.name, domain=domain, **(attrs or {}))
         self._stage(proto, inputs, place.outputs[0], place, replaces=True)
+
+    def call(
+        self, name: str, inputs: Sequence[AnyValue], attrs: Mapping[str, Any] | None = None
+    ) -> None:
+        """A call of an operator of our own that computes the root's output.
+
+        The model gets the function with its body, and the import of our domain.
+        """
+        root = self.root
+        names = [value.name for value in inputs]
+        made = bodies.node(name, names, root.outputs[0].name, label=root.name, **(attrs or {}))
+        self.module.carry(name)
+        self._stage(made, inputs, root.outputs[0], root, replaces=True)
 
     def replace_like(self, like: Node, inputs: Sequence[AnyValue | None]) -> None:
         """A copy of the node `like`, with other inputs, that computes the root's output.

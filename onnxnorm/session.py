@@ -40,6 +40,7 @@ import onnx
 from numpy.typing import NDArray
 
 from onnxnorm.errors import ModelError, ProviderError, RuntimeRejection, UsageError
+from onnxnorm.ops.library import describe
 
 PROVIDERS: Final = ("cpu", "cuda", "auto")
 
@@ -333,7 +334,7 @@ def open_session(
     threads: int | None = None,
     deterministic: bool = True,
     seed: int | None = None,
-    libraries: Sequence[Path] = (),
+    libraries: Sequence[Path] | None = None,
     optimized_model_path: Path | None = None,
 ) -> Session:
     """Load the model at `path` into onnxruntime.
@@ -345,7 +346,9 @@ def open_session(
         threads: Intra-op threads; None for onnxruntime's own choice.
         deterministic: Ask for kernels that give the same bits in each run, where there are any.
         seed: Seed of random operators that carry none themselves. It holds for the process.
-        libraries: Shared libraries of custom operators to register.
+        libraries: Shared libraries of custom operators to register; None is the operator library
+            of this package, where it is there, on the CPU and with optimizations on. Without them
+            the bodies of its operators are run, so that both ways are tried.
         optimized_model_path: Where onnxruntime writes the graph that it really runs.
 
     Raises:
@@ -376,6 +379,9 @@ def open_session(
     names = [_ORT_PROVIDER[chosen]]
     if chosen != "cpu":
         names.append(_ORT_PROVIDER["cpu"])
+    if libraries is None:
+        own = describe().path if optimize and chosen == "cpu" else None
+        libraries = [own] if own is not None else []
     with _quiet(), rejections(path, "load"):
         for library in libraries:
             options.register_custom_ops_library(os.fspath(library))

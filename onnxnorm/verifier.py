@@ -4,7 +4,8 @@
 2. Every input is a graph input, a weight, a value of an outer scope, or is produced earlier.
 3. Links between nodes and values agree in both directions, by identity.
 4. Inputs and outputs of every scope are those of the file: names, order, identity.
-5. Every new operator exists in its domain at the imported version, with this many inputs.
+5. Every new operator exists in its domain at the imported version, with this many inputs; the
+   model has the function of one of ours.
 6. Nothing that shape inference knew of a surviving value is contradicted.
 """
 
@@ -18,6 +19,7 @@ import onnx
 from onnxnorm.errors import VerificationError
 from onnxnorm.facts import AnyValue, Facts, Type
 from onnxnorm.module import Module, Node, Scope, Weight, reads
+from onnxnorm.ops import bodies
 from onnxnorm.storage import Stored, payload_size, tensors
 
 # Operators that onnxruntime has in ONNX's own domain, from version 1 on, beside the standard.
@@ -91,6 +93,15 @@ class Verifier:
         version = node.scope.opsets.get(domain)
         if version is None:
             raise _broken(rule, node.scope, f"{node.op} is of a domain that is not imported")
+        if domain == bodies.DOMAIN:
+            function = self._module.carried(node.op)
+            if function is None:
+                raise _broken(rule, node.scope, f"the model has no function {domain}.{node.op}")
+            if len(node.inputs) != len(function.input) or not all(v.name for v in node.inputs):
+                raise _broken(rule, node.scope, f"{node.op} needs all of {list(function.input)}")
+            if missing := set(function.attribute) - set(node.attrs):
+                raise _broken(rule, node.scope, f"{node.op} needs the attributes {sorted(missing)}")
+            return
         if not onnx.defs.has(node.op, version, domain):
             if domain == "" and node.op not in RUNTIME_OPERATORS:
                 raise _broken(rule, node.scope, f"{node.op} does not exist in opset {version}")

@@ -14,17 +14,24 @@ if __name__ != "onnxnorm.passes":  # a second copy would have its own classes
 PASSES: Final[dict[str, str]] = {
     "fold-batchnorm": "onnxnorm.passes.fold_batchnorm:FoldBatchnorm",
     "fold-affine": "onnxnorm.passes.fold_affine:FoldAffine",
+    "lower-channel-norm": "onnxnorm.passes.lower_channel_norm:LowerChannelNorm",
     "stream-fold-mean": "onnxnorm.passes.stream_fold_mean:StreamFoldMean",
     "fold-norm-affine": "onnxnorm.passes.fold_norm_affine:FoldNormAffine",
     "stream-compress": "onnxnorm.passes.stream_compress:StreamCompress",
     "stream-rotate": "onnxnorm.passes.stream_rotate:StreamRotate",
+    "lower-softmax": "onnxnorm.passes.lower_softmax:LowerSoftmax",
+    "lower-group-norm": "onnxnorm.passes.lower_group_norm:LowerGroupNorm",
     "lower-norms": "onnxnorm.passes.lower_norms:LowerNorms",
 }
 
 # What `optimize` runs when it is not told otherwise: passes that are equal over the reals.
+# Those that write calls of our own operators do nothing unless --ops asks for them.
 DEFAULT: Final[tuple[str, ...]] = (
     "fold-batchnorm",
     "fold-affine",
+    "lower-channel-norm",
     "stream-fold-mean",
+    "lower-softmax",
+    "lower-group-norm",
     "lower-norms",
 )

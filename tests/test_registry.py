@@ -14,7 +14,10 @@ from onnxnorm import passes, registry
 from onnxnorm.errors import UsageError
 from onnxnorm.passes.fold_affine import FoldAffine
 from onnxnorm.passes.fold_batchnorm import FoldBatchnorm
+from onnxnorm.passes.lower_channel_norm import LowerChannelNorm
+from onnxnorm.passes.lower_group_norm import LowerGroupNorm
 from onnxnorm.passes.lower_norms import LowerNorms
+from onnxnorm.passes.lower_softmax import LowerSoftmax
 from onnxnorm.passes.stream_fold_mean import StreamFoldMean
 from onnxnorm.registry import catalogue, default_passes, options, select
 from onnxnorm.rewrite import Pass
@@ -37,7 +40,15 @@ def test_approximate_passes_are_never_on_by_default() -> None:
 
 
 def test_selections() -> None:
-    assert select(None) == [FoldBatchnorm(), FoldAffine(), StreamFoldMean(), LowerNorms()]
+    assert select(None) == [
+        FoldBatchnorm(),
+        FoldAffine(),
+        LowerChannelNorm(),
+        StreamFoldMean(),
+        LowerSoftmax(),
+        LowerGroupNorm(),
+        LowerNorms(),
+    ]
     assert select("default") == select(None)
     assert select("none") == select("") == []
     assert select("fold-batchnorm{max_copy_mb=64}") == [FoldBatchnorm(max_copy_mb=64)]
