@@ -385,6 +385,8 @@ def test_from_json_refuses_what_the_schema_refuses(data: st.DataObject) -> None:
         parent[key] = spoilt
     if VALIDATOR.is_valid(changed):
         assert Report.from_json(changed).to_json() == changed
+    elif "streams" not in changed:  # a report of the first version, which had none
+        assert Report.from_json(changed).to_json() == {**changed, "streams": []}
     else:
         with pytest.raises(UsageError, match="report") as caught:
             Report.from_json(changed)
