@@ -22,7 +22,6 @@ from onnxnorm.errors import (
     UsageError,
     VerificationError,
 )
-from onnxnorm.facts import Facts
 from onnxnorm.module import Module
 from onnxnorm.ops import bodies, library
 from onnxnorm.pipeline import Pipeline, Run
@@ -33,7 +32,7 @@ from onnxnorm.rollback import prove
 from onnxnorm.rows import file_rows, model_facts, norm_rows, site_rows
 from onnxnorm.staging import Staged
 from onnxnorm.storage import Stored
-from onnxnorm.stream_rows import stream_rows
+from onnxnorm.stream_rows import Outline, outlines, stream_rows
 from onnxnorm.workbench import Progress, Shapes, Workbench
 
 Target: TypeAlias = Literal["onnx", "ort-cpu", "ort-cuda"]
@@ -148,9 +147,11 @@ def optimize(
         if (parity or latency) and not dry_run:
             bench.resolve(provider)
         say("passes", None)
+        found: list[Outline] = []
         pipeline = Pipeline(chosen, tuple(only), tuple(skip), after_pass)
-        facts = Facts(Module(stored))
+        pipeline.before = lambda facts: found.extend(outlines(facts))
         run = pipeline.run(stored)
+        pipeline.before = None  # the search for what fails runs it again
         _check_valid(stored, run)
         told = _Told()
         candidate: Staged | None = None
@@ -179,7 +180,7 @@ def optimize(
                 told.notes.append("Nothing was changed, so nothing was written.")
             else:
                 files = staging.save(run.stored, place, ahead)
-        streams = stream_rows(facts, run.remarks)
+        streams = stream_rows(found, run.remarks)
         report = Report(
             command="optimize",
             version=version("onnxnorm"),
@@ -225,15 +226,15 @@ def inspect(
     """
     chosen = _aimed(select(passes), target, ops=ops)
     with _taken(model) as stored:
-        facts = Facts(Module(stored))
-        run = Pipeline(chosen).run(stored)
+        found: list[Outline] = []
+        run = Pipeline(chosen, before=lambda facts: found.extend(outlines(facts))).run(stored)
         return Report(
             command="inspect",
             version=version("onnxnorm"),
             model=model_facts(stored, None, None),
             nodes={"before": run.nodes[0], "after": run.nodes[1]},
             norms=norm_rows(run.norms, run.remarks),
-            streams=stream_rows(facts, run.remarks),
+            streams=stream_rows(found, run.remarks),
             passes=[vars(s) for s in run.statistics],
             sites=site_rows(run.remarks),
             parity_skipped="inspect runs nothing",

@@ -93,12 +93,14 @@ class Pipeline:
         only: Sites (or their anchor values) to restrict to; empty means all.
         skip: Sites (or their anchor values) that the user does not want changed.
         after_pass: Called with a pass's name and the model after it committed something.
+        before: Called with the facts of the model as given, before a pass sees it.
     """
 
     passes: Sequence[Pass]
     only: Collection[str] = ()
     skip: Collection[str] = ()
     after_pass: Callable[[str, Stored], None] | None = None
+    before: Callable[[Facts], None] | None = None
     _asked: set[str] = field(default_factory=set)
 
     def run(
@@ -125,19 +127,25 @@ class Pipeline:
         module = Module(stored)
         current = _Current(module)
         norms = tuple(find_norms(current.facts))
+        if self.before is not None:
+            self.before(current.facts)
         verifier = Verifier(module)
         before = sum(1 for _ in module.nodes())
         statistics = {p.name: PassStatistics(p.name) for p in self.passes}
         applied: list[Remark] = []
         final: dict[str, list[Remark]] = {}
+        settled: dict[int, Facts] = {}  # where a pass had nothing more to do
         self._asked = set()
         for _ in range(ROUNDS):
             committed = 0
-            for rule in self.passes:
+            for i, rule in enumerate(self.passes):
+                if settled.get(i) is current.facts:
+                    continue  # the graph is as it left it
                 started = time.perf_counter()
                 done, rest = self._fixed_point(rule, current, verifier, deny, allow)
                 applied += done
                 final[rule.name] = rest
+                settled[i] = current.facts
                 committed += len(done)
                 entry = statistics[rule.name]
                 entry.applied += len(done)

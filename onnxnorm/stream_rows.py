@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from onnxnorm.facts import AnyValue, Facts
@@ -24,39 +25,70 @@ def _by_anchor(remarks: Sequence[Remark]) -> dict[str, Remark]:
     return found
 
 
-def stream_rows(facts: Facts, remarks: Sequence[Remark]) -> list[dict[str, Any]]:
-    """One row for each stream of a model as given."""
-    streams = Streams(facts, list(given_norms(facts)))
+@dataclass(frozen=True)
+class Outline:
+    """What a row says of a stream before any pass ran, since a pass changes what it names.
+
+    Attributes:
+        features: The size of the feature axis.
+        writers: What writes the stream.
+        readers: The norms, and the other nodes and outputs to which it goes.
+        norms: Of each norm that reads it its anchor, its output, and why no pass would change it.
+    """
+
+    features: int
+    writers: list[str]
+    readers: list[str]
+    norms: list[tuple[str, str, str]]
+
+
+def outlines(facts: Facts) -> list[Outline]:
+    """The streams of a model as given."""
+    return [
+        Outline(
+            stream.features,
+            [_label(w) for w in stream.writers],
+            _readers(stream),
+            [
+                (f"{n.node.scope.path}{n.output.name}", n.output.name, _untouched(n))
+                for n in stream.norms
+            ],
+        )
+        for stream in Streams(facts, list(given_norms(facts))).all()
+    ]
+
+
+def stream_rows(found: Sequence[Outline], remarks: Sequence[Remark]) -> list[dict[str, Any]]:
+    """One row for each stream: what it is, and what the passes did to its norms."""
     covered = _by_anchor(remarks)
     told = {r.site.partition(":")[2]: r for r in remarks if r.outcome in ("refused", "rolled_back")}
-    return [_row(stream, covered, told) for stream in streams.all()]
+    return [_row(stream, covered, told) for stream in found]
 
 
 def _row(
-    stream: Stream, covered: Mapping[str, Remark], told: Mapping[str, Remark]
+    stream: Outline, covered: Mapping[str, Remark], told: Mapping[str, Remark]
 ) -> dict[str, Any]:
     converts, blocked, sites = [], [], dict[str, Remark]()
-    for norm in stream.norms:
-        place = f"{norm.node.scope.path}{norm.output.name}"
+    for place, name, untouched in stream.norms:
         remark = covered.get(place)
         if remark is not None and remark.outcome == "applied":
-            converts.append(norm.output.name)
+            converts.append(name)
             sites[remark.site] = remark
             continue
         remark = remark or told.get(place)
         blocked.append(
             {
-                "norm": norm.output.name,
-                "reason": remark.reason if remark is not None else _untouched(norm),
+                "norm": name,
+                "reason": remark.reason if remark is not None else untouched,
                 "at": remark.at if remark is not None else None,
                 "advice": (remark.advice or None) if remark is not None else None,
             }
         )
     return {
         "features": stream.features,
-        "writers": [_label(w) for w in stream.writers],
-        "readers": _readers(stream),
-        "norms": [n.output.name for n in stream.norms],
+        "writers": stream.writers,
+        "readers": stream.readers,
+        "norms": [name for _, name, _ in stream.norms],
         "converts": converts,
         "sites": list(sites),
         "price": [r.note for r in sites.values() if r.note],
