@@ -18,6 +18,7 @@ InstanceNormalization between Reshapes. Nothing was measured on CUDA.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
@@ -306,6 +307,9 @@ def _float_channels(site: Site) -> str | None:
         return "it has no spatial axes"
     if site.norm.kind == "instance_norm" and site.norm.axes != tuple(range(2, site.rank)):
         return "its channels are the last axis"
+    if site.features is not None and math.prod(site.features) == 1:
+        # x s - mean s, as onnxruntime computes it, is not 0 when s is 1 / sqrt(eps).
+        return "it normalizes single values, and onnxruntime's InstanceNormalization loses their 0"
     return None
 
 

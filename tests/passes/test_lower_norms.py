@@ -252,6 +252,10 @@ def test_goldens(name: str) -> None:
             norm("layer", affine="y = Identity (q)", constants="float eps = {0.25}", dims="N,T,D"),
             "the sizes of the normalized axes are not known",
         ),
+        (
+            norm("layer", "2, 3", 13, "y = Identity (q)", "float eps = {0.25}", dims="N,2,1,1"),
+            "it normalizes single values",
+        ),
         (norm("layer", "1", 13, constants=CHANNEL, dims=NCHW), "it needs opset 17"),
         (norm("rms", "1", 17, RMS, CHANNEL, dims=NCHW), "it needs opset 23"),
         (
