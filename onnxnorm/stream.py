@@ -139,6 +139,7 @@ class Streams:
         self._made: dict[AnyValue, GivenNorm] = {norm.output: norm for norm in self.norms}
         self._order = {n: i for i, n in enumerate(facts.module.nodes())}
         self._counted: dict[AnyValue, int] | None = None
+        self._steps: dict[_State, tuple[list[Stop], list[Stop], list[_State]]] = {}
         for norm in self.norms:
             layout = self.layout_of(norm)
             if layout is not None and facts.constant(norm.input) is None:
@@ -469,32 +470,56 @@ class Streams:
             return [], []
         readers: list[tuple[int, Stop]] = []
         writers: list[tuple[int, Stop]] = []
-        seen: set[tuple[AnyValue, bool]] = set()
-        frontier: list[tuple[AnyValue, bool, int]] = [(entry.value, True, 0)]
-        for value, must, depth in frontier:  # grows while it is walked: breadth first
-            if (value, must) in seen or value not in self.entries:
-                continue
-            seen.add((value, must))
-            at = self.entries[value]
-            if at.zero and not must:
-                continue
-            readers += [(depth, stop) for stop in at.blockers]
-            for demand in self._shared(at.source) if isinstance(at.source, Link) else ():
-                name = demand.constant.name if demand.constant is not None else ""
-                told = f"the table '{name}' is read by others too"
-                writers.append((depth, Stop(at.source.node, told)))
-            if isinstance(at.source, Stop):
-                writers.append((depth, at.source))
-            else:
-                frontier += [(v, False, depth + 1) for v, _ in at.source.values]
-                frontier += [(v, True, depth + 1) for v, _ in at.source.outputs if v is not value]
-            for reader in at.readers:
-                if isinstance(reader, Link):
-                    frontier += [(v, True, depth + 1) for v, _ in reader.outputs]
+        start = (entry.value, True)
+        distance = {start: 0}
+        frontier = [start]
+        for state in frontier:  # grows while it is walked: breadth first
+            depth = distance[state]
+            blocking, paying, further = self._step(state)
+            readers += [(depth, stop) for stop in blocking]
+            if readers:
+                break  # no other is nearer
+            writers += [(depth, stop) for stop in paying]
+            for following in further:
+                if following not in distance:
+                    distance[following] = depth + 1
+                    frontier.append(following)
         return readers, writers
+
+    def _step(self, state: _State) -> tuple[list[Stop], list[Stop], list[_State]]:
+        """What stands in the way at a value itself, and the values that follow from it.
+
+        The norms of one stream all walk over the same values, so it is looked for once.
+        """
+        known = self._steps.get(state)
+        if known is None:
+            known = self._steps[state] = self._find_step(*state)
+        return known
+
+    def _find_step(
+        self, value: AnyValue, must: bool
+    ) -> tuple[list[Stop], list[Stop], list[_State]]:
+        at = self.entries.get(value)
+        if at is None or (at.zero and not must):
+            return [], [], []
+        writers: list[Stop] = []
+        further: list[_State] = []
+        if isinstance(at.source, Stop):
+            writers.append(at.source)
+        else:
+            for demand in self._shared(at.source):
+                name = demand.constant.name if demand.constant is not None else ""
+                writers.append(Stop(at.source.node, f"the table '{name}' is read by others too"))
+            further += [(v, False) for v, _ in at.source.values]
+            further += [(v, True) for v, _ in at.source.outputs if v is not value]
+        for reader in at.readers:
+            if isinstance(reader, Link):
+                further += [(v, True) for v, _ in reader.outputs]
+        return list(at.blockers), writers, further
 
 
 _Item = tuple[str, object]
+_State = tuple[AnyValue, bool]  # a value, and whether it itself has to change
 _UNIT: Final = 1000  # prices are whole numbers of this part
 _NEVER: Final = 1 << 40
 _SMALL: Final = 64 << 10  # bytes; nobody minds a second copy of less
