@@ -53,7 +53,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Workplace:
+class Bench:
     """Folders of their own for what goes in, what comes out, and temporary files."""
 
     root: Path
@@ -72,7 +72,7 @@ class Workplace:
         return self.root / "out" / "out.onnx"
 
     def listing(self) -> list[str]:
-        """Every path under this workplace."""
+        """Every path under this bench."""
         return sorted(str(p.relative_to(self.root)) for p in self.root.rglob("*"))
 
     def write(self, model: onnx.ModelProto, name: str = "model.onnx") -> Path:
@@ -131,13 +131,13 @@ def check_lines(out: str, err: str) -> None:
 @pytest.fixture
 def place(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Workplace]:
+) -> Iterator[Bench]:
     for name in ("models", "out", "scratch"):
         (tmp_path / name).mkdir()
     monkeypatch.setenv("TMPDIR", str(tmp_path / "scratch"))
     monkeypatch.setattr(tempfile, "tempdir", None)
     monkeypatch.chdir(tmp_path / "models")
-    yield Workplace(tmp_path, capfd)
+    yield Bench(tmp_path, capfd)
     assert list((tmp_path / "scratch").iterdir()) == []
 
 
@@ -172,38 +172,38 @@ def external(tensor: TensorProto, location: str, **fields: object) -> bytes:
 # ** no model at all **
 
 
-def test_a_path_that_does_not_exist(place: Workplace) -> None:
+def test_a_path_that_does_not_exist(place: Bench) -> None:
     place.refuses(place.models / "missing.onnx", "missing.onnx does not exist")
     place.refuses(place.models / "no" / "model.onnx", "does not exist")
 
 
-def test_a_path_through_a_file(place: Workplace) -> None:
+def test_a_path_through_a_file(place: Bench) -> None:
     place.refuses(place.write(small()) / "model.onnx", "model.onnx")
 
 
-def test_a_folder(place: Workplace) -> None:
+def test_a_folder(place: Bench) -> None:
     place.refuses(place.models, "is a folder")
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
-def test_a_pipe(place: Workplace) -> None:
+def test_a_pipe(place: Bench) -> None:
     path = place.models / "pipe.onnx"
     os.mkfifo(path)
     place.refuses(path, "is not a regular file")
 
 
 @pytest.mark.skipif(not Path("/dev/zero").exists(), reason="needs /dev/zero")
-def test_a_device(place: Workplace) -> None:
+def test_a_device(place: Bench) -> None:
     place.refuses(Path("/dev/zero"), "is not a regular file")
 
 
-def test_a_link_to_itself(place: Workplace) -> None:
+def test_a_link_to_itself(place: Bench) -> None:
     path = place.models / "model.onnx"
     path.symlink_to(path)
     place.refuses(path, "model.onnx")
 
 
-def test_a_name_that_is_too_long(place: Workplace) -> None:
+def test_a_name_that_is_too_long(place: Bench) -> None:
     place.refuses(place.models / ("x" * 5000), "too long")
 
 
@@ -222,13 +222,13 @@ def test_a_name_that_is_too_long(place: Workplace) -> None:
         (b"\x3a" + b"\x80" * 11 + b"\x01", "is not an ONNX model"),
     ],
 )
-def test_a_file_that_is_no_model(place: Workplace, content: bytes, word: str) -> None:
+def test_a_file_that_is_no_model(place: Bench, content: bytes, word: str) -> None:
     path = place.models / "model.onnx"
     path.write_bytes(content)
     place.refuses(path, word)
 
 
-def test_another_message(place: Workplace) -> None:
+def test_another_message(place: Bench) -> None:
     path = place.models / "tensor.pb"
     tensor = numpy_helper.from_array(np.arange(3000, dtype=np.float32), "t")
     path.write_bytes(tensor.SerializeToString())
@@ -238,7 +238,7 @@ def test_another_message(place: Workplace) -> None:
 
 
 @pytest.mark.parametrize("make", [small, large])
-def test_a_truncated_model(place: Workplace, make: Callable[[], onnx.ModelProto]) -> None:
+def test_a_truncated_model(place: Bench, make: Callable[[], onnx.ModelProto]) -> None:
     data = make().SerializeToString()
     path = place.models / "model.onnx"
     for length in {*range(1, len(data), 1 + len(data) // 150), len(data) - 1}:
@@ -248,7 +248,7 @@ def test_a_truncated_model(place: Workplace, make: Callable[[], onnx.ModelProto]
     place.refuses(path, "model.onnx")
 
 
-def test_a_graph_that_is_missing(place: Workplace) -> None:
+def test_a_graph_that_is_missing(place: Bench) -> None:
     model = small()
     model.ClearField("graph")
     place.refuses(place.write(model), "no graph")
@@ -258,7 +258,7 @@ def test_a_graph_that_is_missing(place: Workplace) -> None:
 
 
 @pytest.fixture
-def data(place: Workplace) -> tuple[onnx.ModelProto, bytes]:
+def data(place: Bench) -> tuple[onnx.ModelProto, bytes]:
     """A model whose weight lies in `w.bin` beside it."""
     model = large()
     return model, external(model.graph.initializer[0], "w.bin")
@@ -276,7 +276,7 @@ def set_entry(model: onnx.ModelProto, key: str, value: str) -> None:
     entries.add(key=key, value=value)
 
 
-def test_external_data_are_legal(place: Workplace, data: Split) -> None:
+def test_external_data_are_legal(place: Bench, data: Split) -> None:
     model, payload = data
     (place.models / "w.bin").write_bytes(payload)
     path = place.write(model)
@@ -288,14 +288,14 @@ def test_external_data_are_legal(place: Workplace, data: Split) -> None:
     assert place.command("inspect", alias / "model.onnx").code == 0
 
 
-def test_missing_external_data(place: Workplace, data: Split) -> None:
+def test_missing_external_data(place: Bench, data: Split) -> None:
     place.refuses(place.write(data[0]), "w.bin", "does not exist")
     (place.models / "w.bin").mkdir()
     place.refuses(place.write(data[0]), "w.bin")
 
 
 @pytest.mark.parametrize("missing", [1, 100, None])
-def test_short_external_data(place: Workplace, data: Split, missing: int | None) -> None:
+def test_short_external_data(place: Bench, data: Split, missing: int | None) -> None:
     model, payload = data
     (place.models / "w.bin").write_bytes(payload[: -missing if missing else 0])
     place.refuses(place.write(model), "too short", "'w'")
@@ -319,28 +319,26 @@ def test_short_external_data(place: Workplace, data: Split, missing: int | None)
         ("location", "w.bin/w.bin", "'w'"),
     ],
 )
-def test_wrong_external_data(
-    place: Workplace, data: Split, key: str, value: str, word: str
-) -> None:
+def test_wrong_external_data(place: Bench, data: Split, key: str, value: str, word: str) -> None:
     model, payload = data
     (place.models / "w.bin").write_bytes(payload)
     set_entry(model, key, value)
     place.refuses(place.write(model), word)
 
 
-def test_external_data_without_a_location(place: Workplace, data: Split) -> None:
+def test_external_data_without_a_location(place: Bench, data: Split) -> None:
     model, _ = data
     del model.graph.initializer[0].external_data[:]
     place.refuses(place.write(model), "without a location")
 
 
-def test_external_data_that_are_a_pipe(place: Workplace, data: Split) -> None:
+def test_external_data_that_are_a_pipe(place: Bench, data: Split) -> None:
     os.mkfifo(place.models / "w.bin")
     place.refuses(place.write(data[0]), "w.bin")
 
 
 @pytest.mark.parametrize("way", ["parent", "absolute", "round", "link", "folder", "circle"])
-def test_external_data_outside_the_folder(place: Workplace, data: Split, way: str) -> None:
+def test_external_data_outside_the_folder(place: Bench, data: Split, way: str) -> None:
     model, payload = data
     elsewhere = place.root / "elsewhere"
     elsewhere.mkdir()
@@ -364,7 +362,7 @@ def test_external_data_outside_the_folder(place: Workplace, data: Split, way: st
     place.refuses(place.write(model), "outside the model's folder")
 
 
-def test_external_data_of_a_tensor_in_an_attribute(place: Workplace) -> None:
+def test_external_data_of_a_tensor_in_an_attribute(place: Bench) -> None:
     model = parser.parse_model(
         f"{HEAD} main (float[2] x) => (float[2] y)"
         "{ c = Constant <value = float[2] {1.0, 2.0}> () y = Add (x, c) }"
@@ -401,11 +399,11 @@ CYCLES: Final = {
 
 
 @pytest.mark.parametrize("which", CYCLES)
-def test_a_cycle(place: Workplace, which: str) -> None:
+def test_a_cycle(place: Bench, which: str) -> None:
     place.refuses(place.write(parser.parse_model(HEAD + CYCLES[which])), "cycle")
 
 
-def test_a_cycle_in_a_function(place: Workplace) -> None:
+def test_a_cycle_in_a_function(place: Bench) -> None:
     model = parser.parse_model(
         '<ir_version: 8, opset_import: ["" : 17, "local" : 1]>'
         "main (float[2] x) => (float[2] y) { y = local.f (x) }"
@@ -507,25 +505,25 @@ BROKEN: Final[dict[str, tuple[Callable[[onnx.GraphProto], object], str]]] = {
 
 
 @pytest.mark.parametrize("which", BROKEN)
-def test_a_broken_graph(place: Workplace, which: str) -> None:
+def test_a_broken_graph(place: Bench, which: str) -> None:
     change, word = BROKEN[which]
     place.refuses(place.write(edit(change)()), word)
 
 
 @pytest.mark.parametrize("version", [-3, 2**31, 2**40])
-def test_an_opset_version_that_cannot_be(place: Workplace, version: int) -> None:
+def test_an_opset_version_that_cannot_be(place: Bench, version: int) -> None:
     model = small()
     model.opset_import[0].version = version
     place.refuses(place.write(model), str(version))
 
 
-def test_missing_opset_imports(place: Workplace) -> None:
+def test_missing_opset_imports(place: Bench) -> None:
     model = small()
     del model.opset_import[:]
     place.refuses(place.write(model), "'ai.onnx', which the model does not import")
 
 
-def test_a_name_that_is_not_text(place: Workplace) -> None:
+def test_a_name_that_is_not_text(place: Bench) -> None:
     data = small().SerializeToString().replace(b"gamma", b"gam\xff\xfe")
     path = place.models / "model.onnx"
     path.write_bytes(data)
@@ -539,7 +537,7 @@ def test_a_name_that_is_not_text(place: Workplace) -> None:
         assert place.listing() == before
 
 
-def test_many_faults_at_once(place: Workplace) -> None:
+def test_many_faults_at_once(place: Bench) -> None:
     model = small()
     model.graph.node[0].input[0] = "nobody"
     model.graph.initializer[0].data_type = 99
@@ -567,7 +565,7 @@ UNRUNNABLE: Final = {
 
 
 @pytest.mark.parametrize("which", UNRUNNABLE)
-def test_a_model_that_onnxruntime_cannot_run(place: Workplace, which: str) -> None:
+def test_a_model_that_onnxruntime_cannot_run(place: Bench, which: str) -> None:
     opsets, body = UNRUNNABLE[which]
     path = place.write(parser.parse_model(f"<ir_version: 8, opset_import: {opsets}> {body}"))
     lines = place.fails("optimize", path, place.out, *CPU, code=1)
@@ -585,7 +583,7 @@ def test_a_model_that_onnxruntime_cannot_run(place: Workplace, which: str) -> No
     assert place.command("inspect", path).code == 0
 
 
-def test_a_file_that_onnxruntime_cannot_run_is_kept(place: Workplace) -> None:
+def test_a_file_that_onnxruntime_cannot_run_is_kept(place: Bench) -> None:
     opsets, body = UNRUNNABLE["unknown operator, changed"]
     path = place.write(parser.parse_model(f"<ir_version: 8, opset_import: {opsets}> {body}"))
     place.out.write_bytes(b"mine")
@@ -596,7 +594,7 @@ def test_a_file_that_onnxruntime_cannot_run_is_kept(place: Workplace) -> None:
     assert path.read_bytes() == before
 
 
-def test_an_output_without_a_type(place: Workplace) -> None:
+def test_an_output_without_a_type(place: Bench) -> None:
     model = small()
     model.graph.output[0].ClearField("type")
     path = place.write(model)
@@ -607,7 +605,7 @@ def test_an_output_without_a_type(place: Workplace) -> None:
     assert place.out.exists() is (done.code == 0)
 
 
-def test_an_input_without_a_type(place: Workplace) -> None:
+def test_an_input_without_a_type(place: Bench) -> None:
     model = small()
     model.graph.input[0].ClearField("type")
     lines = place.command("optimize", place.write(model), place.out, *CPU)
@@ -617,7 +615,7 @@ def test_an_input_without_a_type(place: Workplace) -> None:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_weights_that_are_not_finite(place: Workplace, value: float) -> None:
+def test_weights_that_are_not_finite(place: Bench, value: float) -> None:
     model = small()
     for name in ("w", "gamma", "variance"):
         changed = onnx.ModelProto.FromString(model.SerializeToString())
@@ -632,7 +630,7 @@ def test_weights_that_are_not_finite(place: Workplace, value: float) -> None:
         assert (place.out.read_bytes() != path.read_bytes()) is folds
 
 
-def test_parameters_of_a_type_that_is_none(place: Workplace) -> None:
+def test_parameters_of_a_type_that_is_none(place: Bench) -> None:
     model = small()
     for tensor in list(model.graph.initializer)[1:]:
         array = numpy_helper.to_array(tensor).astype(np.complex64)
@@ -643,7 +641,7 @@ def test_parameters_of_a_type_that_is_none(place: Workplace) -> None:
     assert place.out.read_bytes() == path.read_bytes()
 
 
-def test_an_attribute_that_the_operator_does_not_have(place: Workplace) -> None:
+def test_an_attribute_that_the_operator_does_not_have(place: Bench) -> None:
     path = place.write(edit(lambda g: node(g, "colour", 3))())
     place.fails("optimize", path, place.out, *CPU, code=1)
     done = place.command("optimize", path, place.out, *BLIND)
@@ -678,7 +676,7 @@ LEGAL: Final = {
 
 
 @pytest.mark.parametrize("which", LEGAL)
-def test_what_is_legal_passes_through(place: Workplace, which: str) -> None:
+def test_what_is_legal_passes_through(place: Bench, which: str) -> None:
     model = parser.parse_model(HEAD + LEGAL[which])
     if which == "an output twice" or which == "nodes in no order":
         path = place.write(model)
@@ -689,7 +687,7 @@ def test_what_is_legal_passes_through(place: Workplace, which: str) -> None:
     place.passes_through(place.write(model))
 
 
-def test_a_convolution_of_nothing(place: Workplace) -> None:
+def test_a_convolution_of_nothing(place: Bench) -> None:
     model = parser.parse_model(
         f"{HEAD} main (float[0,2,3,3] x) => (float[0,2,3,3] y)" + SMALL.partition("y)")[2]
     )
@@ -699,7 +697,7 @@ def test_a_convolution_of_nothing(place: Workplace) -> None:
     assert len(onnx.load(place.out).graph.node) == 1
 
 
-def test_a_very_long_chain_of_constants(place: Workplace) -> None:
+def test_a_very_long_chain_of_constants(place: Bench) -> None:
     model = small()
     name = "gamma"
     for i in range(3000):
@@ -711,7 +709,7 @@ def test_a_very_long_chain_of_constants(place: Workplace) -> None:
     assert (done.code, done.err) == (0, ""), done.err[-400:]
 
 
-def test_bodies_inside_bodies(place: Workplace) -> None:
+def test_bodies_inside_bodies(place: Bench) -> None:
     inner = "{ b = Relu (x) }"
     for depth in range(25):
         inner = (
@@ -732,12 +730,12 @@ def test_bodies_inside_bodies(place: Workplace) -> None:
 
 
 @pytest.fixture
-def good(place: Workplace) -> Path:
+def good(place: Bench) -> Path:
     return place.write(small())
 
 
 @pytest.mark.parametrize("options", [CPU, BLIND])
-def test_an_output_that_cannot_be(place: Workplace, good: Path, options: tuple[str, ...]) -> None:
+def test_an_output_that_cannot_be(place: Bench, good: Path, options: tuple[str, ...]) -> None:
     taken = place.root / "out" / "file"
     taken.write_bytes(b"mine")
     for target, word in (
@@ -753,7 +751,7 @@ def test_an_output_that_cannot_be(place: Workplace, good: Path, options: tuple[s
 
 
 @pytest.mark.skipif(not Path("/dev/null").exists(), reason="needs /dev/null")
-def test_an_output_that_is_a_device(place: Workplace, good: Path) -> None:
+def test_an_output_that_is_a_device(place: Bench, good: Path) -> None:
     link = place.root / "out" / "null"
     link.symlink_to("/dev/null")
     os.mkfifo(place.root / "out" / "pipe")
@@ -763,7 +761,7 @@ def test_an_output_that_is_a_device(place: Workplace, good: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_that_is_not_writable(place: Workplace, good: Path) -> None:
+def test_a_folder_that_is_not_writable(place: Bench, good: Path) -> None:
     (place.root / "out").chmod(0o500)
     try:
         assert "ermission" in place.fails("optimize", good, place.out, *CPU)
@@ -773,7 +771,7 @@ def test_a_folder_that_is_not_writable(place: Workplace, good: Path) -> None:
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.EPERM])
 def test_a_folder_that_the_system_guards(
-    place: Workplace, good: Path, monkeypatch: pytest.MonkeyPatch, number: int
+    place: Bench, good: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     real = Path.mkdir
 
@@ -792,7 +790,7 @@ def test_a_folder_that_the_system_guards(
 @pytest.mark.parametrize("options", [CPU, BLIND, (*BLIND, "--passes", "none")])
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
 def test_a_disk_that_is_full(
-    place: Workplace,
+    place: Bench,
     monkeypatch: pytest.MonkeyPatch,
     make: Callable[[], onnx.ModelProto],
     options: tuple[str, ...],
@@ -813,7 +811,7 @@ def test_a_disk_that_is_full(
 
 
 @pytest.mark.parametrize("options", [CPU, BLIND])
-def test_a_file_size_limit(place: Workplace, options: tuple[str, ...]) -> None:
+def test_a_file_size_limit(place: Bench, options: tuple[str, ...]) -> None:
     path = place.write(large())
 
     def limit() -> None:
@@ -832,7 +830,7 @@ def test_a_file_size_limit(place: Workplace, options: tuple[str, ...]) -> None:
     assert place.listing() == before
 
 
-def test_a_move_that_fails(place: Workplace, good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_move_that_fails(place: Bench, good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place.out.write_bytes(b"mine")
 
     def fail(*_: Any) -> None:
@@ -846,7 +844,7 @@ def test_a_move_that_fails(place: Workplace, good: Path, monkeypatch: pytest.Mon
 
 
 def test_no_place_for_temporary_files(
-    place: Workplace, good: Path, monkeypatch: pytest.MonkeyPatch
+    place: Bench, good: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = place.write(large(), "large.onnx")
     with monkeypatch.context() as patch:
@@ -888,7 +886,7 @@ def test_no_place_for_temporary_files(
         (["--report", "/proc/r.json"], "/proc/r.json"),
     ],
 )
-def test_wrong_options(place: Workplace, good: Path, options: list[str], word: str) -> None:
+def test_wrong_options(place: Bench, good: Path, options: list[str], word: str) -> None:
     x = np.ones((1, 2, 3, 3), np.float32)
     (place.models / "text.npz").write_text("no archive")
     (place.models / "folder.json").mkdir()
@@ -903,7 +901,7 @@ def test_wrong_options(place: Workplace, good: Path, options: list[str], word: s
     assert word in place.fails("optimize", good, place.out, *CPU, *options)
 
 
-def test_damage_inside_the_users_inputs(place: Workplace, good: Path) -> None:
+def test_damage_inside_the_users_inputs(place: Bench, good: Path) -> None:
     file = place.models / "in.npz"
     np.savez_compressed(file, x=np.random.default_rng(0).random((4, 2, 3, 3), np.float32))
     whole = file.read_bytes()
@@ -918,7 +916,7 @@ def test_damage_inside_the_users_inputs(place: Workplace, good: Path) -> None:
             place.out.unlink()
 
 
-def test_a_report_over_the_model(place: Workplace, good: Path) -> None:
+def test_a_report_over_the_model(place: Bench, good: Path) -> None:
     model = good.rename(good.with_suffix(".json"))
     assert "would replace the model" in place.fails("inspect", model, "--report", model)
     out = place.out.with_suffix(".json")
@@ -926,7 +924,7 @@ def test_a_report_over_the_model(place: Workplace, good: Path) -> None:
 
 
 def test_a_report_on_a_disk_that_fills_up(
-    place: Workplace, good: Path, monkeypatch: pytest.MonkeyPatch
+    place: Bench, good: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -956,7 +954,7 @@ def has_cuda() -> bool:
 
 
 @pytest.mark.skipif(has_cuda(), reason="CUDA works here")
-def test_a_provider_that_is_not_there(place: Workplace, good: Path) -> None:
+def test_a_provider_that_is_not_there(place: Bench, good: Path) -> None:
     for options in ([], ["--no-latency"], ["--no-parity"]):
         lines = place.fails("optimize", good, place.out, "--provider", "cuda", *options)
         assert "cuda" in lines.splitlines()[0].lower()
@@ -978,7 +976,7 @@ def test_a_provider_that_is_not_there(place: Workplace, good: Path) -> None:
         "onnxnorm.pipeline.Pipeline.run",
     ],
 )
-def test_an_interruption(place: Workplace, good: Path, number: int, where: str) -> None:
+def test_an_interruption(place: Bench, good: Path, number: int, where: str) -> None:
     script = f"""
 import sys, time
 from unittest import mock
@@ -1009,7 +1007,7 @@ with mock.patch("{where}", stop):
     assert place.listing() == before
 
 
-def test_an_interruption_while_it_really_runs(place: Workplace) -> None:
+def test_an_interruption_while_it_really_runs(place: Bench) -> None:
     source = Path(__file__).parent.parent / "models" / "demo.onnx"
     path = Path(shutil.copy(source, place.models))
     before = place.listing()
