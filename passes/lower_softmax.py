@@ -56,6 +56,8 @@ class LowerSoftmax(KernelPass):
         if wrong := not_float32(site):
             return wrong
         axis = norm.axes[0] % len(site.shape)
+        if site.shape[axis] == 1:  # 0 or 1 exactly, which no other order of operations may lose
+            return "it is over a single value"
         log = "Log" if norm.kind == "log_softmax" else ""
         front = _front(norm, facts)
         reason = "there is no scale or mask in front"

@@ -173,6 +173,7 @@ SOFT: Final = "y = Softmax <axis: int = 1> (x)"
 JOIN: Final = "b = Add (x, mask) y = Softmax (b)"
 
 REFUSALS: Final[dict[str, tuple[str, str]]] = {
+    "a single value": (graph(SOFT, "1,1,8,8"), "it is over a single value"),
     "short rows": (graph("y = Softmax (x)", "4,1024"), "rows of 1024 are not shown to be faster"),
     "rows of unknown size": (graph("y = Softmax (x)", "4,N"), "rows of unknown size"),
     "a short log softmax": (graph("y = LogSoftmax (x)", "4,1024"), "only from 32000 on"),
@@ -244,6 +245,7 @@ def models(draw: st.DrawFn) -> onnx.ModelProto:
     rank = draw(st.integers(1, 4))
     dims = draw(st.lists(st.integers(1, 5), min_size=rank, max_size=rank))
     axis = draw(st.integers(-rank, rank - 1))
+    dims[axis] = max(dims[axis], 2)  # over a single value it is refused
     nodes, constants, value = [], [], "x"
     if draw(st.booleans()):
         scale = draw(st.sampled_from([0.125, 3.0, -0.5, 1e-3]))
