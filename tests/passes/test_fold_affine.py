@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from onnxnorm.passes import fold_affine
 from onnxnorm.passes.fold_affine import FoldAffine
 from onnxnorm.passes.fold_batchnorm import FoldBatchnorm
 from onnxnorm.testing import assert_parity, assert_refuses, assert_rewrites, assert_sound, run
+from tests.mutants import mutated
 
 RULE = FoldAffine()
 BN = (
@@ -748,10 +748,7 @@ def test_the_unchanged_arithmetic_agrees() -> None:
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutants_are_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     source, old, new = MUTANTS[name]
-    text = Path(str(source.__file__)).read_text(encoding="utf-8")
-    assert text.count(old) == 1, f"{old!r} is there {text.count(old)} times"
-    names: dict[str, Any] = {"__name__": source.__name__, "__file__": source.__file__}
-    exec(compile(text.replace(old, new), str(source.__file__), "exec"), names)
+    names = mutated(source, old, new)
     if source is feeders:
         monkeypatch.setattr(fold_affine, "feeder", names["feeder"])
         monkeypatch.setattr(fold_affine, "Stop", names["Stop"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -20,6 +19,7 @@ from onnxnorm import port as port_module
 from onnxnorm.passes import fold_batchnorm
 from onnxnorm.passes.fold_batchnorm import FoldBatchnorm
 from onnxnorm.testing import assert_parity, assert_refuses, assert_rewrites, assert_sound, run
+from tests.mutants import mutated
 
 BEFORE = """
 <ir_version: 8, opset_import: ["" : 17]>
@@ -573,15 +573,6 @@ def parameters_agree(rule: Any) -> bool:
             except Exception:
                 return False
     return True
-
-
-def mutated(source: Any, old: str, new: str) -> dict[str, Any]:
-    """A module's names with one piece of its text replaced."""
-    text = Path(source.__file__).read_text(encoding="utf-8")
-    assert text.count(old) == 1, f"{old!r} is there {text.count(old)} times"
-    names: dict[str, Any] = {"__name__": source.__name__, "__file__": source.__file__}
-    exec(compile(text.replace(old, new), source.__file__, "exec"), names)
-    return names
 
 
 def test_the_unchanged_arithmetic_agrees() -> None:

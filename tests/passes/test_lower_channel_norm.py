@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -16,6 +15,7 @@ from onnxnorm.ops import costs
 from onnxnorm.passes import lower_channel_norm
 from onnxnorm.passes.lower_channel_norm import LowerChannelNorm
 from onnxnorm.testing import assert_parity, assert_refuses, assert_rewrites, assert_sound, run
+from tests.mutants import mutated
 from tests.ops.calls import needs_library
 
 pytestmark = needs_library
@@ -193,9 +193,6 @@ MUTANTS: Final[dict[str, tuple[str, str, str]]] = {
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutants_are_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     old, new, golden = MUTANTS[name]
-    text = Path(lower_channel_norm.__file__).read_text("utf-8")
-    assert text.count(old) == 1, old
-    names: dict[str, Any] = {"__name__": lower_channel_norm.__name__}
-    exec(compile(text.replace(old, new), lower_channel_norm.__file__, "exec"), names)
-    monkeypatch.setattr(f"{__name__}.RULE", names["LowerChannelNorm"]("ort-cpu", True))
+    mutant = mutated(lower_channel_norm, old, new)["LowerChannelNorm"]("ort-cpu", True)
+    monkeypatch.setattr(f"{__name__}.RULE", mutant)
     assert not holds(golden)

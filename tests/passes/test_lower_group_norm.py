@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -16,6 +15,7 @@ from onnxnorm.ops import costs
 from onnxnorm.passes import lower_group_norm
 from onnxnorm.passes.lower_group_norm import LowerGroupNorm
 from onnxnorm.testing import assert_parity, assert_refuses, assert_rewrites, assert_sound, run
+from tests.mutants import mutated
 from tests.ops.calls import needs_library
 
 pytestmark = needs_library
@@ -238,9 +238,6 @@ MUTANTS: Final[dict[str, tuple[str, str, str]]] = {
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutants_are_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     old, new, golden = MUTANTS[name]
-    text = Path(lower_group_norm.__file__).read_text("utf-8")
-    assert text.count(old) == 1, old
-    names: dict[str, Any] = {"__name__": lower_group_norm.__name__}
-    exec(compile(text.replace(old, new), lower_group_norm.__file__, "exec"), names)
-    monkeypatch.setattr(f"{__name__}.RULE", names["LowerGroupNorm"]("ort-cpu", True))
+    mutant = mutated(lower_group_norm, old, new)["LowerGroupNorm"]("ort-cpu", True)
+    monkeypatch.setattr(f"{__name__}.RULE", mutant)
     assert not holds(golden)

@@ -22,6 +22,7 @@ from onnxnorm.lowering import TARGETS
 from onnxnorm.passes import lower_norms
 from onnxnorm.passes.lower_norms import LowerNorms
 from onnxnorm.testing import assert_parity, assert_refuses, assert_rewrites, assert_sound, run
+from tests.mutants import mutated
 
 LAST: Final = "float eps = {0.25}, float[2] g = {1, 2}, float[2] b = {0.5, -1}"
 CHANNEL: Final = "float eps = {0.25}, float[2,1,1] g = {1, 2}, float[2,1,1] b = {0.5, -1}"
@@ -635,11 +636,7 @@ def holds(before: str, target: str = "onnx") -> bool:
 
 def mutate(old: str, new: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Give the pass a table with one piece of its text replaced."""
-    text = Path(lowering.__file__).read_text(encoding="utf-8")
-    assert text.count(old) == 1, f"{old!r} is there {text.count(old)} times"
-    names: dict[str, Any] = {"__name__": lowering.__name__, "__file__": lowering.__file__}
-    exec(compile(text.replace(old, new), lowering.__file__, "exec"), names)
-    monkeypatch.setattr(lower_norms, "choose", names["choose"])
+    monkeypatch.setattr(lower_norms, "choose", mutated(lowering, old, new)["choose"])
 
 
 @pytest.mark.parametrize("name", MUTANTS)

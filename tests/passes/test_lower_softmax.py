@@ -18,6 +18,7 @@ from onnxnorm.passes import lower_softmax
 from onnxnorm.passes.lower_softmax import LowerSoftmax
 from onnxnorm.session import open_session
 from onnxnorm.testing import assert_parity, assert_refuses, assert_rewrites, assert_sound, run
+from tests.mutants import mutated
 from tests.ops.calls import needs_library
 
 pytestmark = needs_library
@@ -343,10 +344,6 @@ MUTANTS: Final[dict[str, tuple[str, str, str]]] = {
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutants_are_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     old, new, golden = MUTANTS[name]
-    text = Path(lower_softmax.__file__).read_text("utf-8")
-    assert text.count(old) == 1, old
-    names: dict[str, Any] = {"__name__": lower_softmax.__name__}
-    exec(compile(text.replace(old, new), lower_softmax.__file__, "exec"), names)
-    mutant = names["LowerSoftmax"]("ort-cpu", True)
+    mutant = mutated(lower_softmax, old, new)["LowerSoftmax"]("ort-cpu", True)
     monkeypatch.setattr(f"{__name__}.RULE", mutant)
     assert not holds(golden)
