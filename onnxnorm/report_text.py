@@ -174,7 +174,13 @@ def _place(row: Json) -> tuple[str, str | None]:
     """Return where a row is, and what stands in the way there."""
     if "output" in row:
         return row["output"], row.get("at")
-    return row["site"].partition(":")[2] or row["site"], row.get("at")
+    return _anchor(row) or row["site"], row.get("at")
+
+
+def _anchor(row: Json) -> str:
+    """Return the place of a row's site, whichever pass named it."""
+    anchor: str = row["site"].partition(":")[2]
+    return anchor
 
 
 def _refused(report: Json) -> list[Group]:
@@ -195,9 +201,10 @@ def _skipped(report: Json) -> list[Group]:
 
 def _near_misses(report: Json) -> list[Group]:
     norms = [norm for norm in report["norms"] if not norm["recognised"]]
-    told = {norm["site"] for norm in report["norms"]}
+    # What one pass is not for, another may have decided on: then its row says it.
+    told = {_anchor(norm) for norm in report["norms"] if norm["site"] is not None}
     sites = [site for site in report["sites"] if site["action"] == "missed"]
-    return grouped([*norms, *(site for site in sites if site["site"] not in told)])
+    return grouped([*norms, *(site for site in sites if _anchor(site) not in told)])
 
 
 def _left_alone(report: Json) -> list[Group]:

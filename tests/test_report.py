@@ -730,6 +730,16 @@ def test_a_near_miss_that_a_pass_refused_is_told_once() -> None:
     ]
 
 
+def test_what_another_pass_refused_is_no_near_miss() -> None:
+    row = norm("y", action="refused", into=None, reason="nothing linear", site="fold-affine:y")
+    elsewhere = site(row, site="fold-batchnorm:y", action="missed", reason="it follows Div")
+    report = minimal(norms=[row], sites=[elsewhere, site(row)], passes=[PASS]).to_json()
+    assert REASONS["Near misses, not recognised"](report) == []
+    assert [group.reason for group in REASONS["Refused"](report)] == ["nothing linear"]
+    report["norms"] = []
+    assert [g.reason for g in REASONS["Near misses, not recognised"](report)] == ["it follows Div"]
+
+
 # ** terminal **
 
 
