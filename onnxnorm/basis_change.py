@@ -9,20 +9,21 @@ Source: S. Ashkboos et al., "SliceGPT" (2024), section 3.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from onnxnorm.consumers import Consumers, consumers
-from onnxnorm.facts import AnyValue
-from onnxnorm.given import GivenNorm
+from onnxnorm.facts import AnyValue, Facts
+from onnxnorm.given import GivenNorm, given_norms
 from onnxnorm.layout import Layout
 from onnxnorm.module import Node
 from onnxnorm.port import Inlet, rounded
 from onnxnorm.rewrite import Rewriter
 from onnxnorm.storage import Array
-from onnxnorm.stream import Entry, Stream, Streams
+from onnxnorm.stream import Entry, Stream, Streams, find_streams
 from onnxnorm.transfer import Blind, Demand, Link, Stop, described
 
 Weights = dict[tuple[Node, int], AnyValue]
@@ -80,6 +81,16 @@ class BasisChange:
             changed = inlet.mixed(blocks)
             found[inlet.node, 1] = constant(place, inlet.weight.name, changed, inlet.node)
         return found
+
+
+def basis_changes(facts: Facts) -> Iterator[tuple[Stream, BasisChange | Stop]]:
+    """Each stream that an RMS norm reads, with what has to change or who stands in the way."""
+    if not any(True for _ in given_norms(facts)):
+        return
+    streams = find_streams(facts)
+    for stream in streams.all():
+        if any(norm.kind == "rms_norm" for norm in stream.norms):
+            yield stream, Survey(streams, stream).found()
 
 
 class Survey:

@@ -28,6 +28,14 @@ Entries: TypeAlias = NDArray[np.object_]  # of int, or str for an unknown size
 _SMALL: Final = 64  # entries; shapes and lists of pads are not longer
 
 
+def find_sizes(facts: Facts) -> Sizes:
+    """The sizes of a graph's values, which hold as long as the facts do and are derived once."""
+    found: Sizes | None = facts.kept.get("sizes")
+    if found is None:
+        found = facts.kept["sizes"] = Sizes(facts)
+    return found
+
+
 class Sizes:
     """The sizes of a graph's values.
 

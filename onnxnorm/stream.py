@@ -25,7 +25,7 @@ the equivalence; the closure, the transfer rules and the prices are ours.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -34,10 +34,10 @@ import onnx
 
 from onnxnorm.closure import best_closure
 from onnxnorm.facts import AnyValue, Constant, Facts
-from onnxnorm.given import GivenNorm
+from onnxnorm.given import GivenNorm, given_norms
 from onnxnorm.layout import Layout
 from onnxnorm.module import Node
-from onnxnorm.sizes import Sizes
+from onnxnorm.sizes import find_sizes
 from onnxnorm.transfer import Basis, Blind, Demand, Link, Stop, Transfer, described
 
 _REAL: Final = frozenset(
@@ -120,19 +120,26 @@ class Stream:
         return list(found)
 
 
+def find_streams(facts: Facts) -> Streams:
+    """The streams of a graph, which hold as long as the facts do and are looked for once."""
+    found: Streams | None = facts.kept.get("streams")
+    if found is None:
+        found = facts.kept["streams"] = Streams(facts)
+    return found
+
+
 class Streams:
     """All streams of a graph that a layer norm or an RMS norm reads.
 
     Args:
         facts: What is true of the graph.
-        norms: Its norms.
     """
 
-    def __init__(self, facts: Facts, norms: Sequence[GivenNorm]) -> None:
+    def __init__(self, facts: Facts) -> None:
         self.facts = facts
-        self.sizes = Sizes(facts)
+        self.sizes = find_sizes(facts)
         self.transfer = Transfer(facts, self.sizes)
-        self.norms = [n for n in norms if n.kind in ("layer_norm", "rms_norm")]
+        self.norms = list(given_norms(facts))
         self.entries: dict[AnyValue, Entry] = {}
         self.inputs: dict[GivenNorm, Entry] = {}
         self._owner = {node: norm for norm in self.norms for node in norm.nodes}

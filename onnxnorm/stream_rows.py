@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from onnxnorm.facts import AnyValue, Facts
-from onnxnorm.given import GivenNorm, given_norms
+from onnxnorm.given import GivenNorm
 from onnxnorm.module import Node
 from onnxnorm.remark import Remark
-from onnxnorm.stream import Stream, Streams, called
+from onnxnorm.stream import Stream, called, find_streams
 from onnxnorm.transfer import Link, described
 
 
@@ -54,7 +54,7 @@ def outlines(facts: Facts) -> list[Outline]:
                 for n in stream.norms
             ],
         )
-        for stream in Streams(facts, list(given_norms(facts))).all()
+        for stream in find_streams(facts).all()
     ]
 
 

@@ -22,6 +22,7 @@ from onnxnorm.facts import AnyValue, Constant, Facts
 from onnxnorm.layout import Layout, reshaped
 from onnxnorm.module import Node
 from onnxnorm.port import slots
+from onnxnorm.rewrite import Refusal
 from onnxnorm.sizes import Sizes
 from onnxnorm.storage import Array
 
@@ -102,6 +103,10 @@ class Stop:
 
     node: Node | None
     why: str
+
+    def refusal(self, root: Node) -> Refusal:
+        """It as what a pass says of a place."""
+        return Refusal(self.why, (self.node or root).label, node=root)
 
 
 class Blind(Stop):

@@ -31,7 +31,7 @@ from onnxnorm.norms import Norm, find_norms
 from onnxnorm.port import is_real
 from onnxnorm.rewrite import Pass, Plan, Refusal, Rewriter
 from onnxnorm.shift import Sinks, sinks
-from onnxnorm.sizes import Sizes
+from onnxnorm.sizes import find_sizes
 from onnxnorm.transfer import Stop, Transfer, described
 
 DEFAULT_EPSILON: Final = 1e-5  # BatchNormalization's schema default
@@ -57,7 +57,7 @@ class FoldAffine(Pass):
         rows = [n for n in find_norms(facts) if _is_for(n, facts)]
         if not rows:
             return
-        transfer = Transfer(facts, Sizes(facts))
+        transfer = Transfer(facts, find_sizes(facts))
         for norm in rows:
             affine = read(norm, transfer)
             if isinstance(affine, str):
@@ -128,8 +128,7 @@ class FoldAffine(Pass):
         first = next(n for n in norm.nodes if norm.input in n.inputs)
         found = feeder(norm.input, affine.layout, affine.scale, affine.shift, first, transfer)
         if isinstance(found, Stop):
-            at = norm.node.label if found.node is None else found.node.label
-            return Refusal(found.why, at, node=norm.node)
+            return found.refusal(norm.node)
         linear = found.linear
         if found.rest is not None and not norm.operator and len(norm.nodes) == 1:
             reason = f"'{linear.label}' has no bias, and an Add behind it would save nothing"

@@ -24,7 +24,7 @@ from onnxnorm.given import GivenNorm, given_norms
 from onnxnorm.layout import Layout
 from onnxnorm.rewrite import Pass, Plan, Refusal, Rewriter
 from onnxnorm.shift import Sinks, sinks
-from onnxnorm.stream import Streams
+from onnxnorm.stream import Streams, find_streams
 from onnxnorm.stream_edit import Edits
 
 
@@ -47,7 +47,7 @@ class FoldNormAffine(Pass):
         norms = [n for n in given_norms(facts) if _has_affine(n)]
         if not norms:
             return
-        streams = Streams(facts, norms)
+        streams = find_streams(facts)
         for norm in norms:
             found = self._found(norm, streams)
             if isinstance(found, Refusal):

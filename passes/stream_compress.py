@@ -21,13 +21,13 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxnorm.basis_change import BasisChange, Survey
+from onnxnorm.basis_change import BasisChange, basis_changes
 from onnxnorm.facts import AnyValue, Facts
-from onnxnorm.given import GivenNorm, given_norms
+from onnxnorm.given import GivenNorm
 from onnxnorm.module import Node
 from onnxnorm.port import rounded
 from onnxnorm.rewrite import Pass, Plan, Refusal, Rewriter
-from onnxnorm.stream import Streams
+from onnxnorm.stream import Streams, find_streams
 from onnxnorm.transfer import Demand, Stop, described
 
 _finfo: Final[Callable[[Any], Any]] = ml_dtypes.finfo  # it has no types of its own
@@ -49,25 +49,17 @@ class StreamCompress(Pass):
 
     def plan(self, facts: Facts) -> Iterator[Plan | Refusal]:
         """Every stream that an RMS norm reads."""
-        norms = [n for n in given_norms(facts) if n.kind in ("rms_norm", "layer_norm")]
-        if not norms:
-            return
-        streams = Streams(facts, norms)
-        for stream in streams.all():
-            if all(n.kind == "layer_norm" for n in stream.norms):
-                continue
+        for stream, change in basis_changes(facts):
             root = stream.norms[0].node
-            change = Survey(streams, stream).found()
+            streams = find_streams(facts)
             if isinstance(change, BasisChange):
                 change = self._checked(change, stream.norms, streams) or change
             if isinstance(change, Stop):
-                at = change.node.label if change.node is not None else root.label
-                yield Refusal(change.why, at, node=root)
+                yield change.refusal(root)
                 continue
             targets = _targets(change, streams)
             if isinstance(targets, Stop):
-                at = targets.node.label if targets.node is not None else root.label
-                yield Refusal(targets.why, at, node=root)
+                yield targets.refusal(root)
                 continue
             order = {n: i for i, n in enumerate(facts.module.nodes())}
             inside = sorted(change.inside, key=order.__getitem__)

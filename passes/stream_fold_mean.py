@@ -30,7 +30,7 @@ from onnxnorm.given import GivenNorm, given_norms
 from onnxnorm.module import Node, Value
 from onnxnorm.rewrite import Pass, Plan, Refusal, Rewriter
 from onnxnorm.shift import Sinks, sinks
-from onnxnorm.stream import Choice, Group, Prices, Streams
+from onnxnorm.stream import Choice, Group, Prices, find_streams
 from onnxnorm.stream_edit import Edits, misfit
 from onnxnorm.transfer import Link, Stop, described
 
@@ -57,8 +57,7 @@ class StreamFoldMean(Pass):
 
     def plan(self, facts: Facts) -> Iterator[Plan | Refusal]:
         """One plan for each stream, or part of one, that gains; a reason for every other norm."""
-        norms = [n for n in given_norms(facts) if n.kind == "layer_norm"]
-        if not norms:
+        if not any(n.kind == "layer_norm" for n in given_norms(facts)):
             return
         survey = Survey(facts, self)
         done: set[GivenNorm] = set()
@@ -123,7 +122,7 @@ class Survey:
     def __init__(self, facts: Facts, options: StreamFoldMean) -> None:
         self.facts = facts
         self.options = options
-        self.streams = Streams(facts, list(given_norms(facts)))
+        self.streams = find_streams(facts)
         self.prices = Prices(
             centering=options.centering,
             copy=options.copy_mb,

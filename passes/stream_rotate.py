@@ -19,13 +19,11 @@ from typing import ClassVar, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxnorm.basis_change import BasisChange, Survey
+from onnxnorm.basis_change import BasisChange, basis_changes
 from onnxnorm.errors import UsageError
 from onnxnorm.facts import Facts
-from onnxnorm.given import given_norms
 from onnxnorm.module import SITE_KEY
 from onnxnorm.rewrite import Pass, Plan, Refusal, Rewriter
-from onnxnorm.stream import Streams
 from onnxnorm.transfer import Stop
 
 
@@ -47,18 +45,10 @@ class StreamRotate(Pass):
 
     def plan(self, facts: Facts) -> Iterator[Plan | Refusal]:
         """Every stream that an RMS norm reads."""
-        norms = [n for n in given_norms(facts) if n.kind in ("rms_norm", "layer_norm")]
-        if not norms:
-            return
-        streams = Streams(facts, norms)
-        for stream in streams.all():
-            if all(n.kind == "layer_norm" for n in stream.norms):
-                continue
+        for stream, change in basis_changes(facts):
             root = stream.norms[0].node
-            change = Survey(streams, stream).found()
             if isinstance(change, Stop):
-                at = change.node.label if change.node is not None else root.label
-                yield Refusal(change.why, at, node=root)
+                yield change.refusal(root)
             elif any(n.site.startswith(_SITE) for n in change.edited):
                 continue  # a moment ago, by this run
             elif _is_rotated(change):

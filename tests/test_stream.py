@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 
 from onnxnorm import storage
 from onnxnorm.facts import Facts
-from onnxnorm.given import given_norms
 from onnxnorm.module import Module
 from onnxnorm.passes.stream_fold_mean import StreamFoldMean
-from onnxnorm.stream import Prices, Stream, Streams
+from onnxnorm.stream import Prices, Stream, Streams, find_streams
 from onnxnorm.testing import assert_parity, assert_sound, run
 from tests.networks import Net, transformer
 
@@ -24,7 +23,7 @@ SIZE = 8
 
 def streams_of(model: onnx.ModelProto) -> tuple[Streams, list[Stream]]:
     facts = Facts(Module(storage.from_proto(model)))
-    streams = Streams(facts, list(given_norms(facts)))
+    streams = find_streams(facts)
     return streams, streams.all()
 
 
