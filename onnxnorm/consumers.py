@@ -78,11 +78,13 @@ def consumers(value: AnyValue, layout: Layout, transfer: Transfer) -> Consumers 
             waiting[node] = link
             if any(v not in pending for v, _ in link.values):
                 continue
+            known = node in between  # it reads the value, or another on the way, twice
             between[node] = None
             for output, basis in link.outputs:
                 if pending.setdefault(output, basis.layout) != basis.layout:
                     return f"{described(node)} reads it in two ways"
-                frontier.append(output)
+                if not known:
+                    frontier.append(output)
     for node in waiting:
         if node not in between:
             return f"{described(node)} joins it with other values"

@@ -154,6 +154,11 @@ class Node(gs.Node):
         refers = gs.Node.AttributeRef
         return next((name for name in names if isinstance(self.attrs.get(name), refers)), None)
 
+    def text(self, name: str, default: str = "") -> str:
+        """A text attribute, which is stored as bytes; the default where it is a parameter."""
+        found = self.attrs.get(name, default)
+        return found.decode(errors="replace") if isinstance(found, bytes) else default
+
     @property
     def made_by(self) -> str:
         """The site that made this node, in this run or before; "" for one the exporter made."""

@@ -362,8 +362,7 @@ class Inlet:
             features, gain = shape[0 if transposed else 1], float(node.attrs.get("alpha", 1.0))
             return cls(node, -1, -1, weight, features, transposed, gain)
         pads = node.attrs.get("pads")
-        automatic = node.attrs.get("auto_pad", "NOTSET")
-        automatic = automatic.decode() if isinstance(automatic, bytes) else automatic
+        automatic = node.text("auto_pad", "NOTSET")
         pads_now = automatic not in ("NOTSET", "VALID", "") or any(pads or ())
         if (
             (pads_now and not padded)

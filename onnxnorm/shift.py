@@ -335,6 +335,8 @@ def _bias_of(node: Node, facts: Facts) -> tuple[Node, int, Constant | None, floa
         if constant is None or not is_real(constant.dtype):
             return None
         return add, at, constant, 1.0
+    if node.parameter("beta"):
+        return None
     gain = float(node.attrs.get("beta", 1.0)) if node.op == "Gemm" else 1.0
     if gain == 0.0:
         return None

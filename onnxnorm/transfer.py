@@ -358,8 +358,7 @@ def _pad(t: Transfer, node: Node, layout: Layout, forth: bool) -> Layout | str:
     axes = list(range(rank)) if axes is None else axes
     padded = [a for a, (x, y) in zip(axes, zip(pads, pads[len(axes) :], strict=False), strict=False)
               if x or y]  # fmt: skip
-    mode = node.attrs.get("mode", "constant")
-    if (mode if isinstance(mode, str) else mode.decode()) == "constant":
+    if node.text("mode", "constant") == "constant":
         value = node.attrs.get("value", 0.0)
         if len(node.inputs) > 2 and node.inputs[2].name:
             constant = t.facts.constant(node.inputs[2])
@@ -412,7 +411,7 @@ def _repeat(t: Transfer, node: Node, layout: Layout, forth: bool) -> Layout | st
 
 
 def _resize(t: Transfer, node: Node, layout: Layout, forth: bool) -> Layout | str:
-    extrapolated = node.attrs.get("coordinate_transformation_mode", "") == "tf_crop_and_resize"
+    extrapolated = node.text("coordinate_transformation_mode") == "tf_crop_and_resize"
     if extrapolated or not (t.covers(node.inputs[0], layout) and t.covers(node.outputs[0], layout)):
         return "resizes the features"
     return layout
@@ -485,8 +484,7 @@ def _concat(t: Transfer, node: Node, output: AnyValue, basis: Basis) -> Back:
 
 
 def _scatter(t: Transfer, node: Node, output: AnyValue, basis: Basis) -> Back:
-    reduction = node.attrs.get("reduction", "none")
-    if (reduction if isinstance(reduction, str) else reduction.decode()) not in ("none", "add"):
+    if node.text("reduction", "none") not in ("none", "add"):
         return "scatters with a product, a maximum or a minimum"
     rank, index = t.rank(node.inputs[0]), t.sizes.of(node.inputs[1])
     deep = index[-1] if index else None
