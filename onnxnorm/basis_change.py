@@ -24,7 +24,7 @@ from onnxnorm.port import Inlet, rounded
 from onnxnorm.rewrite import Rewriter
 from onnxnorm.storage import Array
 from onnxnorm.stream import Entry, Stream, Streams, find_streams
-from onnxnorm.transfer import Blind, Demand, Link, Stop, described
+from onnxnorm.transfer import Demand, Link, Stop, described
 
 Weights = dict[tuple[Node, int], AnyValue]
 
@@ -104,6 +104,7 @@ class Survey:
         self.readers: dict[tuple[Node, int], tuple[Inlet, Layout]] = {}
         self.inside: dict[Node, None] = {}
         self.values: dict[AnyValue, Layout] = {}
+        self.normed = {node for norm in stream.norms for node in norm.nodes}
 
     def found(self) -> BasisChange | Stop:
         """All of it."""
@@ -175,9 +176,8 @@ class Survey:
         return self._readers(entry)
 
     def _readers(self, entry: Entry) -> Stop | None:
-        normed = {node for n in self.stream.norms for node in n.nodes}
         for use in self.facts.uses(entry.value):
-            if use.node in normed or use.node.op in ("Shape", "Size"):
+            if use.node in self.normed or use.node.op in ("Shape", "Size"):
                 continue
             inlet = Inlet.of(use.node, use.index, self.facts, padded=True)
             if not isinstance(inlet, str) and entry.basis.layout.only_axis(inlet.input_axis):
@@ -185,7 +185,7 @@ class Survey:
                 self.inside[use.node] = None
                 continue
             link = self.streams.transfer.forth(use.node, use.index, entry.basis)
-            if isinstance(link, Blind) or not isinstance(link, Link) or link.bypass:
+            if not isinstance(link, Link) or link.bypass:
                 told = f"{described(use.node)} reads this stream feature by feature"
                 return Stop(use.node, told)
         return None

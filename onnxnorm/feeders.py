@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from onnxnorm.facts import AnyValue, Constant, Facts
 from onnxnorm.layout import Layout
 from onnxnorm.module import Node
-from onnxnorm.port import is_real, rounded, slots
+from onnxnorm.port import is_real, rounded, row_blocks, slots
 from onnxnorm.storage import Array
 from onnxnorm.transfer import Basis, Link, Stop, Transfer, described
 
@@ -28,7 +28,6 @@ Vector = NDArray[np.float64]
 
 MOVES: Final = frozenset({"Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 _BIASED: Final = {"Conv": 1, "ConvTranspose": 1, "Gemm": 11}  # the opset from which it may lack one
-_BLOCK: Final = 4 << 20  # bytes of float64 that are in the making at a time
 _finfo: Final[Callable[[Any], Any]] = ml_dtypes.finfo  # it has no types of its own
 
 
@@ -94,9 +93,7 @@ class Change:
     def _products(self, weight: Array) -> Iterator[tuple[slice, Vector]]:
         """Runs of rows, small enough that their float64 copies do not count, each with s * w."""
         scale = self.scale.reshape((1,) * (weight.ndim - self.scale.ndim) + self.scale.shape)
-        step = max(1, _BLOCK // max(1, weight[:1].size * 8))
-        for at in range(0, weight.shape[0], step):
-            rows = slice(at, at + step)
+        for rows in row_blocks(weight):
             factors = scale if scale.shape[0] == 1 else scale[rows]
             yield rows, self._moved(weight[rows].astype(np.float64), factors)
 

@@ -23,7 +23,7 @@ from onnxnorm.module import Node, Value
 from onnxnorm.port import rounded
 from onnxnorm.rewrite import Rewriter
 
-_NARROW: Final = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
+NARROW: Final = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
 
 
 def rms_norm(
@@ -61,12 +61,12 @@ def rms_norm(
         attrs = {"axis": min(axes), "epsilon": epsilon}
         normed = last("RMSNormalization", inputs, "rms", attrs, end=True)
     else:
-        narrow = onnx.helper.np_dtype_to_tensor_dtype(dtype) in _NARROW
+        narrow = onnx.helper.np_dtype_to_tensor_dtype(dtype) in NARROW
         work = np.dtype(np.float32) if narrow else dtype
         wide = rw.add("Cast", [x], "wide", attrs={"to": _FLOAT}, at=at) if narrow else x
         two = rw.constant("two", np.asarray(2, dtype=work), at=at)
         square = rw.add("Pow", [wide, two], "square", at=at)
-        mean = _mean(rw, square, axes, "mean_square", at=at)
+        mean = mean_of(rw, square, axes, "mean_square", at=at)
         small = rw.constant("epsilon", np.asarray(epsilon, dtype=work), at=at)
         variance = rw.add("Add", [mean, small], "variance", at=at)
         root = rw.add("Sqrt", [variance], "root", at=at)
@@ -109,9 +109,9 @@ class _Last:
 
 def center(rw: Rewriter, x: Value, axes: Sequence[int], *, dtype: np.dtype[Any]) -> Value:
     """X - mean(x) over `axes`, right behind what computes x; in float32 where x is narrower."""
-    narrow = onnx.helper.np_dtype_to_tensor_dtype(dtype) in _NARROW
+    narrow = onnx.helper.np_dtype_to_tensor_dtype(dtype) in NARROW
     wide: Value = rw.add("Cast", [x], "wide", attrs={"to": _FLOAT}, behind=x) if narrow else x
-    mean = _mean(rw, wide, axes, "mean", behind=x)
+    mean = mean_of(rw, wide, axes, "mean", behind=x)
     centered = rw.add("Sub", [wide, mean], "centered", behind=x)
     if not narrow:
         return centered
@@ -119,7 +119,7 @@ def center(rw: Rewriter, x: Value, axes: Sequence[int], *, dtype: np.dtype[Any])
     return rw.add("Cast", [centered], "narrow", attrs=to, behind=x)
 
 
-def _mean(
+def mean_of(
     rw: Rewriter,
     x: AnyValue,
     axes: Sequence[int],

@@ -87,6 +87,12 @@ def given_norms(facts: Facts) -> Iterator[GivenNorm]:
         )
 
 
+def per_feature(array: NDArray[np.float64] | None, features: int) -> NDArray[np.float64]:
+    """A factor of a norm with one entry for each feature; ones where there is none."""
+    flat = np.ones(1) if array is None else array.reshape(-1)
+    return np.broadcast_to(flat, (features,)) if flat.size == 1 else flat
+
+
 def centred_here(norm: Norm) -> tuple[tuple[Node, ...], AnyValue] | None:
     """The RMS norm behind a centering that streams have put in: together they read as a layer norm.
 

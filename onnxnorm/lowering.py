@@ -28,14 +28,14 @@ import onnx
 from numpy.typing import NDArray
 
 from onnxnorm.facts import AnyValue, Facts
-from onnxnorm.module import Scope, Value
+from onnxnorm.forms import NARROW, mean_of
+from onnxnorm.module import Scope
 from onnxnorm.norms import Norm
 from onnxnorm.port import rounded
 from onnxnorm.rewrite import Rewriter
 
 TARGETS: Final = ("onnx", "ort-cpu", "ort-cuda")
 _FLOAT: Final = onnx.TensorProto.FLOAT
-_NARROW: Final = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
 _KERNELS: Final = (_FLOAT, onnx.TensorProto.FLOAT16)
 
 
@@ -118,7 +118,7 @@ class Site:
 
         Operators have their statistics in float32 whatever the type is.
         """
-        return self.wanted if self.given in _NARROW else self.given
+        return self.wanted if self.given in NARROW else self.given
 
 
 Check: TypeAlias = "Callable[[Site], str | None]"
@@ -437,16 +437,16 @@ def _emit_chain(site: Site, rw: Rewriter) -> None:
     """The primitives that onnxruntime fuses: ReduceMean Sub Pow ReduceMean Add Sqrt Div Mul Add."""
     features = site.features or ()
     # Primitives round to the type they are in, so the statistics of a narrow one are in float32.
-    narrow = site.wide in _NARROW
+    narrow = site.wide in NARROW
     work = _FLOAT if narrow else site.wide
     x: AnyValue = site.norm.input
     if site.given != work:
         x = rw.add("Cast", [x], "wide", attrs={"to": work})
     if site.norm.kind == "layer_norm":
-        x = rw.add("Sub", [x, _mean(site, rw, x, "mean")], "centred")
+        x = rw.add("Sub", [x, mean_of(rw, x, [-1], "mean")], "centred")
     dtype = _dtype(work)
     square = rw.add("Pow", [x, rw.constant("two", np.asarray(2, dtype=dtype))], "square")
-    mean = _mean(site, rw, square, "variance")
+    mean = mean_of(rw, square, [-1], "variance")
     small = rw.constant("epsilon", np.asarray(_epsilon(site), dtype=dtype))
     root = rw.add("Sqrt", [rw.add("Add", [mean, small], "shifted")], "deviation")
     normed = rw.add("Div", [x, root], "normalized")
@@ -459,13 +459,6 @@ def _emit_chain(site: Site, rw: Rewriter) -> None:
     scaled = rw.add("Mul", [normed, scale], "scaled")
     bias = _parameter(site, rw, "bias", 0.0, features, site.wide)
     _Last(site, rw)("Add", [scaled, bias])
-
-
-def _mean(site: Site, rw: Rewriter, x: AnyValue, role: str) -> Value:
-    if site.opset < 18:
-        return rw.add("ReduceMean", [x], role, attrs={"axes": [-1], "keepdims": 1})
-    axes = rw.constant(f"{role}_axes", np.asarray([-1], dtype=np.int64))
-    return rw.add("ReduceMean", [x, axes], role, attrs={"keepdims": 1})
 
 
 def _emit_instance_norm(site: Site, rw: Rewriter) -> None:

@@ -17,7 +17,7 @@ from onnxnorm.facts import Facts
 from onnxnorm.module import Module, Node
 from onnxnorm.norms import Norm, find_norms
 from onnxnorm.remark import Remark
-from onnxnorm.rewrite import Pass, Plan, Refusal, Rewriter, site_id
+from onnxnorm.rewrite import Pass, Plan, Refusal, Rewriter, place_of, site_id
 from onnxnorm.storage import Stored
 from onnxnorm.verifier import Verifier
 
@@ -227,7 +227,7 @@ class Pipeline:
         site = site_id(rule.name, anchor)
         names = (site, site.partition(":")[2], anchor.name)
         self._asked.update(names)
-        further = tuple(site_id("", v)[1:] for v in plan.anchors) if isinstance(plan, Plan) else ()
+        further = tuple(map(place_of, plan.anchors)) if isinstance(plan, Plan) else ()
         base = Remark(
             "skipped", rule.name, site, at=root.label, anchor=anchor.name, anchors=further
         )

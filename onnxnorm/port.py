@@ -46,7 +46,7 @@ class Layout:
 # Conv: W is (M, C / group, *kernel). ConvTranspose: W is (C, M / group, *kernel).
 LAYOUTS: Final = {"Conv": Layout(0), "ConvTranspose": Layout(1, split_groups=True)}
 _BLOCK: Final = 4 << 20  # bytes of float64 that are in the making at a time
-_REAL: Final = (
+REAL: Final = (
     onnx.TensorProto.FLOAT,
     onnx.TensorProto.FLOAT16,
     onnx.TensorProto.BFLOAT16,
@@ -116,7 +116,7 @@ class Port:
         """S * W in float64, rounded once to the weight's type; `scale` has one entry a feature."""
         weight = self.weight.array()
         out = np.empty_like(weight)
-        for rows in self._blocks(weight):
+        for rows in row_blocks(weight):
             out[rows] = rounded(self._product(weight, scale, rows), weight.dtype)
         return out
 
@@ -128,7 +128,7 @@ class Port:
         """
         weight = self.weight.array()
         largest = 0.0
-        for rows in self._blocks(weight):
+        for rows in row_blocks(weight):
             product = self._product(weight, scale, rows)
             if not np.isfinite(rounded(product, weight.dtype).astype(np.float64)).all():
                 return f"is not finite in {weight.dtype}"
@@ -143,12 +143,6 @@ class Port:
         with _quiet():
             product: NDArray[np.float64] = weight[rows].astype(np.float64) * self._rows(scale, rows)
         return product
-
-    def _blocks(self, weight: Array) -> Iterator[slice]:
-        """Runs of rows small enough that their float64 copies do not count."""
-        per_row = max(1, weight[:1].size * 8)
-        step = max(1, _BLOCK // per_row)
-        return (slice(at, at + step) for at in range(0, weight.shape[0], step))
 
     def _rows(self, scale: NDArray[np.float64], rows: slice) -> NDArray[np.float64]:
         """The factor of each weight entry in these rows, in a shape that broadcasts."""
@@ -177,9 +171,15 @@ def _quiet() -> np.errstate:
     return np.errstate(over="ignore", invalid="ignore")
 
 
+def row_blocks(weight: Array) -> Iterator[slice]:
+    """Runs of rows small enough that their float64 copies do not count."""
+    step = max(1, _BLOCK // max(1, weight[:1].size * 8))
+    return (slice(at, at + step) for at in range(0, weight.shape[0], step))
+
+
 def is_real(dtype: np.dtype[Any]) -> bool:
     """Whether an element type is one that linear operators and norms compute in."""
-    return onnx.helper.np_dtype_to_tensor_dtype(dtype) in _REAL
+    return onnx.helper.np_dtype_to_tensor_dtype(dtype) in REAL
 
 
 def rounded(array: NDArray[np.float64], dtype: np.dtype[Any]) -> Array:
@@ -381,9 +381,7 @@ class Inlet:
         """W' with f'(x) = f(diag(v) x), formed in float64 and rounded once."""
         weight = self.weight.array()
         out = np.empty_like(weight)
-        step = max(1, _BLOCK // max(1, weight[:1].size * 8))
-        for at in range(0, weight.shape[0], step):
-            rows = slice(at, at + step)
+        for rows in row_blocks(weight):
             factors = vector[rows] if self.weight_axis == 0 else vector
             shaped = [1] * weight.ndim
             shaped[self.weight_axis] = -1
@@ -403,14 +401,10 @@ class Inlet:
         """The vector times W in float64, one entry for each output feature."""
         weight = self.weight.array()
         out = np.zeros(self.features)
-        if self._transposed:
-            step = max(1, _BLOCK // max(1, weight[:1].size * 8))
-            for at in range(0, weight.shape[0], step):
-                rows = weight[at : at + step].astype(np.float64)
-                rows = rows.reshape(rows.shape[0], rows.shape[1], -1).sum(axis=2)
-                out[at : at + step] = rows @ vector
-        else:
-            step = max(1, _BLOCK // max(1, weight[:1].size * 8))
-            for at in range(0, weight.shape[0], step):
-                out += vector[at : at + step] @ weight[at : at + step].astype(np.float64)
+        for rows in row_blocks(weight):
+            block = weight[rows].astype(np.float64)
+            if self._transposed:
+                out[rows] = block.reshape(*block.shape[:2], -1).sum(axis=2) @ vector
+            else:
+                out += vector[rows] @ block
         return out * self._gain

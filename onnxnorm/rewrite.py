@@ -23,13 +23,14 @@ from onnxnorm.remark import Region, Remark
 from onnxnorm.storage import Array
 
 
-def site_id(rule: str, anchor: AnyValue) -> str:
-    """The stable name of a place: the pass, and the value that its root node computes.
+def place_of(anchor: AnyValue) -> str:
+    """The name of a value, behind the way to its scope: names repeat in bodies and functions."""
+    return f"{anchor.scope.path if anchor.scope is not None else ''}{anchor.name}"
 
-    Values of bodies and functions carry the way to their scope, since names repeat there.
-    """
-    path = anchor.scope.path if anchor.scope is not None else ""
-    return f"{rule}:{path}{anchor.name}"
+
+def site_id(rule: str, anchor: AnyValue) -> str:
+    """The stable name of a place: the pass, and the value that its root node computes."""
+    return f"{rule}:{place_of(anchor)}"
 
 
 @dataclass(frozen=True)
@@ -388,7 +389,7 @@ class Rewriter:
             added=tuple(_described(n) for n in made),
             region=region,
             anchor=anchor.name,
-            anchors=tuple(_path(v) for v in plan.anchors),
+            anchors=tuple(place_of(v) for v in plan.anchors),
             edited=tuple(_described(n) for n in changed),
             action=plan.action,
             into=plan.into or (made[-1].op if made else ""),
@@ -524,10 +525,6 @@ def _outermost(node: Node) -> Node:
 
 def _described(node: Node) -> str:
     return f"{node.op} {node.label}"
-
-
-def _path(value: AnyValue) -> str:
-    return f"{value.scope.path if value.scope is not None else ''}{value.name}"
 
 
 def _scope(value: Value) -> Scope:

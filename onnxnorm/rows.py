@@ -10,6 +10,7 @@ from onnxnorm import storage
 from onnxnorm.module import Node
 from onnxnorm.norms import Norm
 from onnxnorm.remark import Remark
+from onnxnorm.rewrite import place_of
 from onnxnorm.storage import Stored
 
 # Of several remarks on one place, the one that decided most about it is the row's.
@@ -26,8 +27,7 @@ def norm_rows(norms: Sequence[Norm], remarks: Sequence[Remark]) -> list[dict[str
                 by_anchor[anchor] = remark
     rows = []
     for norm in norms:
-        scope = norm.node.scope.path
-        done = by_anchor.get(f"{scope}{norm.output.name}")
+        done = by_anchor.get(place_of(norm.output))
         action, reason = _action(norm, done)
         at = done.at if done is not None else norm.obstacle_at or norm.at
         rows.append(

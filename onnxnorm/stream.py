@@ -27,27 +27,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Final
 
 import numpy as np
-import onnx
 
 from onnxnorm.closure import best_closure
 from onnxnorm.facts import AnyValue, Constant, Facts
 from onnxnorm.given import GivenNorm, given_norms
 from onnxnorm.layout import Layout
 from onnxnorm.module import Node
+from onnxnorm.port import REAL
 from onnxnorm.sizes import find_sizes
 from onnxnorm.transfer import Basis, Blind, Demand, Link, Stop, Transfer, described
-
-_REAL: Final = frozenset(
-    {
-        onnx.TensorProto.FLOAT,
-        onnx.TensorProto.FLOAT16,
-        onnx.TensorProto.BFLOAT16,
-        onnx.TensorProto.DOUBLE,
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -144,8 +136,7 @@ class Streams:
         self.inputs: dict[GivenNorm, Entry] = {}
         self._owner = {node: norm for norm in self.norms for node in norm.nodes}
         self._made: dict[AnyValue, GivenNorm] = {norm.output: norm for norm in self.norms}
-        self._order = {n: i for i, n in enumerate(facts.module.nodes())}
-        self._counted: dict[AnyValue, int] | None = None
+        self.order = {n: i for i, n in enumerate(facts.module.nodes())}
         self._steps: dict[_State, tuple[list[Stop], list[Stop], list[_State]]] = {}
         for norm in self.norms:
             layout = self.layout_of(norm)
@@ -207,7 +198,7 @@ class Streams:
     def _source(self, value: AnyValue, basis: Basis) -> Link | Stop:
         node = self.facts.producer(value)
         known = self.facts.type(value)
-        if known is not None and known.element and known.element not in _REAL:
+        if known is not None and known.element and known.element not in REAL:
             return Stop(node, f"'{value.name}' does not hold real numbers")
         if node is None:
             return Stop(None, f"'{value.name}' is {self._origin(value)}")
@@ -239,10 +230,9 @@ class Streams:
                 return Stop(node, f"{what} gives the mean of this stream to others")
             if layout is None or entry.basis != Basis(layout):
                 return Stop(node, f"{what} {self._together(layout, entry)}")
-            if norm.node is node or node in norm.nodes:
-                if norm.nodes == (node,) and index != 0:
-                    return Stop(node, f"{what} reads this stream as its scale or bias")
-                return norm
+            if norm.nodes == (node,) and index != 0:
+                return Stop(node, f"{what} reads this stream as its scale or bias")
+            return norm
         if self._only_centers(node, entry):
             return Blind(node, f"{described(node)} takes the mean out")
         return self.transfer.forth(node, index, entry.basis)
@@ -287,7 +277,7 @@ class Streams:
 
         def place(entry: Entry) -> int:
             node = self.facts.producer(entry.value)
-            return -1 if node is None else self._order[node]
+            return -1 if node is None else self.order[node]
 
         ordered = sorted(self.entries.values(), key=place)
         for entry in ordered:
@@ -438,25 +428,20 @@ class Streams:
         for demand in link.demands:
             if demand.constant is None or demand.constant.nbytes < _SMALL:
                 continue
-            if self.facts.readers(demand.constant) > self._writing(demand.constant):
+            if self.facts.readers(demand.constant) > self._writers.get(demand.constant.source, 0):
                 yield demand
 
-    def _writing(self, constant: Constant) -> int:
-        """How many places that read a constant are writers of a stream, by what is known now."""
-        return self._writers.get(constant.source, 0)
-
-    @property
+    @cached_property
     def _writers(self) -> dict[AnyValue, int]:
-        if self._counted is None:
-            counted: dict[AnyValue, set[tuple[Node, int]]] = {}
-            for entry in self.entries.values():
-                if isinstance(entry.source, Link) and self.can_be_static(entry):
-                    for demand in entry.source.demands:
-                        if demand.constant is not None:
-                            place = (entry.source.node, demand.index)
-                            counted.setdefault(demand.constant.source, set()).add(place)
-            self._counted = {source: len(places) for source, places in counted.items()}
-        return self._counted
+        """Of constants, how many of the places that read them are writers of a stream."""
+        counted: dict[AnyValue, set[tuple[Node, int]]] = {}
+        for entry in self.entries.values():
+            if isinstance(entry.source, Link) and self.can_be_static(entry):
+                for demand in entry.source.demands:
+                    if demand.constant is not None:
+                        place = (entry.source.node, demand.index)
+                        counted.setdefault(demand.constant.source, set()).add(place)
+        return {source: len(places) for source, places in counted.items()}
 
     def _copy_price(self, constant: Constant, prices: Prices) -> int:
         if constant.nbytes > prices.max_copy:

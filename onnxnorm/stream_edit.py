@@ -80,13 +80,13 @@ class Edits:
             array = _result(edit)
             role = "centered" if edit.shift is None else "shifted"
             name = f"{constant.name if constant is not None else node.outputs[0].name}_{role}"
-            made = rw.constant(role, array, at=_placed(rw, node), name=name)
+            made = rw.constant(role, array, at=_placed(node), name=name)
             if key is not None:
                 shared[key] = made
             rw.rewire(node, index, made)
 
 
-def _placed(rw: Rewriter, node: Node) -> Node:
+def _placed(node: Node) -> Node:
     """Where a new constant belongs: the main graph is seen from every body."""
     while not node.scope.is_function and node.scope.owner is not None:
         node = node.scope.owner

@@ -10,6 +10,7 @@ from onnxnorm.facts import AnyValue, Facts
 from onnxnorm.given import GivenNorm
 from onnxnorm.module import Node
 from onnxnorm.remark import Remark
+from onnxnorm.rewrite import place_of
 from onnxnorm.stream import Stream, called, find_streams
 from onnxnorm.transfer import Link, described
 
@@ -49,10 +50,7 @@ def outlines(facts: Facts) -> list[Outline]:
             stream.features,
             [_label(w) for w in stream.writers],
             _readers(stream),
-            [
-                (f"{n.node.scope.path}{n.output.name}", n.output.name, _untouched(n))
-                for n in stream.norms
-            ],
+            [(place_of(n.output), n.output.name, _untouched(n)) for n in stream.norms],
         )
         for stream in find_streams(facts).all()
     ]

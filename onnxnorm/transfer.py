@@ -15,16 +15,14 @@ from dataclasses import dataclass
 from typing import Final, TypeAlias
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
 
 from onnxnorm.facts import AnyValue, Constant, Facts
 from onnxnorm.layout import Layout, reshaped
 from onnxnorm.module import Node
-from onnxnorm.port import slots
+from onnxnorm.port import REAL, slots
 from onnxnorm.rewrite import Refusal
 from onnxnorm.sizes import Sizes
-from onnxnorm.storage import Array
 
 
 @dataclass(frozen=True)
@@ -273,9 +271,7 @@ def _same(t: Transfer, node: Node, layout: Layout, forth: bool) -> Layout | str:
 
 
 def _cast(t: Transfer, node: Node, layout: Layout, forth: bool) -> Layout | str:
-    real = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16,
-            onnx.TensorProto.DOUBLE)  # fmt: skip
-    if node.op == "Cast" and node.attrs.get("to") not in real:
+    if node.op == "Cast" and node.attrs.get("to") not in REAL:
         return "makes integers of this stream"
     return layout
 
@@ -611,8 +607,3 @@ _WORDS: Final = {
     "Gemm": "the linear layer",
     "LayerNormalization": "the layer norm",
 }
-
-
-def changed(array: Array, basis: Basis) -> NDArray[np.float64]:
-    """A constant after the change, in float64."""
-    return basis.of(np.asarray(array, dtype=np.float64))

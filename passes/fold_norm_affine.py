@@ -16,11 +16,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from onnxnorm.consumers import Consumers, consumers
 from onnxnorm.facts import AnyValue, Facts
-from onnxnorm.given import GivenNorm, given_norms
+from onnxnorm.given import GivenNorm, given_norms, per_feature
 from onnxnorm.layout import Layout
 from onnxnorm.rewrite import Pass, Plan, Refusal, Rewriter
 from onnxnorm.shift import Sinks, sinks
@@ -99,7 +98,7 @@ class FoldNormAffine(Pass):
             if facts.readers(weight) > own[weight.source] and size > self.max_copy_mb:
                 reason = f"weight '{weight.name}' has other readers and a copy takes {size:.0f} MB"
                 return Refusal(reason, at, "Raise fold-norm-affine{max_copy_mb=...}.", norm.node)
-            scaled = reader.inlet.scaled(reader.factors(_vector(norm.gamma, layout)))
+            scaled = reader.inlet.scaled(reader.factors(per_feature(norm.gamma, layout.features)))
             if not np.isfinite(scaled.astype(np.float64)).all():
                 reason = f"'{weight.name}' times gamma is not finite in {weight.dtype}"
                 return Refusal(reason, at, node=norm.node)
@@ -108,11 +107,12 @@ class FoldNormAffine(Pass):
     def apply(self, plan: Plan, rw: Rewriter) -> None:
         """Scale the weights, move beta into the biases, leave the norm with ones."""
         found: Found = plan.detail
-        norm, gamma = found.norm, _vector(found.norm.gamma, found.layout)
+        norm, features = found.norm, found.layout.features
+        gamma = per_feature(norm.gamma, features)
         dtype = found.readers.places[0].inlet.weight.dtype
         edits = Edits()
         if norm.beta is not None:
-            beta = _vector(norm.beta, found.layout)
+            beta = per_feature(norm.beta, features)
             for sink in found.sinks.places:
                 edits.shift(sink.node, sink.index, sink.bias, sink.shift(beta), dtype)
         edits.stage(rw)
@@ -151,9 +151,3 @@ def _has_affine(norm: GivenNorm) -> bool:
         return False
     scaled = norm.gamma is not None and bool((norm.gamma != 1.0).any())
     return (scaled or (norm.beta is not None and bool(norm.beta.any()))) and norm.gamma is not None
-
-
-def _vector(array: NDArray[np.float64] | None, layout: Layout) -> NDArray[np.float64]:
-    """An affine parameter, one entry for each feature."""
-    flat = np.ones(1) if array is None else array.reshape(-1)
-    return np.broadcast_to(flat, (layout.features,)) if flat.size == 1 else flat

@@ -61,8 +61,7 @@ class StreamCompress(Pass):
             if isinstance(targets, Stop):
                 yield targets.refusal(root)
                 continue
-            order = {n: i for i, n in enumerate(facts.module.nodes())}
-            inside = sorted(change.inside, key=order.__getitem__)
+            inside = sorted(change.inside, key=streams.order.__getitem__)
             yield Plan(
                 root,
                 tuple(dict.fromkeys((root, *inside))),

@@ -22,11 +22,10 @@ from typing import Any, ClassVar, Final
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 
 from onnxnorm import forms
 from onnxnorm.facts import AnyValue, Facts
-from onnxnorm.given import GivenNorm, given_norms
+from onnxnorm.given import GivenNorm, given_norms, per_feature
 from onnxnorm.module import Node, Value
 from onnxnorm.rewrite import Pass, Plan, Refusal, Rewriter
 from onnxnorm.shift import Sinks, sinks
@@ -231,7 +230,8 @@ class Survey:
             if isinstance(beta, str) or not (beta.places or beta.unseen):
                 outputs[norm.output] = None
                 continue
-            vector = self._vector(norm)
+            assert norm.beta is not None, "it goes somewhere only where there is one"
+            vector = per_feature(norm.beta, self.streams.inputs[norm].basis.layout.features)
             inside.update(dict.fromkeys(beta.between))
             outputs.update(dict.fromkeys(beta.unseen))
             # What else these read has to fit to the norm.
@@ -278,13 +278,6 @@ class Survey:
     def _folded(self, bypassed: list[tuple[AnyValue, AnyValue]]) -> list[Node]:
         found = [self.facts.producer(value) for value, _ in bypassed]
         return [node for node in found if node is not None]
-
-    def _vector(self, norm: GivenNorm) -> NDArray[np.float64]:
-        """beta, one entry for each feature."""
-        assert norm.beta is not None, "it is asked for where there is one"
-        count = self.streams.inputs[norm].basis.layout.features
-        flat = norm.beta.reshape(-1)
-        return np.broadcast_to(flat, (count,)) if flat.size == 1 else flat
 
     # ** reasons **
 

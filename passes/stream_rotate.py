@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 from onnxnorm.basis_change import BasisChange, basis_changes
 from onnxnorm.errors import UsageError
 from onnxnorm.facts import Facts
-from onnxnorm.module import SITE_KEY
 from onnxnorm.rewrite import Pass, Plan, Refusal, Rewriter
 from onnxnorm.transfer import Stop
 
@@ -77,10 +76,7 @@ _SITE: Final = "stream-rotate:"
 
 def _is_rotated(change: BasisChange) -> bool:
     """Whether an earlier run did it: the nodes carry the site that changed them."""
-    return any(
-        any(e.key == SITE_KEY and e.value.startswith(_SITE) for e in n.proto.metadata_props)
-        for n in change.edited
-    )
+    return any(n.made_by.startswith(_SITE) for n in change.edited)
 
 
 def orthogonal(matrix: str, size: int, seed: int) -> NDArray[np.float64]:
