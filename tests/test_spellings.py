@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from onnx import helper, numpy_helper
+from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from models import serialise, spellings
@@ -79,11 +79,6 @@ def distance(case: Case, row: Expected, values: dict[str, NDArray[Any]]) -> floa
     return np.inf if np.isnan(far) else float(far)
 
 
-def noise(case: Case) -> float:
-    kinds = [i.type.tensor_type.elem_type for i in case.model.graph.input]
-    return max(NOISE.get(helper.tensor_dtype_to_np_dtype(k).name, 1e-4) for k in kinds)
-
-
 def check(case: Case, values: dict[str, NDArray[Any]]) -> None:
     stored = {t.name: numpy_helper.to_array(t) for t in case.model.graph.initializer}
     values = {**stored, **case.feeds, **values}
@@ -91,9 +86,9 @@ def check(case: Case, values: dict[str, NDArray[Any]]) -> None:
         if row.formula is None:
             assert row.optional
         elif row.recognised:
-            assert distance(case, row, values) < noise(case), row
-        elif noise(case) == NOISE["float32"] or noise(case) == NOISE["float64"]:
-            assert distance(case, row, values) > 10 * noise(case), row
+            assert distance(case, row, values) < case.noise(NOISE), row
+        elif case.noise(NOISE) == NOISE["float32"] or case.noise(NOISE) == NOISE["float64"]:
+            assert distance(case, row, values) > 10 * case.noise(NOISE), row
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -164,7 +159,7 @@ def test_a_case_can_be_drawn(data: st.DataObject) -> None:
 
 def test_a_near_miss_in_half_precision_is_one_in_single() -> None:
     for number, case in ((int(c.name.split("/")[1]), c) for c in CASES if "by_chance" in c.name):
-        if not case.mutation or noise(case) < 1e-3:
+        if not case.mutation or case.noise(NOISE) < 1e-3:
             continue
         seeded = spellings._Seeded(case.name)
 
@@ -174,7 +169,7 @@ def test_a_near_miss_in_half_precision_is_one_in_single() -> None:
 
         twin = random_case(case.name, choose, FAMILIES[number % len(FAMILIES)])
         assert twin.mutation == case.mutation
-        assert noise(twin) == NOISE["float32"]
+        assert twin.noise(NOISE) == NOISE["float32"]
         check(twin, by_reference(twin))
 
 

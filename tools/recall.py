@@ -41,7 +41,6 @@ from typing import Any, Final
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import helper
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # `models` is a folder of the checkout, not an installed package
@@ -292,12 +291,6 @@ def distance(outputs: Sequence[Any], wanted: Sequence[NDArray[Any]]) -> float:
     return worst
 
 
-def noise(case: Case) -> float:
-    """Return what the types of a case may lose."""
-    kinds = [i.type.tensor_type.elem_type for i in case.model.graph.input]
-    return max(NOISE.get(helper.tensor_dtype_to_np_dtype(k).name, 1e-4) for k in kinds)
-
-
 def prepare(folder: Path, chosen: Mapping[str, Case]) -> Bench:
     """Write the models, compute their outputs in float64 and what onnxruntime makes of them."""
     bench = Bench(folder, dict(chosen))
@@ -355,12 +348,12 @@ def others(bench: Bench, tool: str, python: Path) -> dict[str, Outcome]:
         outcome, base = outcomes[name], bench.baselines.get(name)
         if base is None:  # onnxruntime cannot run the original: most of bfloat16
             known = evaluated(bench, name, target / f"{name}.onnx")
-            outcome.agrees = None if known is None else known <= noise(bench.cases[name])
+            outcome.agrees = None if known is None else known <= bench.cases[name].noise(NOISE)
             outcome.note = "in float64, as onnxruntime cannot run the original"
         elif error:
             outcome.agrees, outcome.note = False, f"no longer runs: {error}"
         else:
-            outcome.agrees = far <= 4 * base + noise(bench.cases[name])
+            outcome.agrees = far <= 4 * base + bench.cases[name].noise(NOISE)
             changed = f"changed by {far:.2g}" if np.isfinite(far) else "of another shape, or none"
             outcome.note = "" if outcome.agrees else f"outputs {changed}"
     return outcomes

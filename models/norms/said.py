@@ -112,6 +112,12 @@ class Case:
         """The kind of the first row."""
         return self.expected[0].kind
 
+    def noise(self, by_type: Mapping[str, float]) -> float:
+        """The most that the types of its inputs lose; 1e-4 for a type that is not listed."""
+        kinds = [i.type.tensor_type.elem_type for i in self.model.graph.input]
+        names = [onnx.helper.tensor_dtype_to_np_dtype(kind).name for kind in kinds]
+        return max(by_type.get(name, 1e-4) for name in names)
+
 
 def judge(case: Case, rows: Iterable[Mapping[str, Any]]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Compare a recogniser's rows with the case: what it missed, and what it got wrong.
