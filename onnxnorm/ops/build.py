@@ -57,7 +57,7 @@ _INSTRUCTION_SETS: Final[dict[str, dict[str, tuple[str, ...]]]] = {
     },
     "aarch64": {"neon": ()},
 }
-_SANITIZE: Final = (
+SANITIZE: Final = (
     *("-O1", "-g1", "-fno-omit-frame-pointer"),
     "-fsanitize=address,undefined",
     "-fno-sanitize-recover=all",
@@ -148,7 +148,7 @@ def build_program(source: Path, target: Path, *, only: Sequence[str] = ()) -> No
     sets = _INSTRUCTION_SETS.get(_machine(), {"baseline": ()})
     sets = {name: flags for name, flags in sets.items() if not only or name in only}
     with tempfile.TemporaryDirectory() as scratch:
-        flags = (*_FLAGS, *_SANITIZE, "-Werror", f"-I{SOURCES}")
+        flags = (*_FLAGS, *SANITIZE, "-Werror", f"-I{SOURCES}")
         missing = _compile(command, flags, sets, Path(scratch), program=source)
         shutil.copy2(Path(scratch) / _PROGRAM, target)
     if missing:
@@ -198,7 +198,7 @@ def _compile(
     objects = [str(scratch / f"kernels_{name}.o") for name in have]
     objects += [str(scratch / f"{source.stem}.o") for source in sources]
     if program is not None:
-        link = ["-o", str(scratch / _PROGRAM), *_SANITIZE, "-pthread"]
+        link = ["-o", str(scratch / _PROGRAM), *SANITIZE, "-pthread"]
     else:
         link = ["-shared", "-o", str(scratch / LIBRARY)]
         if sys.platform.startswith("linux"):

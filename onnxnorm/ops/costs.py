@@ -16,8 +16,9 @@ docs/operators.md.
         scale alone, or a mask that hides nothing: 12x64x64 0.9, 1.2   12x197x197 0.86, 0.83
         the same beyond the cache: 12x512x512 1.5, 1.7
     layer norm over channels, against the operator between Transposes
-        1x8x8x8 1.3   1x768x7x7 0.50   1x384x14x14 0.94   1x768x16x16 0.88   1x384x16x16 1.27
-        1x32x16x16 1.8   1x192x28x28 1.6   1x512x28x28 1.7   1x96x56x56 2.4   1x64x128x128 4.9
+        1x8x8x8 1.3   1x768x7x7 0.50   1x384x14x14 0.94   1x768x16x16 0.88   1x1024x16x16 1.0
+        1x384x16x16 1.27   1x32x16x16 1.8   1x192x28x28 1.6   1x512x28x28 1.7
+        1x96x56x56 2.4   1x64x128x128 4.9
         RMS: 1x384x16x16 1.13   1x32x16x16 1.6   1x96x56x56 2.0
     group norm, against InstanceNormalization between Reshapes
         1x32x8x8 1.13   2x64x16x16 with SiLU 1.3   1x64x128x128 with SiLU 2.7   1x320x64x64 2.8

@@ -71,7 +71,7 @@ def calls(draw: Any) -> tuple[Array, list[int], Array, Array]:
 @pytest.mark.parametrize("centered", [True, False], ids=["layer", "rms"])
 def test_any_axes_type_scale_and_bias(isa: str, centered: bool, tmp_path: Path) -> None:
     @given(calls(), st.sampled_from([1, 2]))
-    @settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
     def check(call: tuple[Array, list[int], Array, Array], threads: int) -> None:
         values, axes, scale, bias = call
         inputs: list[Array] = [values, scale, bias] if centered else [values, scale]
