@@ -19,7 +19,7 @@ import onnx
 import pytest
 from onnx import parser
 
-from onnxnorm import cli, report
+from onnxnorm import api, cli, report
 from onnxnorm.matcher import Match
 from onnxnorm.module import SITE_KEY
 from onnxnorm.pattern import op, var
@@ -475,6 +475,10 @@ def test_passes(command: Command) -> None:
     for row in rows:
         assert row["name"] in text
         assert row["equation"] in text
+
+
+def test_the_time_budget_is_that_of_the_library() -> None:
+    assert cli._TIME_BUDGET == api.TIME_BUDGET
 
 
 @pytest.mark.parametrize("arguments", [[], ["-h"], ["--help"]])

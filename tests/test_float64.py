@@ -69,7 +69,6 @@ def case(op: str, *inputs: Any, at: tuple[int, ...] = (13, NEWEST), outputs: int
 
 X = normal(2, 3, 4, 5)
 IMAGE = normal(2, 4, 9, 8)
-OLD_AND_NEW = (7, 9, 11, 12, 13, 17, NEWEST)
 
 UNARY = [
     *(

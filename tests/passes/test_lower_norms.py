@@ -539,7 +539,6 @@ DIFFERENCE: Final = graph(
     LAST,
 )
 AFTER_LN: Final = '\n    _Last(site, rw)("LayerNormalization"'
-AFTER_RMS: Final = "\n        if site.norm.beta is None:\n            _Last"
 ATTRS: Final = 'attrs = {"axis": -len(features), "epsilon": _epsilon(site)}'
 
 MUTANTS: Final[dict[str, tuple[str, str, str]]] = {
