@@ -32,6 +32,7 @@ from onnxnorm.report_text import (
     spell_bytes,
     spell_milliseconds,
     spell_value,
+    told_of_stream,
     verdict,
     worst_first,
 )
@@ -63,6 +64,15 @@ def render_markdown(report: Json) -> str:
             ),
         ]
         blocks.append(_details(f"Normalizations ({len(listed)})", "\n\n".join(inside)))
+    if report["streams"] and report["command"] == "inspect":
+        streams = [told_of_stream(stream, everything=False) for stream in report["streams"]]
+        items = [
+            "\n".join(
+                [_prose(told.head), *(f"  - {_prose(x)}" for x in (*told.about, *told.stays))]
+            )
+            for told in streams
+        ]
+        blocks.append(_details(f"Streams ({len(streams)})", _bullets(items)))
     titles, rows, _ = pass_rows(report, time_passes=True, everything=True)
     if rows:
         table = _table([titles, *([_code(row[0]), *row[1:]] for row in rows)], right=1)

@@ -48,6 +48,7 @@ from onnxnorm.report_text import (
     spell_milliseconds,
     spell_share,
     spell_value,
+    told_of_stream,
     verdict,
     worst_first,
 )
@@ -279,33 +280,15 @@ def _print_streams(page: _Page, report: Json, *, verbose: bool) -> None:
     small = [s for s in streams if len(s["norms"]) == 1 and not s["converts"]]
     shown = streams if verbose else [s for s in streams if s not in small]
     for stream in shown:
-        of = f"{len(stream['converts'])} of {counted(len(stream['norms']), 'norm')} would convert"
-        page.prose(f"{counted(stream['features'], 'feature')}: {of}", lead="  ", hang=4)
-        for title in ("writers", "readers"):
-            names = stream[title]
-            listed_now = names if verbose else names[:_NAMES_SHOWN]
-            more = len(names) - len(listed_now)
-            tail = f" and {more} more" if more else ""
-            page.prose(
-                f"{counted(len(names), title[:-1])}: {', '.join(listed_now)}{tail}",
-                lead="    ",
-                hang=6,
-                style="dim",
-            )
-        for price in stream["price"]:
-            page.prose(price, lead="    ", hang=6, style="dim")
-        reasons: dict[str, int] = {}
-        for each in stream["blocked"]:
-            reasons[each["reason"]] = reasons.get(each["reason"], 0) + 1
-        for reason, number in reasons.items():
-            verb = "stays" if number == 1 else "stay"
-            page.prose(f"{number} {verb}: {reason}", lead="    ", hang=6)
+        told = told_of_stream(stream, everything=verbose)
+        page.prose(told.head, lead="  ", hang=4)
+        for line in told.about:
+            page.prose(line, lead="    ", hang=6, style="dim")
+        for line in told.stays:
+            page.prose(line, lead="    ", hang=6)
     if len(shown) < len(streams):
         hidden = counted(len(streams) - len(shown), "more stream")
         page.prose(f"{hidden} of one norm that stays; --verbose lists them", lead="  ", hang=4)
-
-
-_NAMES_SHOWN: Final = 4
 
 
 def _mood(report: Json) -> str:

@@ -221,6 +221,40 @@ REASONS: Final[Mapping[str, Callable[[Json], list[Group]]]] = {
 }
 
 
+@dataclass(frozen=True)
+class StreamTold:
+    """What is said of a residual stream.
+
+    Attributes:
+        head: Its width, and how many of its norms would convert.
+        about: Who writes and reads it, and at what price it changes.
+        stays: The norms that stay, by their reason.
+    """
+
+    head: str
+    about: tuple[str, ...]
+    stays: tuple[str, ...]
+
+
+def told_of_stream(stream: Json, *, everything: bool) -> StreamTold:
+    """Return what is said of a stream; of many writers and readers the first, unless asked."""
+    of = f"{len(stream['converts'])} of {counted(len(stream['norms']), 'norm')} would convert"
+    about = []
+    for title in ("writers", "readers"):
+        names = stream[title]
+        listed = names if everything else names[:_NAMES_SHOWN]
+        more = len(names) - len(listed)
+        tail = f" and {more} more" if more else ""
+        about.append(f"{counted(len(names), title[:-1])}: {', '.join(listed)}{tail}")
+    reasons = Counter(each["reason"] for each in stream["blocked"])
+    stays = [f"{n} {'stays' if n == 1 else 'stay'}: {reason}" for reason, n in reasons.items()]
+    head = f"{counted(stream['features'], 'feature')}: {of}"
+    return StreamTold(head, (*about, *stream["price"]), tuple(stays))
+
+
+_NAMES_SHOWN: Final = 4
+
+
 def sites_taken_back(report: Json) -> list[tuple[str, str]]:
     """Return each site that was rolled back, and what it did to the outputs."""
     found = []

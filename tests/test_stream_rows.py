@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 import onnxnorm
+from onnxnorm.report_markdown import render_markdown
 from onnxnorm.report_terminal import render_inspect
 from tests.networks import Net, transformer
 
@@ -42,6 +43,10 @@ def test_a_stream_that_converts() -> None:
     assert "16 features: 5 of 5 norms would convert" in text
     assert price in text
     assert "5 readers: " in text
+    markdown = render_markdown(report)
+    assert "<summary>Streams (1)</summary>" in markdown
+    assert "- 16 features: 5 of 5 norms would convert\n  - " in markdown
+    assert "5 converted, which saves 5" in markdown
 
 
 def _layer_norms(report: dict[str, Any]) -> list[dict[str, Any]]:
