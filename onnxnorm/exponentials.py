@@ -14,9 +14,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from onnxnorm.facts import AnyValue
+from onnxnorm.layout import Dims
 from onnxnorm.module import Node
 from onnxnorm.moment_rules import Moments
-from onnxnorm.statics import reshaped
 
 _SOFT: Final = ("softmax", "log_softmax")
 _LOWEST: Final = -1e30  # what is below stands for -inf
@@ -232,30 +232,40 @@ class Exponentials:
         """Reshape to the input's shape with the reduced dims at 1; Expand of that."""
         part = self.part(node.inputs[0])
         shape = self.moments.statics.shape_of(part.base) if part is not None else None
-        wanted = self.moments.statics.dims(node.inputs[1]) if len(node.inputs) > 1 else None
-        if part is None or part.axes is None or shape is None or wanted is None:
+        after = self.moments.statics.shape_of(node.outputs[0])
+        if part is None or part.axes is None:
             return None
-        reduced = tuple(1 if axis in part.axes else dim for axis, dim in enumerate(shape))
-        if node.op == "Reshape":
-            kept = tuple(dim for axis, dim in enumerate(shape) if axis not in part.axes)
-            before = kept if part.dropped else reduced
-            zero = bool(node.attrs.get("allowzero", 0))
-            after = reshaped(before, wanted, node.outputs[0], zero=zero)
-            return replace(part, dropped=False) if after == reduced else None
-        return part if not part.dropped and wanted in (reduced, shape) else None
+        if shape is not None:
+            reduced = tuple(1 if axis in part.axes else dim for axis, dim in enumerate(shape))
+            fitting = (reduced,) if node.op == "Reshape" else (reduced, shape)
+            if after in fitting and not (part.dropped and node.op == "Expand"):
+                return replace(part, dropped=False)
+        known = "a shape that is not known" if after is None else f"the shape {_listed(after)}"
+        return self._spoilt(part, f"the sum is given {known}, which need not be that of its input")
 
     def _unsqueeze(self, node: Node) -> Part | None:
         part = self.part(node.inputs[0])
-        if part is None or not part.dropped or part.axes is None:
+        if part is None or part.axes is None or part.dropped != (node.op == "Unsqueeze"):
             return None
         given = node.attrs.get("axes")
         if len(node.inputs) > 1:
             given = self.moments.statics.integers(node.inputs[1])
         rank = self.moments.rank(part.base)
-        if given is None:
-            return None
-        axes = tuple(sorted(a % rank for a in given)) if rank else tuple(given)
-        return replace(part, dropped=False) if axes == part.axes else None
+        if given is not None:
+            axes = tuple(sorted(a % rank for a in given)) if rank else tuple(given)
+            if axes == part.axes:
+                return replace(part, dropped=not part.dropped)
+        return self._spoilt(part, "the axis of the sum comes back in another place")
+
+    def _spoilt(self, part: Part, reason: str) -> Part | None:
+        """A sum that does not lie as its exponentials do: what it divides is no softmax."""
+        if part.what in ("total", "inverse"):
+            return replace(part, dropped=False, flaw=part.flaw or reason)
+        return None
+
+
+def _listed(dims: Dims) -> str:
+    return f"[{', '.join('?' if str(d).startswith('?') else str(d) for d in dims)}]"
 
 
 _RULES: Final[Mapping[str, Callable[[Exponentials, Node], Any]]] = {
@@ -274,6 +284,7 @@ _RULES: Final[Mapping[str, Callable[[Exponentials, Node], Any]]] = {
     "ReduceSum": Exponentials._total,
     "Reshape": Exponentials._moved,
     "Softmax": Exponentials._softmax,
+    "Squeeze": Exponentials._unsqueeze,
     "Sub": Exponentials._subtract,
     "Unsqueeze": Exponentials._unsqueeze,
 }

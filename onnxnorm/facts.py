@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -203,6 +203,17 @@ class Facts:
         if value.scope is not None and value.name in value.scope.mentioned:
             return "named by quantization annotations or training information"
         return None
+
+    def in_order(self, scope: Scope) -> Sequence[Node]:
+        """The nodes of a scope, each after those that it reads from."""
+        known = self._ordered.get(scope.path)
+        if known is None:
+            known = self._ordered[scope.path] = _in_order(scope)
+        return known
+
+    @cached_property
+    def _ordered(self) -> dict[str, Sequence[Node]]:
+        return {}
 
     # ** constants **
 
@@ -469,6 +480,31 @@ class Facts:
                 found[scope.path, info.name] = _type(info.type.tensor_type)
         for inner, body in _bodies(graph, scope):
             self._collect(inner, body, found)
+
+
+def _in_order(scope: Scope) -> Sequence[Node]:
+    done: set[Node] = set()
+    ordered: list[Node] = []
+    for first in scope.nodes:
+        pending = [first]
+        while pending:
+            node = pending[-1]
+            if node in done:
+                pending.pop()
+                continue
+            missing = [
+                p
+                for value in node.inputs
+                for p in value.inputs
+                if p.scope is scope and p not in done
+            ]
+            if missing:
+                pending += missing
+                continue
+            pending.pop()
+            done.add(node)
+            ordered.append(node)
+    return ordered
 
 
 def _bodies(graph: onnx.GraphProto, scope: Scope) -> Iterator[tuple[onnx.GraphProto, Scope]]:

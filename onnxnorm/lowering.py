@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from onnxnorm.facts import AnyValue, Facts
 from onnxnorm.forms import NARROW, mean_of
+from onnxnorm.layout import Dims
 from onnxnorm.module import Scope
 from onnxnorm.norms import Norm
 from onnxnorm.port import rounded
@@ -60,7 +61,7 @@ class Site:
     norm: Norm
     target: str
     opset: int
-    shape: tuple[int | str | None, ...] | None
+    shape: Dims | None
     given: int
     wanted: int
     centred: bool
@@ -70,15 +71,12 @@ class Site:
     def of(cls, norm: Norm, facts: Facts, target: str) -> Site:
         """A norm in its surroundings."""
         before, after = facts.type(norm.input), facts.type(norm.output)
-        dims = norm.dims
-        if dims is not None:
-            shape = tuple(d if isinstance(d, int | str) else None for d in dims)
         given = before.element if before is not None else 0
         return cls(
             norm,
             "onnx" if _is_in_function(norm.node.scope) else target,
             norm.node.scope.opsets[""],
-            shape if dims is not None else None,
+            norm.dims,
             given,
             after.element if after is not None and after.element else given,
             _is_centred(norm.input, facts),

@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from onnxnorm.facts import AnyValue
+from onnxnorm.layout import Dim
 from onnxnorm.module import Node
 from onnxnorm.moments import (
     UNKNOWN_RANK,
@@ -23,7 +24,6 @@ from onnxnorm.moments import (
     Reading,
     Statistic,
 )
-from onnxnorm.statics import Dim, reshaped
 
 
 class Layouts(Algebra):
@@ -83,26 +83,26 @@ class Layouts(Algebra):
             return form if form.layout is None and self._spans(node, form) else None
         if rank is None:
             return None
-        base = self.statics.shape_of(form.base)
+        base, after = self.statics.shape_of(form.base), self.statics.shape_of(node.outputs[0])
         assert base is not None, "its rank is known"
-        layout = self.spread(form, rank)
-        before = tuple(1 if axis == -1 else base[axis] for axis in layout)
-        wanted = self.statics.dims(node.inputs[1]) if len(node.inputs) > 1 else None
-        after = self.statics.shape_of(node.outputs[0])
-        if wanted is not None:
-            zero = bool(node.attrs.get("allowzero", 0))
-            after = reshaped(before, wanted, node.outputs[0], zero=zero)
         if after is None:
             return None
-        kept = [(a, d) for a, d in zip(layout, before, strict=True) if a != -1]
+        layout = self.spread(form, rank)
+        kept = [(axis, base[axis]) for axis in layout if axis != -1]
         made_list: list[int] = []
+        unlike = 0
         for dim in after:
             if dim == 1:
                 made_list.append(-1)
-            elif kept and (dim in (-1, kept[0][1]) or not isinstance(dim, int)):
-                made_list.append(kept.pop(0)[0])
-            else:
+                continue
+            if not kept:
                 return None
+            axis, size = kept.pop(0)
+            # There are as many elements as before: of one dim alone no more need be known.
+            unlike += dim != size
+            if unlike > 1 or (dim != size and isinstance(dim, int)):
+                return None
+            made_list.append(axis)
         if kept:
             return None
         return replace(form, layout=self.tidy(tuple(made_list), form.base, statistic))

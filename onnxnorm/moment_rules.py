@@ -47,7 +47,7 @@ class Moments(Layouts):
         """Find the readings of what `node` computes."""
         if node.domain != "" or not node.outputs or not node.inputs or not node.outputs[0].name:
             return
-        self.statics.visit(node, self._alike)
+        self.statics.visit(node)
         out = node.outputs[0]
         if self._copies(node):
             first = node.inputs[0]
@@ -113,18 +113,12 @@ class Moments(Layouts):
 
     def _keeps_shape(self, node: Node, given: AnyValue) -> bool:
         """Whether an operator that moves dims leaves all where they are."""
-        before, after = self.facts.type(given), self.facts.type(node.outputs[0])
-        known = before is not None and before.shape is not None and None not in before.shape
-        if known and before is not None and after is not None and after.shape == before.shape:
+        shape = self.statics.shape_of(given)
+        if shape is not None and shape == self.statics.shape_of(node.outputs[0]):
             return True
         if node.op not in ("Reshape", "Expand") or len(node.inputs) < 2:
             return False
-        wanted = self.statics.dims(node.inputs[1])
-        shape = self.statics.shape_of(self.source(given))
-        # A Reshape of [0, -1] is seen through by the statics, where shape inference is not.
-        if shape is not None and shape in (wanted, self.statics.shape_of(node.outputs[0])):
-            return True
-        return node.op == "Reshape" and self.has_shape_of(node.inputs[1], self.source(given))
+        return self.has_shape_of(node.inputs[1], self.source(given))
 
     def _visit_instance_norm(self, node: Node) -> Iterator[Reading]:
         """The operator, in moments: what follows it may be its affine, or undo groups."""

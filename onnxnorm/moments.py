@@ -22,7 +22,7 @@ new over d. Each reading names its base, and the recogniser (`norms.py`) takes t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final, TypeAlias
 
@@ -32,8 +32,9 @@ from numpy.typing import NDArray
 
 from onnxnorm.facts import AnyValue, Facts
 from onnxnorm.float64 import is_float_type
+from onnxnorm.layout import Dim
 from onnxnorm.module import Node, Scope
-from onnxnorm.statics import Dim, Size, Statics
+from onnxnorm.statics import Size, Statics
 
 Coefficient: TypeAlias = NDArray[np.float64]
 # powers: of x, m and q; of r and n in halves
@@ -415,7 +416,7 @@ class Algebra:
         axes = form.statistic.axes
         if shape is not None and axes[-1] >= len(shape):
             return None
-        halves = _halves(size, [(form.base, a) if shape is None else shape[a] for a in axes])
+        halves = _halves(size, [self.statics.sizes.axis(form.base, a) for a in axes])
         if halves is None:
             return None
         return replace(form, terms=times_n(form.terms, halves))
@@ -767,17 +768,17 @@ def times_n(terms: Terms, halves: int) -> dict[Monomial, Coefficient]:
     return {(x, m, q, r, n + halves): c for (x, m, q, r, n), c in terms.items()}
 
 
-def _halves(size: Size, dims: list[Dim]) -> int | None:
+def _halves(size: Size, dims: Sequence[Dim]) -> int | None:
     """The power, in halves, to which a size is the product of these dims."""
-    unknown = [d for d in dims if not isinstance(d, int)]
-    known = math.prod(d for d in dims if isinstance(d, int))
-    powers = {size.dims.get(d, 0) for d in unknown}
-    if len(powers) != 1 or len(size.dims) != len(set(unknown)) or len(set(unknown)) < len(unknown):
+    whole = Size.of(dims)
+    if size.dims.keys() != whole.dims.keys() or not whole.dims:
         return None
-    (power,) = powers
-    if power == 0 or abs(size.factor - known ** (power / 2)) > _CLOSE * size.factor:
+    powers = {2 * size.dims[name] / count for name, count in whole.dims.items()}
+    if len(powers) != 1 or (power := powers.pop()) != int(power):
         return None
-    return power
+    if abs(size.factor - whole.factor ** (power / 2)) > _CLOSE * size.factor:
+        return None
+    return int(power)
 
 
 def _stage(one: Form, other: Form) -> str:

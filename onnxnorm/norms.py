@@ -18,7 +18,7 @@ the instance norm on its groups. A near miss is a row too, with the first condit
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from onnxnorm.channelwise import Affine, Channelwise
 from onnxnorm.exponentials import Exponentials
 from onnxnorm.facts import AnyValue, Constant, Facts
+from onnxnorm.layout import Dim
 from onnxnorm.module import Node, Scope
 from onnxnorm.moment_rules import Moments
 from onnxnorm.moments import Form, Miss, Normal
@@ -36,7 +37,7 @@ from onnxnorm.norm_operators import Axes, norm_operator
 from onnxnorm.ops import bodies
 from onnxnorm.region import Escape, Region, slice_back
 from onnxnorm.runtime_fusions import misfused
-from onnxnorm.statics import Dim, Statics
+from onnxnorm.statics import Statics
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,8 @@ class Norm:
         operator: Whether a single operator computes it.
         obstacle: Why its nodes cannot be replaced although it is recognised; "" where they can.
         obstacle_at: The node that stands in the way.
-        dims: Dims of the input, as far as they follow from the graph: a number, a name, or the dim
-            of a value; None where not even the rank does.
+        dims: Dims of the input, as far as they follow from the graph, numbers or names; None
+            where not even the rank does.
         notes: What else was seen around it.
         stable: For a decomposed softmax, whether the maximum is subtracted before exp.
         warning: What onnxruntime would make of its nodes when it loads the model, where that is
@@ -131,7 +132,7 @@ class _Recogniser:
     claimed: dict[Node, Norm] = field(default_factory=dict)
 
     def norms(self) -> Iterator[Norm]:
-        order = _in_order(self.scope)
+        order = self.facts.in_order(self.scope)
         statics = Statics(self.facts)
         self.moments = Moments(self.facts, self.scope, statics)
         self.exponentials = Exponentials(self.moments)
@@ -768,29 +769,3 @@ _HALF_ULP: Final[dict[int, float]] = {
     onnx.TensorProto.FLOAT: 2.0**-23,
     onnx.TensorProto.DOUBLE: 2.0**-23,  # exporters write float32 decimals into float64 models
 }
-
-
-def _in_order(scope: Scope) -> Sequence[Node]:
-    """The nodes of a scope, each after those that it reads from."""
-    done: set[Node] = set()
-    ordered: list[Node] = []
-    for first in scope.nodes:
-        pending = [first]
-        while pending:
-            node = pending[-1]
-            if node in done:
-                pending.pop()
-                continue
-            missing = [
-                p
-                for value in node.inputs
-                for p in value.inputs
-                if p.scope is scope and p not in done
-            ]
-            if missing:
-                pending += missing
-                continue
-            pending.pop()
-            done.add(node)
-            ordered.append(node)
-    return ordered

@@ -26,9 +26,10 @@ from numpy.typing import NDArray
 from onnxnorm import float64
 from onnxnorm.errors import VerificationError
 from onnxnorm.facts import AnyValue, Facts
+from onnxnorm.layout import Dim
 from onnxnorm.module import Node
 from onnxnorm.norms import Norm
-from onnxnorm.statics import Dim
+from onnxnorm.sizes import factors, find_sizes
 
 Array = NDArray[np.float64]
 
@@ -174,7 +175,7 @@ class _Run:
     def __init__(self, norm: Norm, facts: Facts, *, alike: bool) -> None:
         self._norm = norm
         self._facts = facts
-        self._sizes: dict[Any, int] = {}
+        self._sizes: dict[str, int] = {}
         self._primes: Iterator[int] = itertools.repeat(_PRIMES[0]) if alike else iter(_PRIMES)
         self._base = norm.input
         known = facts.type(norm.input)
@@ -239,8 +240,11 @@ class _Run:
                         shape[rank - 1 - place] = size
         return tuple(shape)
 
-    def _size(self, dim: Any) -> int:
-        if dim not in self._sizes and isinstance(dim, str) and not dim.isidentifier():
+    def _size(self, dim: str) -> int:
+        number, names = factors([dim])
+        if dim not in self._sizes and names != [dim]:
+            return number * math.prod(map(self._size, names))
+        if dim not in self._sizes and not dim.isidentifier():
             try:
                 return _evaluated(ast.parse(dim, mode="eval").body, self._size)
             except (SyntaxError, ValueError):
@@ -281,10 +285,9 @@ class _Run:
 
     def _shape_of(self, node: Node) -> Any:
         value = node.inputs[0]
-        known = self._facts.type(value)
-        if known is None or known.shape is None or node.parameter("start", "end"):
+        dims = find_sizes(self._facts).of(value)
+        if dims is None or node.parameter("start", "end"):
             raise _NotTried(f"the shape of '{value.name}' is not known")
-        dims = [(value, a) if d is None else d for a, d in enumerate(known.shape)]
         dims = dims[node.attrs.get("start", 0) : node.attrs.get("end")]
         return np.asarray([d if isinstance(d, int) else self._size(d) for d in dims])
 

@@ -4,15 +4,17 @@ Shape inference gives up at a Reshape whose target is put together from `Shape`,
 and arithmetic, as exporters write it. The features of a stream have a known size; what has to be
 known to follow them is which of the other axes stays the same. So one walk over the graph keeps,
 for every value, its sizes, and for small integer tensors also their entries: numbers, or the names
-of unknown sizes.
+of unknown sizes. A size that is a product is spelled as one, `2*batch`.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, TypeAlias
 
 import numpy as np
@@ -26,6 +28,8 @@ from onnxnorm.module import Node
 Entries: TypeAlias = NDArray[np.object_]  # of int, or str for an unknown size
 
 _SMALL: Final = 64  # entries; shapes and lists of pads are not longer
+_FRESH: Final = "?"  # begins the names of sizes that nobody named
+_UNSURE: Final = "?!"  # and of integers that may be negative, as a -1 in the target of a Reshape
 
 
 def find_sizes(facts: Facts) -> Sizes:
@@ -47,15 +51,35 @@ class Sizes:
         self.facts = facts
         self._dims: dict[AnyValue, Dims | None] = {}
         self._entries: dict[AnyValue, Entries] = {}
+        # Of values whose rank is not known: what they have the shape of, or with some axes at 1.
+        self._shaped_as: dict[AnyValue, AnyValue] = {}
+        self._reduced: dict[AnyValue, AnyValue] = {}
+        self._axes: dict[tuple[AnyValue, int], Dim] = {}
+        self._computed: dict[tuple[Dim, ...], Dim] = {}
+        self._same: dict[str, str] = {}  # a name -> another name of the same size
         self._numbers = itertools.count()
-        for node in facts.module.nodes():
-            self._visit(node)
+        for scope in facts.module.scopes:
+            for node in facts.in_order(scope):
+                self._visit(node)
 
     def of(self, value: AnyValue) -> Dims | None:
         """The sizes of a value, unknown ones by a name of their own; None for an unknown rank."""
         if value not in self._dims:
             self._dims[value] = self._merged(value, None)
-        return self._dims[value]
+        dims = self._dims[value]
+        if self._same and dims is not None:
+            return tuple(self._renamed(d) for d in dims)
+        return dims
+
+    def axis(self, value: AnyValue, axis: int) -> Dim:
+        """The size of one axis, also of a value whose rank is not known: there it has a name."""
+        dims = self.of(value)
+        if dims is not None:
+            return dims[axis]
+        place = (self._shaped_as.get(value, value), axis)
+        if place not in self._axes:
+            self._axes[place] = self._fresh()
+        return self._axes[place]
 
     def dim(self, value: AnyValue, axis: int) -> Dim | None:
         """The size of one axis, from the right; 1 where the value has no such axis."""
@@ -68,6 +92,9 @@ class Sizes:
         """What a small integer tensor holds, as far as it is known; None where it is not one."""
         known = self._entries.get(value)
         if known is not None:
+            if self._same:
+                renamed = _objects([self._renamed(d) for d in known.reshape(-1).tolist()])
+                return renamed.reshape(known.shape)
             return known
         constant = self.facts.constant(value)
         if constant is None or math.prod(constant.shape) > _SMALL:
@@ -89,7 +116,30 @@ class Sizes:
     # ** the walk **
 
     def _fresh(self) -> str:
-        return f"?{next(self._numbers)}"
+        return f"{_FRESH}{next(self._numbers)}"
+
+    def _renamed(self, dim: Dim) -> Dim:
+        """A size by the first of the names that it is known by."""
+        if isinstance(dim, int) or not self._same:
+            return dim
+        number, names = factors([dim])
+        return product(number, [self._first(name) for name in names])
+
+    def _first(self, name: str) -> str:
+        while name in self._same:
+            name = self._same[name]
+        return name
+
+    def equate(self, before: Dims, after: Dims) -> None:
+        """Learn from a Reshape that ran that both shapes have as many elements."""
+        number, names = factors(self._renamed(d) for d in before)
+        other, others = factors(self._renamed(d) for d in after)
+        left = list((Counter(names) - Counter(others)).elements())
+        right = list((Counter(others) - Counter(names)).elements())
+        if number == other and len(left) == len(right) == 1:
+            invented = (_FRESH, "unk__")
+            kept, given_up = sorted((left[0], right[0]), key=lambda n: n.startswith(invented))
+            self._same[given_up] = kept
 
     def _visit(self, node: Node) -> None:
         if not node.outputs or not node.outputs[0].name:
@@ -105,9 +155,31 @@ class Sizes:
                     self._entries[node.outputs[0]] = found
                 deriving = _DIMS.get(node.op)
                 dims = deriving(self, node) if deriving is not None else None
+                if dims is None and deriving in (_same, _elementwise, _reduce):
+                    self._follow(node, reduced=deriving is _reduce)
             except (IndexError, ValueError, TypeError, ZeroDivisionError, OverflowError):
                 dims = None  # a graph that shape inference would reject; nothing is known
         self._dims[node.outputs[0]] = self._merged(node.outputs[0], dims)
+
+    def _follow(self, node: Node, *, reduced: bool) -> None:
+        """Elementwise on one tensor of unknown rank, and on reductions of it: it has its shape."""
+        if reduced:
+            if node.attrs.get("keepdims", 1):
+                self._reduced[node.outputs[0]] = self._shaped_as.get(node.inputs[0], node.inputs[0])
+            return
+        shaped: set[AnyValue] = set()
+        broadcast: set[AnyValue] = set()
+        for value in node.inputs:
+            if self.of(value) in ((), (1,)):
+                continue
+            if value in self._reduced:
+                broadcast.add(self._reduced[value])
+            else:
+                shaped.add(self._shaped_as.get(value, value))
+        if len(shaped) == 1 and broadcast <= shaped:
+            self._shaped_as[node.outputs[0]] = next(iter(shaped))
+        elif not shaped and len(broadcast) == 1:
+            self._reduced[node.outputs[0]] = next(iter(broadcast))
 
     def _merged(self, value: AnyValue, derived: Dims | None) -> Dims | None:
         constant = self.facts.constant(value)
@@ -129,7 +201,8 @@ class Sizes:
             elif dim is None or dim.startswith("unk__"):
                 merged.append(other or dim or self._fresh())
             else:
-                merged.append(dim)
+                # A name that follows from the inputs also says which other sizes are the same.
+                merged.append(dim if other is None or _FRESH in other else other)
         return tuple(merged)
 
     def given(self, node: Node, index: int) -> Dims | None:
@@ -164,22 +237,39 @@ class Sizes:
 
     def rest(self, before: Dims, others: Sequence[Dim]) -> Dim:
         """The size that makes both products equal."""
-        total, names = _factors(before)
-        taken, others_named = _factors(others)
+        total, names = factors(before)
+        taken, others_named = factors(others)
         for name in others_named:
             if name not in names:
                 return self._fresh()
             names.remove(name)
         if not taken or total % taken:
             return self._fresh()
-        return _product(total // taken, names)
+        return product(total // taken, names)
 
     def some(self, count: int) -> Dims:
         """Sizes of which nothing is known."""
         return tuple(self._fresh() for _ in range(count))
 
+    def unsure(self) -> str:
+        """An integer of which nothing is known, not even that it is a size."""
+        return f"{_UNSURE}{next(self._numbers)}"
 
-def _factors(dims: Sequence[Dim]) -> tuple[int, list[str]]:
+    def computed(self, op: str, *given: Dim) -> Dim:
+        """The result of an operator on integers: the same name for the same operands."""
+        place = (op, *given)
+        if place not in self._computed:
+            sure = op != "Sub" and all(map(is_size, given))
+            self._computed[place] = self._fresh() if sure else self.unsure()
+        return self._computed[place]
+
+
+def is_size(dim: Dim) -> bool:
+    """Whether a number or a name is known to stand for a size, which is never negative."""
+    return dim >= 0 if isinstance(dim, int) else _UNSURE not in dim
+
+
+def factors(dims: Iterable[Dim]) -> tuple[int, list[str]]:
     """A product of sizes as a number and the names in it."""
     number, names = 1, list[str]()
     for dim in dims:
@@ -196,7 +286,7 @@ def _factors(dims: Sequence[Dim]) -> tuple[int, list[str]]:
     return number, names
 
 
-def _product(number: int, names: Sequence[str]) -> Dim:
+def product(number: int, names: Sequence[str]) -> Dim:
     """The size that is a number times named sizes, always spelled in the same way."""
     if not names or number == 0:
         return number
@@ -204,7 +294,7 @@ def _product(number: int, names: Sequence[str]) -> Dim:
     return "*".join(parts)
 
 
-_PRODUCT: Final = re.compile(r"[\w?]+(\*[\w?]+)+")
+_PRODUCT: Final = re.compile(r"[\w?!]+(\*[\w?!]+)+")
 
 
 # ** sizes of results **
@@ -263,12 +353,18 @@ def _reshape(s: Sizes, node: Node) -> Dims | None:
     for at, dim in enumerate(wanted.reshape(-1).tolist()):
         if dim == 0 and not node.attrs.get("allowzero", 0):
             dims.append(before[at] if before is not None else s.some(1)[0])
+        elif dim == -1:
+            dims.append(None)
         else:
-            dims.append(None if dim == -1 else dim)
+            dims.append(dim if is_size(dim) else s.some(1)[0])
     if dims.count(None) == 1:
         known = [d for d in dims if d is not None]
         dims[dims.index(None)] = s.rest(before, known) if before is not None else s.some(1)[0]
-    return tuple(d for d in dims if d is not None)
+    after = tuple(d for d in dims if d is not None)
+    # What is in a body or a function may not run.
+    if before is not None and node.scope is s.facts.module.main:
+        s.equate(before, after)
+    return after
 
 
 def _flatten(s: Sizes, node: Node) -> Dims | None:
@@ -277,14 +373,7 @@ def _flatten(s: Sizes, node: Node) -> Dims | None:
         return None
     axis = int(node.attrs.get("axis", 1))
     axis += len(dims) if axis < 0 else 0
-    sides: list[Dim] = []
-    for side in (dims[:axis], dims[axis:]):
-        kept = [d for d in side if d != 1]
-        if all(isinstance(d, int) for d in kept):
-            sides.append(math.prod(d for d in kept if isinstance(d, int)))
-        else:
-            sides.append(kept[0] if len(kept) == 1 else s.some(1)[0])
-    return tuple(sides)
+    return tuple(product(*factors(side)) for side in (dims[:axis], dims[axis:]))
 
 
 def _squeeze(s: Sizes, node: Node) -> Dims | None:
@@ -337,8 +426,6 @@ def _slice(s: Sizes, node: Node) -> Dims | None:
             continue
         if isinstance(size, int) and start is not None and end is not None:
             found[axis] = len(range(size)[slice(start, end, step)])
-        elif start is not None and end is not None and step == 1 and 0 <= start < end < 2**31 - 1:
-            found[axis] = s.some(1)[0]
         else:
             found[axis] = s.some(1)[0]
     return tuple(found)
@@ -357,10 +444,10 @@ def _concat(s: Sizes, node: Node) -> Dims | None:
         numbers = [d for d in sizes if isinstance(d, int)]
         if at != axis:
             found[at] = numbers[0] if numbers else sizes[0]
-        elif len(numbers) == len(given):
-            found[at] = sum(numbers)
         else:
-            found[at] = s.some(1)[0]
+            found[at] = functools.reduce(functools.partial(_plus, s), sizes)
+            if len(known) < len(given):
+                found[at] = s.some(1)[0]
     return tuple(found)
 
 
@@ -459,6 +546,8 @@ _DIMS: Final[dict[str, _Dims]] = {
             "GroupNormalization", "LeakyRelu", "Clip", "Exp", "Log", "Reciprocal", "HardSwish",
             "HardSigmoid", "Elu", "Selu", "Softplus", "Mish", "Swish", "Not", "ScatterND",
             "ScatterElements", "CumSum", "Trilu", "LpNormalization", "Floor", "Ceil", "Round",
+            "Celu", "Cos", "IsNaN", "LRN", "MeanVarianceNormalization", "Sign", "Sin", "Softsign",
+            "ThresholdedRelu",
         ),
         _same,
     ),
@@ -470,7 +559,10 @@ _DIMS: Final[dict[str, _Dims]] = {
         _elementwise,
     ),
     **dict.fromkeys(
-        ("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceL2", "ReduceSumSquare"),
+        (
+            "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceMax", "ReduceMean",
+            "ReduceMin", "ReduceProd", "ReduceSum", "ReduceSumSquare",
+        ),
         _reduce,
     ),
     "MatMul": _matmul,
@@ -489,6 +581,7 @@ _DIMS: Final[dict[str, _Dims]] = {
     "Tile": _tile,
     "Pad": _pad,
     "GlobalAveragePool": _global_pool,
+    "GlobalMaxPool": _global_pool,
     "AveragePool": _pool,
     "MaxPool": _pool,
     "Shape": _shape_of,
@@ -506,11 +599,31 @@ def _objects(values: Sequence[Any]) -> Entries:
     return out
 
 
+def _scalar(value: Dim) -> Entries:
+    out = np.empty((), dtype=object)
+    out[()] = value
+    return out
+
+
 def _entries_of_shape(s: Sizes, node: Node) -> Entries | None:
     dims = s.given(node, 0)
     if dims is None:
         return None
     return _objects(dims[node.attrs.get("start", 0) : node.attrs.get("end")])
+
+
+def _count(s: Sizes, node: Node) -> Entries | None:
+    dims = s.given(node, 0)
+    return None if dims is None else _scalar(product(*factors(dims)))
+
+
+def _multiplied(s: Sizes, node: Node) -> Entries | None:
+    """The product of a vector."""
+    data, axes = s.entries(node.inputs[0]), s.listed(node, 1, "axes")
+    if data is None or data.ndim != 1 or (axes is None and len(node.inputs) > 1):
+        return None
+    total = _scalar(product(*factors(data.tolist())))
+    return total.reshape(1) if node.attrs.get("keepdims", 1) else total
 
 
 def _moved(s: Sizes, node: Node) -> Entries | None:
@@ -534,14 +647,16 @@ def _moved(s: Sizes, node: Node) -> Entries | None:
 
 def _picked(s: Sizes, node: Node) -> Entries | None:
     data, index = s.entries(node.inputs[0]), s.entries(node.inputs[1])
-    if data is None or index is None or any(isinstance(i, str) for i in index.reshape(-1)):
+    if index is None or any(isinstance(i, str) for i in index.reshape(-1)):
         return None
-    found = np.take(data, index.astype(np.int64), axis=int(node.attrs.get("axis", 0)))
-    if isinstance(found, np.ndarray):
-        return found
-    scalar = np.empty((), dtype=object)
-    scalar[()] = found
-    return scalar
+    if data is None:
+        made = s.facts.producer(node.inputs[0])
+        if made is None or made.op != "Shape" or made.domain or made.attrs:
+            return None
+        picked = _objects([s.axis(made.inputs[0], int(i)) for i in index.reshape(-1).tolist()])
+        return picked.reshape(index.shape)
+    found: Any = np.take(data, index.astype(np.int64), axis=int(node.attrs.get("axis", 0)))
+    return found if isinstance(found, np.ndarray) else _scalar(found)
 
 
 def _sliced(s: Sizes, node: Node) -> Entries | None:
@@ -571,7 +686,7 @@ def _joined(s: Sizes, node: Node) -> Entries | None:
                 return None
             if length[0] > _SMALL:
                 return None
-            part = _objects(s.some(length[0]))
+            part = _objects([s.unsure() for _ in range(length[0])])
         parts.append(part)
     return np.concatenate(parts, axis=int(node.attrs.get("axis", 0)))
 
@@ -599,47 +714,53 @@ def _computed(s: Sizes, node: Node) -> Entries | None:
 
 
 def _times(s: Sizes, a: Dim, b: Dim) -> Dim:
-    return _product(*_factors([a, b]))
+    return product(*factors([a, b]))
 
 
 def _plus(s: Sizes, a: Dim, b: Dim) -> Dim:
     if isinstance(a, int) and isinstance(b, int):
         return a + b
-    return b if a == 0 else a if b == 0 else s.some(1)[0]
+    if 0 in (a, b):
+        return b if a == 0 else a
+    first, second = sorted((a, b), key=str)
+    return s.computed("Add", first, second)
 
 
 def _minus(s: Sizes, a: Dim, b: Dim) -> Dim:
     if isinstance(a, int) and isinstance(b, int):
         return a - b
-    return a if b == 0 else 0 if a == b else s.some(1)[0]
+    return a if b == 0 else 0 if a == b else s.computed("Sub", a, b)
 
 
 def _over(s: Sizes, a: Dim, b: Dim) -> Dim:
     if isinstance(a, int) and isinstance(b, int):
         return abs(a) // abs(b) * (1 if a * b >= 0 else -1)
-    number, names = _factors([a])
+    number, names = factors([a])
     if isinstance(b, int) and b > 0 and number % b == 0:
-        return _product(number // b, names)
-    return 1 if a == b else s.some(1)[0]
+        return product(number // b, names)
+    return 1 if a == b else s.computed("Div", a, b)
 
 
 def _modulo(s: Sizes, a: Dim, b: Dim) -> Dim:
     if isinstance(a, int) and isinstance(b, int):
         return a % b
-    return 0 if b == 1 else s.some(1)[0]
+    return 0 if b == 1 else s.computed("Mod", a, b)
 
 
 def _equal(s: Sizes, a: Dim, b: Dim) -> Dim:
     if isinstance(a, int) and isinstance(b, int):
         return int(a == b)
+    if a == b:
+        return 1
     # A size is never negative, and -1 is what shapes are compared with.
-    return 0 if a == -1 or b == -1 else s.some(1)[0]
+    apart = (a == -1 and is_size(b)) or (b == -1 and is_size(a))
+    return 0 if apart else s.computed("Equal", a, b)
 
 
 def _chosen(s: Sizes, condition: Dim, a: Dim, b: Dim) -> Dim:
     if isinstance(condition, int):
         return a if condition else b
-    return a if a == b else s.some(1)[0]
+    return a if a == b else s.unsure()
 
 
 _OPERATIONS: Final[dict[str, Callable[..., Dim]]] = {
@@ -653,6 +774,8 @@ _OPERATIONS: Final[dict[str, Callable[..., Dim]]] = {
 }
 _ENTRIES: Final[dict[str, _Entries]] = {
     "Shape": _entries_of_shape,
+    "Size": _count,
+    "ReduceProd": _multiplied,
     **dict.fromkeys(("Identity", "Cast", "Transpose", "Reshape", "Squeeze", "Unsqueeze"), _moved),
     "Gather": _picked,
     "Slice": _sliced,

@@ -1,30 +1,30 @@
 """What is known of a value before the model runs, beyond what the file stores.
 
     Sqrt(Add(variance, epsilon))          an array: arithmetic on constants
-    Gather(Shape(x), 2)                   a size: a product of dims, which may be symbols
+    Sqrt(Cast(Gather(Shape(x), 2)))       a size: a product of powers of dims, which may be symbols
 
 `Statics` is told of every node in order and holds the arrays of small constant subgraphs in
-float64, the entries of shapes, and scalars that are products of dims. The recognisers read it:
-exporters compute statistics of a batch normalization, 1 + weight, or the number of elements of a
-mean in the graph.
+float64, and scalars that are products of dims; the dims themselves, and integers computed from
+them, are those of `sizes.py`. The recognisers read it: exporters compute statistics of a batch
+normalization, 1 + weight, or the number of elements of a mean in the graph.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from onnxnorm import float64
 from onnxnorm.facts import AnyValue, Facts
+from onnxnorm.layout import Dim, Dims
 from onnxnorm.module import Node
-
-Dim: TypeAlias = "int | str | tuple[AnyValue, int]"  # known, named, or that of a value's axis
+from onnxnorm.sizes import factors, find_sizes
 
 LIMIT: Final = 1 << 20  # elements; what is larger is a weight and no parameter of a norm
 _ARITHMETIC: Final = frozenset(
@@ -35,7 +35,10 @@ _ARITHMETIC: Final = frozenset(
         "Unsqueeze",
     }
 )  # fmt: skip
-_MOVES_ONE: Final = frozenset({"Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze"})
+_OF_TWO: Final = frozenset({"Div", "Mul", "Pow"})
+_ON_SIZES: Final = _OF_TWO | {
+    "Cast", "CastLike", "Identity", "Reciprocal", "Reshape", "Sqrt", "Squeeze", "Unsqueeze",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,11 +47,17 @@ class Size:
 
     Attributes:
         factor: The known part.
-        dims: Dims that are not known, with their powers in halves: a root counts one.
+        dims: Names of dims that are not known, with their powers in halves: a root counts one.
     """
 
     factor: float
-    dims: Mapping[Dim, int] = field(default_factory=dict)
+    dims: Mapping[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, dims: Iterable[Dim]) -> Size:
+        """The product of some dims."""
+        number, names = factors(dims)
+        return cls(float(number), {name: 2 * count for name, count in Counter(names).items()})
 
     def __mul__(self, other: Size) -> Size:
         dims = Counter(self.dims)
@@ -68,11 +77,9 @@ class Statics:
 
     def __init__(self, facts: Facts) -> None:
         self._facts = facts
+        self.sizes = find_sizes(facts)
         self._arrays: dict[AnyValue, NDArray[np.float64] | None] = {}
-        self._dims: dict[AnyValue, tuple[Dim, ...]] = {}
-        self._sizes: dict[AnyValue, Size] = {}
-        self._shapes: dict[AnyValue, tuple[Dim, ...]] = {}
-        self._open: dict[AnyValue, AnyValue] = {}  # a Shape -> what it is of, its rank unknown
+        self._products: dict[AnyValue, Size] = {}
 
     # ** questions **
 
@@ -84,10 +91,11 @@ class Statics:
         array = None
         if constant is not None and math.prod(constant.shape) <= LIMIT:
             array = constant.float64() if constant.dtype.kind not in "OSU" else None
-        dims = self._dims.get(value)
-        if array is None and dims is not None and all(isinstance(d, int) for d in dims):
-            array = np.asarray(dims, dtype=np.float64)
-        size = self._sizes.get(value)
+        elif constant is None and value.name:
+            entries = self.sizes.entries(value)
+            if entries is not None and all(isinstance(n, int) for n in entries.reshape(-1)):
+                array = entries.astype(np.float64)
+        size = self._products.get(value)
         if array is None and size is not None and not size.dims:
             array = np.asarray(size.factor, dtype=np.float64)
         self._arrays[value] = array
@@ -105,149 +113,62 @@ class Statics:
             return None
         return tuple(int(n) for n in array.reshape(-1))
 
-    def dims(self, value: AnyValue) -> tuple[Dim, ...] | None:
-        """The entries of a vector of integers, each known, or the dim of a value."""
-        known = self._dims.get(value)
-        if known is None:
-            known = self.integers(value)
-        return known
+    def dims(self, value: AnyValue) -> Dims | None:
+        """The entries of a vector of integers: numbers, or the names of sizes."""
+        entries = self.sizes.entries(value) if value.name else None
+        return (
+            tuple(entries.reshape(-1).tolist())
+            if entries is not None and entries.ndim <= 1
+            else None
+        )
 
     def size(self, value: AnyValue) -> Size | None:
         """A scalar as a product of dims; None where a part of it is something else."""
-        known = self._sizes.get(value)
+        known = self._products.get(value)
         if known is None and (scalar := self.scalar(value)) is not None:
             known = Size(scalar)
+        if known is None and value.name:
+            entries = self.sizes.entries(value)
+            if entries is not None and entries.size == 1:
+                known = Size.of(entries.reshape(-1).tolist())
         return known
 
-    def shape_of(self, value: AnyValue) -> tuple[Dim, ...] | None:
+    def shape_of(self, value: AnyValue) -> Dims | None:
         """The dims of a value; None where its rank is not known."""
-        if value in self._shapes:
-            return self._shapes[value]
-        known = self._facts.type(value)
-        if known is None or known.shape is None:
-            return None
-        return tuple((value, a) if dim is None else dim for a, dim in enumerate(known.shape))
+        return self.sizes.of(value)
 
     # ** one node **
 
-    def visit(self, node: Node, alike: Callable[[AnyValue], AnyValue]) -> None:
-        """Learn what `node` computes. `alike` gives, for a value, one known to have its shape."""
+    def visit(self, node: Node) -> None:
+        """Learn what `node` computes."""
         if node.domain != "" or not node.outputs or not node.inputs:
             return
         out = node.outputs[0]
-        first = node.inputs[0]
-        if node.op == "Shape":
-            dims = self.shape_of(alike(first))
-            if dims is None and not node.attrs:
-                self._open[out] = alike(first)
-            elif dims is not None:
-                self._dims[out] = dims[node.attrs.get("start", 0) : node.attrs.get("end")]
-        elif node.op == "Size":
-            dims = self.shape_of(alike(first))
-            if dims is not None:
-                self._sizes[out] = _product(dims)
-        elif first in self._open:
-            self._visit_open(node, out, self._open[first])
-        elif node.op == "Concat":
-            self._visit_concat(node, out)
-        elif first in self._dims:
-            self._visit_dims(node, out, self._dims[first])
-        elif first in self._sizes or (len(node.inputs) > 1 and node.inputs[1] in self._sizes):
-            self._visit_sizes(node, out)
-        elif node.op == "Where" and len(node.inputs) == 3 and node.inputs[2] in self._dims:
-            # Exporters replace an entry of -1 in a shape to expand to; without one nothing changes.
-            dims = self._dims[node.inputs[2]]
-            if -1 not in dims:
-                self._dims[out] = dims
-        if node.op == "Reshape" and len(node.inputs) > 1:
-            self._visit_reshape(node, out, alike(first))
-        if node.op in _ARITHMETIC and out not in self._dims and out not in self._sizes:
+        if node.op in _ON_SIZES and self.sizes.entries(out) is None:
+            made = self._product(node)
+            if made is not None and made.dims:
+                self._products[out] = made
+                return
+        if node.op in _ARITHMETIC:
             self._visit_arithmetic(node, out)
 
-    def _visit_dims(self, node: Node, out: AnyValue, dims: tuple[Dim, ...]) -> None:
-        rest = [self.integers(v) if v.name else () for v in node.inputs[1:]]
-        if node.op == "Gather":
-            if rest[0] is not None and all(-len(dims) <= i < len(dims) for i in rest[0]):
-                chosen = tuple(dims[i] for i in rest[0])
-                scalar = self.array(node.inputs[1])
-                if scalar is not None and scalar.ndim == 0:
-                    self._sizes[out] = _product(chosen)
-                self._dims[out] = chosen
-        elif node.op == "Slice" and len(rest) >= 2:
-            starts, ends = rest[0], rest[1]
-            steps = rest[3] if len(rest) > 3 and rest[3] else (1,)
-            if starts and ends and steps and len(starts) == 1:
-                self._dims[out] = dims[slice(starts[0], ends[0], steps[0])]
-        elif node.op == "Slice" and "starts" in node.attrs:
-            (start, *_), (end, *_) = node.attrs["starts"], node.attrs["ends"]
-            self._dims[out] = dims[start:end]
-        elif node.op == "ReduceProd":
-            self._sizes[out] = _product(dims)
-        elif node.op in _MOVES_ONE:
-            self._dims[out] = dims
-            if len(dims) == 1:
-                self._sizes[out] = _product(dims)
-        elif node.op == "Size":
-            self._sizes[out] = Size(float(len(dims)))
-        elif len(dims) == 1:
-            self._sizes[node.inputs[0]] = _product(dims)
-            self._visit_sizes(node, out)
-
-    def _visit_open(self, node: Node, out: AnyValue, of: AnyValue) -> None:
-        """Entries of the shape of a value whose rank is not known."""
-        if node.op == "Gather" and (places := self.integers(node.inputs[1])) is not None:
-            self._dims[out] = tuple((of, i) for i in places)
-            scalar = self.array(node.inputs[1])
-            if scalar is not None and scalar.ndim == 0:
-                self._sizes[out] = _product(self._dims[out])
-
-    def _visit_reshape(self, node: Node, out: AnyValue, before: AnyValue) -> None:
-        """The dims that a Reshape gives, beyond what shape inference makes of them."""
-        wanted = self.dims(node.inputs[1])
-        given = self.shape_of(before)
-        if wanted is not None and given is not None:
-            dims = reshaped(given, wanted, out, zero=bool(node.attrs.get("allowzero", 0)))
-            if dims is not None:
-                self._shapes[out] = dims
-
-    def _visit_concat(self, node: Node, out: AnyValue) -> None:
-        """A shape put together; an entry that is not understood is a dim of its own."""
-        parts: list[Dim] = []
-        for value in node.inputs:
-            dims = self.dims(value)
-            if dims is None:
-                known = self._facts.type(value)
-                if known is None or known.shape != (1,):
-                    return
-                dims = ((value, 0),)
-            parts += dims
-        self._dims[out] = tuple(parts)
-
-    def _visit_sizes(self, node: Node, out: AnyValue) -> None:
-        first = self.size(node.inputs[0])
-        if first is None:
-            return
-        if node.op in ("Cast", "Identity", "Squeeze", "Reshape", "Unsqueeze", "CastLike"):
-            self._sizes[out] = first
-            moved = node.op in ("Unsqueeze", "Reshape")
-            if moved and len(first.dims) == 1 and first.factor == 1:
-                ((dim, power),) = first.dims.items()
-                if power == 2:
-                    self._dims[out] = (dim,)
-            return
-        made: Size | None = None
+    def _product(self, node: Node) -> Size | None:
+        """What a node makes of a scalar that is a product of dims."""
+        given = [self.size(v) for v in node.inputs[: 2 if node.op in _OF_TWO else 1]]
+        first, second = (*given, None)[:2]
+        if first is None or (node.op in _OF_TWO and second is None):
+            return None
         if node.op in ("Sqrt", "Reciprocal"):
-            made = first.power(1 if node.op == "Sqrt" else -2)
-        elif len(node.inputs) == 2 and (second := self.size(node.inputs[1])) is not None:
-            if node.op == "Mul":
-                made = first * second
-            elif node.op == "Div":
-                inverse = second.power(-2)
-                made = None if inverse is None else first * inverse
-            elif node.op == "Pow" and not second.dims and second.factor in (2, 1, -1, 0.5, -0.5):
-                made = first.power(int(2 * second.factor))
-        if made is not None:
-            self._sizes[out] = made
+            return first.power(1 if node.op == "Sqrt" else -2)
+        if second is None:
+            return first
+        if node.op == "Mul":
+            return first * second
+        if node.op == "Div":
+            inverse = second.power(-2)
+            return None if inverse is None else first * inverse
+        exponent = second.factor if not second.dims else None
+        return first.power(int(2 * exponent)) if exponent in (2, 1, -1, 0.5, -0.5) else None
 
     def _visit_arithmetic(self, node: Node, out: AnyValue) -> None:
         """Compute a node on small constants now, in float64."""
@@ -297,39 +218,3 @@ _INTEGER_INPUTS: Final[dict[str, tuple[int, ...]]] = {
     "ReduceMean": (1,), "ReduceProd": (1,), "ReduceSum": (1,), "ReduceSumSquare": (1,),
     "Reshape": (1,), "Squeeze": (1,), "Unsqueeze": (1,), "Slice": (1, 2, 3, 4),
 }  # fmt: skip
-
-
-def reshaped(
-    given: tuple[Dim, ...], wanted: tuple[Dim, ...], out: AnyValue, *, zero: bool = False
-) -> tuple[Dim, ...] | None:
-    """The dims of `out`, a Reshape of something with dims `given` to `wanted`.
-
-    Args:
-        given: The dims before.
-        wanted: The shape that is asked for: 0 keeps a dim, -1 stands for what is left.
-        out: The result, for a dim of its own where what is left is not known.
-        zero: 0 means a dim of size 0.
-    """
-    if 0 in wanted and (zero or any(w == 0 and i >= len(given) for i, w in enumerate(wanted))):
-        return None
-    dims = [given[i] if w == 0 else w for i, w in enumerate(wanted)]
-    if -1 in dims:
-        at = dims.index(-1)
-        rest = _product(d for i, d in enumerate(dims) if i != at).power(-2)
-        if rest is None:
-            return None
-        left = _product(given) * rest
-        dims[at] = (out, at)
-        if not left.dims and left.factor == int(left.factor):
-            dims[at] = int(left.factor)
-        elif len(left.dims) == 1 and left.factor == 1:
-            ((dim, power),) = left.dims.items()
-            dims[at] = dim if power == 2 else dims[at]
-    return tuple(dims)
-
-
-def _product(dims: Iterable[Dim]) -> Size:
-    size = Size(1.0)
-    for dim in dims:
-        size *= Size(float(dim)) if isinstance(dim, int) else Size(1.0, {dim: 2})
-    return size

@@ -15,8 +15,9 @@ from onnxnorm.reference import confirm
 
 HEAD: Final = """
 <ir_version: 8, opset_import: ["" : {opset}]>
-main ({dtype}[{dims}] x, float[{dims}] z) => ({dtype}[?,?,?] y)
+main ({dtype}[{dims}] x, float[{other}] z) => ({dtype}[?,?,?] y)
 <float one = {{1}}, float minus = {{-1}}, float e = {{0.5}}, int64[1] last = {{-1}},
+ int64[1] zero = {{0}}, int64[1] first = {{1}}, int64[1] three = {{3}},
  int64[3] back = {{0, 0, 1}}, float low = {{-3e38}}, float some = {{-2}}>
 {{ {body} }}
 """
@@ -29,7 +30,8 @@ PLAIN: Final = "e1 = Exp (x) t = ReduceSum (e1, last) "
 def norms(
     body: str, *, opset: int = 13, dims: str = "2,3,4", dtype: str = "float"
 ) -> tuple[list[Norm], Facts]:
-    text = HEAD.format(body=body, opset=opset, dims=dims, dtype=dtype)
+    other = dims.replace("?", "M")
+    text = HEAD.format(body=body, opset=opset, dims=dims, dtype=dtype, other=other)
     facts = Facts(Module(storage.from_proto(parser.parse_model(text))))
     return find_norms(facts), facts
 
@@ -81,6 +83,34 @@ def test_sizes_need_not_be_known(dims: str) -> None:
         assert (norm.axes, norm.recognised) == ((2,), True)
 
 
+# The target's batch is that of another tensor, as JAX takes it from the graph's input.
+BROADCAST: Final = (
+    "s = Shape (z) b = Slice (s, zero, first) r = Concat <axis = 0> (b, three, first)"
+    " k = ReduceMax <axes = [-1], keepdims = 0> (x) q = Reshape (k, r) m = Expand (q, r)"
+    " d = Sub (x, m) e1 = Exp (d) u = ReduceSum <keepdims = 0> (e1, last) v = Reshape (u, {target})"
+    " t = Expand (v, {target}) y = Div (e1, t)"
+)
+
+
+@pytest.mark.parametrize("dims", ["N,3,4", "?,3,D"])
+def test_a_sum_may_be_broadcast_to_a_shape_that_the_graph_computes(dims: str) -> None:
+    (norm,), facts = norms(BROADCAST.format(target="r"), dims=dims)
+    assert (norm.kind, norm.input.name, norm.recognised) == ("softmax", "x", True)
+    assert confirm(norm, facts) is None
+
+
+def test_a_sum_that_is_broadcast_along_another_axis_is_a_near_miss() -> None:
+    body = BROADCAST.format(target="w").replace(
+        "q = R", "w = Concat <axis = 0> (b, first, three) q = R"
+    )
+    found, _ = norms(body, dims="N,3,3")
+    assert [(n.kind, n.recognised) for n in found] == [("softmax", False)]
+    assert (
+        found[0].reason
+        == "the sum is given the shape [N, 1, 3], which need not be that of its input"
+    )
+
+
 def test_whether_it_is_stable_is_known() -> None:
     assert norms(SOFTMAX["stable"])[0][0].stable
     assert not norms(SOFTMAX["plain"])[0][0].stable
@@ -99,6 +129,18 @@ def test_a_maximum_over_other_axes_is_no_part_of_it() -> None:
         (STABLE + "u = Add (t, e) y = Div (e1, u)", "softmax", "a constant is added"),
         (
             SHIFTED + "e1 = Exp (d) t = ReduceSum <keepdims = 0> (e1, last) y = Div (e1, t)",
+            "softmax",
+            "lost its axis",
+        ),
+        (
+            SHIFTED
+            + "e1 = Exp (d) u = ReduceSum <keepdims = 0> (e1, last) t = Unsqueeze (u, first)"
+            " y = Div (e1, t)",
+            "softmax",
+            "comes back in another place",
+        ),
+        (
+            STABLE + "i = Reciprocal (t) u = Squeeze (i, last) y = Mul (e1, u)",
             "softmax",
             "lost its axis",
         ),
@@ -148,7 +190,7 @@ def test_scale_and_mask_in_front_are_noted() -> None:
 
 def test_a_sum_that_is_an_output_stands_in_the_way() -> None:
     body = STABLE + "y = Div (e1, t)"
-    text = HEAD.format(body=body, opset=13, dims="2,3,4", dtype="float")
+    text = HEAD.format(body=body, opset=13, dims="2,3,4", dtype="float", other="2,3,4")
     text = text.replace("(float[?,?,?] y)", "(float[?,?,?] y, float[?,?,?] t)")
     facts = Facts(Module(storage.from_proto(parser.parse_model(text))))
     (norm,) = find_norms(facts)

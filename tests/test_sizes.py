@@ -43,6 +43,59 @@ def test_minus_one_is_what_is_left() -> None:
     assert sizes_of(net, net.op("Reshape", x, target)) == ("batch", "tokens", 12)
 
 
+@pytest.mark.parametrize(
+    ("given", "wanted", "dims"),
+    [
+        (("N", 6, 4, 5), (0, 2, -1), ("N", 2, 60)),
+        (("N", 6, 4, 5), (-1, 120), ("N", 120)),
+        (("N", 6, 4, 5), (0, 0, -1), ("N", 6, 20)),
+        (("N", 6, "H"), (0, 6, -1), ("N", 6, "H")),
+        (("N", 6, "H", "W"), (0, 6, -1), ("N", 6, "H*W")),
+        (("N", 6, "H", "W"), (0, 3, -1), ("N", 3, "2*H*W")),
+        ((2, 3, 4), (6, -1), (6, 4)),
+        ((2, 3, 4), (6, 4), (6, 4)),
+    ],
+)
+def test_the_dims_that_a_reshape_gives(given: Any, wanted: Any, dims: Any) -> None:
+    net = Net()
+    assert sizes_of(net, net.op("Reshape", net.input("x", list(given)), net.ints(*wanted))) == dims
+
+
+def test_a_reshape_shows_that_two_sizes_are_the_same() -> None:
+    net = Net()
+    x, z = net.input("x", ["batch", "tokens", 12]), net.input("z", ["queries", 12])
+    target = net.op("Concat", _dim(net, x, 0), net.ints(1, 12), axis=0)
+    y = net.op("Reshape", z, target)
+    assert sizes_of(net, y) == (*sizes_of(net, "z")[:1], 1, 12)
+
+
+def test_of_two_sizes_no_one_is_shown_to_be_another() -> None:
+    net = Net()
+    x, z = net.input("x", ["batch", "tokens", 12]), net.input("z", ["rows", "columns"])
+    net.op("Reshape", z, net.op("Concat", _dim(net, x, 0), _dim(net, x, 1), axis=0), name="y")
+    assert (sizes_of(net, "y"), sizes_of(net, "z")) == (("batch", "tokens"), ("rows", "columns"))
+
+
+def test_an_integer_that_may_be_minus_one_is_no_size() -> None:
+    net = Net()
+    x, z = net.input("x", ["batch", 12]), net.input("z", ["rows", 12])
+    asked = net.input("asked", [1], onnx.TensorProto.INT64)
+    target = net.op("Concat", asked, net.ints(12), axis=0)
+    for value in (x, z):
+        net.op("Reshape", value, target, name=f"{value}y")
+    assert sizes_of(net, "xy")[0] != sizes_of(net, "zy")[0]
+    assert (sizes_of(net, "x"), sizes_of(net, "z")) == (("batch", 12), ("rows", 12))
+
+
+def test_a_length_put_together_is_the_same_one_every_time() -> None:
+    net = Net()
+    past, new = net.input("past", ["p", 12]), net.input("new", ["n", 12])
+    joined = net.op("Concat", past, new, axis=0)
+    total = net.op("Add", _dim(net, new, 0), _dim(net, past, 0))
+    mask = net.op("Expand", net.keep(np.zeros(1)), total)
+    assert sizes_of(net, mask) == sizes_of(net, joined)[:1]
+
+
 def test_arithmetic_on_sizes() -> None:
     net = Net()
     x = net.input("x", ["batch", 56, 56, 12])
