@@ -17,8 +17,11 @@ from onnxnorm.facts import AnyValue
 from onnxnorm.layout import Dims
 from onnxnorm.module import Node
 from onnxnorm.moment_rules import Moments
+from onnxnorm.norm_operators import Axes, norm_operator
 
 _SOFT: Final = ("softmax", "log_softmax")
+# What these make of a sum of exponentials, or of exponentials, is neither.
+_CHANGES: Final = frozenset({"Add", "Clip", "Max", "Min", "Mul", "Pow", "Sqrt", "Sub", "Where"})
 _LOWEST: Final = -1e30  # what is below stands for -inf
 
 
@@ -35,7 +38,7 @@ class Part:
         stable: Whether a maximum was subtracted before exp.
         dropped: The reduced dims are gone.
         of: For an exponential, its argument, which can be read as x itself.
-        flaw: Why what is made of it is no softmax.
+        flaw: Why what is made of it is no softmax, and the node where that is.
     """
 
     what: str
@@ -44,7 +47,7 @@ class Part:
     stable: bool = False
     dropped: bool = False
     of: AnyValue | None = None
-    flaw: str = ""
+    flaw: tuple[str, Node] | None = None
 
 
 @dataclass
@@ -53,11 +56,12 @@ class Exponentials:
 
     Attributes:
         moments: Knows copies, axes and ranks.
-        misses: Values where exponentials meet sums that are not theirs: (kind, base, reason).
+        misses: Values where exponentials meet sums that are not theirs: kind, base, axes,
+            reason, and the node where it is.
     """
 
     moments: Moments
-    misses: dict[AnyValue, tuple[str, AnyValue, str]] = field(default_factory=dict)
+    misses: dict[AnyValue, tuple[str, AnyValue, Axes, str, Node]] = field(default_factory=dict)
     _parts: dict[AnyValue, Part] = field(default_factory=dict)
 
     def part(self, value: AnyValue) -> Part | None:
@@ -72,11 +76,34 @@ class Exponentials:
     def visit(self, node: Node) -> None:
         """Find out what `node` computes."""
         rule = _RULES.get(node.op)
-        if rule is None or node.domain or not node.outputs or not node.outputs[0].name:
+        if node.domain or not node.inputs or not node.outputs or not node.outputs[0].name:
             return
-        made = rule(self, node)
+        made = rule(self, node) if rule is not None else None
+        if made is None and node.op in _CHANGES and node.outputs[0] not in self.misses:
+            made = self._changed(node)
         if made is not None:
             self._parts[node.outputs[0]] = made
+
+    def _changed(self, node: Node) -> Part | None:
+        """A sum, or exponentials, of which a node makes what no softmax has."""
+        for index, value in enumerate(node.inputs):
+            part = self.part(value)
+            if part is None or part.what not in ("exponential", "total", "inverse"):
+                continue
+            whole = part.what == "exponential"
+            if whole and (
+                node.op != "Mul" or any(self._parts.get(v) for v in node.inputs if v is not value)
+            ):
+                continue
+            noun = "the exponentials" if whole else "the sum of exponentials"
+            if node.op in ("Add", "Sub"):
+                reason = f"something is added to {noun}"
+            elif whole:
+                reason = f"{noun} are weighted by '{node.inputs[1 - index].name}'"
+            else:
+                reason = f"{node.op} changes {noun}"
+            return replace(part, flaw=part.flaw or (reason, node))
+        return None
 
     # ** rules **
 
@@ -87,16 +114,20 @@ class Exponentials:
         return self._over(node, "logsumexp", self.moments.source(node.inputs[0]), stable=True)
 
     def _over(self, node: Node, what: str, base: AnyValue, *, stable: bool = False) -> Part | None:
-        axes = self.moments.reduced_axes(node)
+        axes = (
+            self.moments.reduced_axes(node) if len(node.inputs) < 2 or node.op != "Einsum" else None
+        )
         axes = None if axes is None else self.moments.axes(base, axes) or axes
-        keepdims = bool(node.attrs.get("keepdims", 1))
-        return None if axes is None else Part(what, base, axes, stable, dropped=not keepdims)
+        dropped = not self.moments.keeps_dims(node)
+        return None if axes is None else Part(what, base, axes, stable, dropped)
 
     def _exp(self, node: Node) -> Part:
         given = self.moments.source(node.inputs[0])
         part = self._parts.get(given)
         if part is not None and part.what == "shifted":
             return Part("exponential", part.base, part.axes, stable=True, of=given)
+        if part is not None and part.what == "log_softmax":
+            return replace(part, what="softmax")
         return Part("exponential", given, None, of=given)
 
     def _total(self, node: Node) -> Part | None:
@@ -104,8 +135,13 @@ class Exponentials:
         if part is None or part.what != "exponential" or part.of is None:
             return None
         made = self._over(node, "total", part.base, stable=part.stable)
-        if made is None or part.axes in (None, made.axes):
-            return made
+        if made is None:
+            return None
+        flaw = part.flaw
+        if node.op == "ReduceMean":
+            flaw = flaw or ("the exponentials are averaged, where a softmax sums them", node)
+        if flaw or part.axes in (None, made.axes):
+            return replace(made, flaw=flaw)
         # The maximum was over other axes: what was shifted is itself the tensor.
         return replace(made, base=part.of, stable=False)
 
@@ -121,14 +157,12 @@ class Exponentials:
             return replace(part, what="log_softmax")
         return None
 
-    def _softmax(self, node: Node) -> Part | None:
-        """The operator, for the Log behind it."""
-        from onnxnorm.norm_operators import norm_operator
-
+    def _operator(self, node: Node) -> Part | None:
+        """An operator, for the Log behind Softmax or the Exp behind LogSoftmax."""
         known = norm_operator(node, self.moments.rank(node.inputs[0]))
         if known is None or known.axes is None:
             return None
-        return Part("softmax", self.moments.source(node.inputs[0]), known.axes, stable=True)
+        return Part(known.kind, self.moments.source(node.inputs[0]), known.axes, stable=True)
 
     def _reciprocal(self, node: Node) -> Part | None:
         part = self.part(node.inputs[0])
@@ -156,11 +190,11 @@ class Exponentials:
     def _quotient(self, node: Node, one: Part | None, total: Part) -> Part | None:
         if one is None or one.what != "exponential":
             return None
-        flaw = total.flaw
-        if total.dropped:
-            flaw = "the sum has lost its axis and broadcasts along another one"
+        flaw = total.flaw or one.flaw
+        if total.dropped and not flaw:
+            flaw = ("the sum has lost its axis and broadcasts along another one", node)
         if flaw:
-            self.misses[node.outputs[0]] = ("softmax", one.base, flaw)
+            self.misses[node.outputs[0]] = ("softmax", one.base, total.axes, *flaw)
             return None
         same = one.base is total.base and one.axes in (None, total.axes)
         if same and one.stable == total.stable:
@@ -169,7 +203,7 @@ class Exponentials:
             return Part("softmax", total.base, total.axes)
         if one.of is not None and self._kin(one, total):
             reason = f"the sum is of exponentials of '{total.base.name}', another value"
-            self.misses[node.outputs[0]] = ("softmax", one.base, reason)
+            self.misses[node.outputs[0]] = ("softmax", one.base, total.axes, reason, node)
         return None
 
     def _kin(self, one: Part, total: Part) -> bool:
@@ -198,16 +232,12 @@ class Exponentials:
             base = one.base if one is not None else left
             reason = "the logarithm is not of the sum of exponentials of what it is taken from"
             if self._kin(Part("shifted", base, None), other):
-                self.misses[node.outputs[0]] = ("log_softmax", base, reason)
+                self.misses[node.outputs[0]] = ("log_softmax", base, other.axes, reason, node)
         return None
 
     def _add(self, node: Node) -> Part | None:
-        """Log sum exp(x - max x) + max x; or something added to a sum, which spoils it."""
+        """Log sum exp(x - max x) + max x."""
         parts = [self.part(v) for v in node.inputs]
-        for part, other in zip(parts, node.inputs[::-1], strict=True):
-            constant = self.moments.statics.array(other) is not None
-            if part is not None and part.what == "total" and constant:
-                return replace(part, flaw="a constant is added to the sum of exponentials")
         for one, other in (parts, parts[::-1]):
             if one is None or other is None:
                 continue
@@ -241,7 +271,9 @@ class Exponentials:
             if after in fitting and not (part.dropped and node.op == "Expand"):
                 return replace(part, dropped=False)
         known = "a shape that is not known" if after is None else f"the shape {_listed(after)}"
-        return self._spoilt(part, f"the sum is given {known}, which need not be that of its input")
+        return self._spoilt(
+            node, part, f"the sum is given {known}, which need not be that of its input"
+        )
 
     def _unsqueeze(self, node: Node) -> Part | None:
         part = self.part(node.inputs[0])
@@ -255,12 +287,12 @@ class Exponentials:
             axes = tuple(sorted(a % rank for a in given)) if rank else tuple(given)
             if axes == part.axes:
                 return replace(part, dropped=not part.dropped)
-        return self._spoilt(part, "the axis of the sum comes back in another place")
+        return self._spoilt(node, part, "the axis of the sum comes back in another place")
 
-    def _spoilt(self, part: Part, reason: str) -> Part | None:
+    def _spoilt(self, node: Node, part: Part, reason: str) -> Part | None:
         """A sum that does not lie as its exponentials do: what it divides is no softmax."""
         if part.what in ("total", "inverse"):
-            return replace(part, dropped=False, flaw=part.flaw or reason)
+            return replace(part, dropped=False, flaw=part.flaw or (reason, node))
         return None
 
 
@@ -271,9 +303,11 @@ def _listed(dims: Dims) -> str:
 _RULES: Final[Mapping[str, Callable[[Exponentials, Node], Any]]] = {
     "Add": Exponentials._add,
     "Div": Exponentials._divide,
+    "Einsum": Exponentials._total,
     "Exp": Exponentials._exp,
     "Expand": Exponentials._moved,
     "Log": Exponentials._log,
+    "LogSoftmax": Exponentials._operator,
     "Max": Exponentials._clamped,
     "Mul": Exponentials._multiply,
     "Pow": Exponentials._reciprocal,
@@ -281,9 +315,10 @@ _RULES: Final[Mapping[str, Callable[[Exponentials, Node], Any]]] = {
     "ReduceLogSum": Exponentials._log_total,
     "ReduceLogSumExp": Exponentials._logsumexp,
     "ReduceMax": Exponentials._maximum,
+    "ReduceMean": Exponentials._total,
     "ReduceSum": Exponentials._total,
     "Reshape": Exponentials._moved,
-    "Softmax": Exponentials._softmax,
+    "Softmax": Exponentials._operator,
     "Squeeze": Exponentials._unsqueeze,
     "Sub": Exponentials._subtract,
     "Unsqueeze": Exponentials._unsqueeze,

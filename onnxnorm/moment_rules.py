@@ -14,11 +14,13 @@ import numpy as np
 
 from onnxnorm.facts import AnyValue
 from onnxnorm.float64 import is_float_type
+from onnxnorm.layout import Dims
 from onnxnorm.module import Node
 from onnxnorm.moment_layouts import Layouts
 from onnxnorm.moments import (
     CENTRED,
     ONE,
+    PLAIN,
     READINGS,
     ROOT,
     STEPS,
@@ -58,15 +60,17 @@ class Moments(Layouts):
                 self.known[out] = self.known[first]
             return
         rule = _RULES.get(node.op)
-        if rule is None or node.scope.opsets.get("", 7) < 7:  # broadcasting was another then
+        ruled = rule is not None or node.op in _ELEMENTWISE
+        if not ruled or node.scope.opsets.get("", 7) < 7:  # broadcasting was another then
             return
         found: list[Reading] = []
-        for reading in rule(self, node):
+        for reading in rule(self, node) if rule is not None else ():
             if isinstance(reading, Form) and reading.statistic is None:
                 if reading.steps > STEPS:
                     continue
                 reading = replace(reading, steps=reading.steps + 1)
             found.append(reading)
+        found = [*self._spoilt(node, found), *found]
         # What has no moments yet is given up first: arithmetic on a statistic makes many of those.
         early = [i for i, r in enumerate(found) if isinstance(r, Form) and r.statistic is None]
         spared = set(early[: max(0, len(found) - READINGS)])
@@ -170,9 +174,68 @@ class Moments(Layouts):
             if isinstance(made, Form):
                 yield made
 
+    def _spoilt(self, node: Node, found: list[Reading]) -> Iterator[Miss]:
+        """A variance, or squares to be averaged, of which a node makes what no norm has."""
+        known = {reading.base for reading in found}
+        for index, value in enumerate(node.inputs):
+            for reading in self.readings(value):
+                if not isinstance(reading, Form) or reading.base in known or reading.closed:
+                    continue
+                if reading.full:
+                    reason = self._weighting(reading, node, index)
+                elif reading.statistic is not None and self.is_positive(reading):
+                    reason = self._change(reading, node, index)
+                else:
+                    continue
+                if reason:
+                    stage = "open" if reading.full else "reduced" if not reading.root else "rooted"
+                    if reading.full and node.op in _REDUCTIONS:
+                        stage = "reduced"
+                    known.add(reading.base)
+                    kind, base, statistic = reading.kind, reading.base, reading.statistic
+                    yield Miss(kind, base, statistic, reason, node, stage)
+
+    def _weighting(self, form: Form, node: Node, index: int) -> str:
+        """Why squares are no longer those that a variance averages."""
+        if form.root is not None or max(p[0] for p in form.terms) < 2:
+            return ""
+        if node.op in _REDUCTIONS and any(c.size > 1 for c in form.terms.values()):
+            return "its squares are weighted along the axes of the mean"
+        if node.op != "Mul":
+            return ""
+        other = node.inputs[1 - index]
+        if any(r.base is form.base for r in self.over(other)):
+            return ""
+        return f"its squares are weighted by '{other.name}'"
+
+    def _change(self, form: Form, node: Node, index: int) -> str:
+        """What a node does to a variance, or to its root, that no norm does."""
+        noun = "variance" if form.kind == CENTRED else "mean square"
+        noun = noun if form.root is None else "deviation"
+        if node.op in ("Add", "Sub", "Mul", "Div") and len(node.inputs) == 2:
+            other = node.inputs[1 - index]
+            if (node.op == "Div" and index) or self.statics.array(other) is not None:
+                return ""
+            if any(r.base is form.base for r in self.over(other)):
+                return ""
+            if node.op in ("Add", "Sub"):
+                return f"what is added to the {noun}, '{other.name}', is not constant"
+            if form.root is not None:
+                return ""  # it is that which is normalized
+            assert form.statistic is not None
+            axes = list(form.statistic.axes)
+            return (
+                f"the {noun} is scaled by '{other.name}', which is not known to be"
+                f" the number of elements of axes {axes}"
+            )
+        if node.op in _ELEMENTWISE or node.op in ("Clip", "Max"):
+            return f"{node.op} changes the {noun}"
+        return ""
+
     def _visit_sum(self, node: Node) -> Iterator[Reading]:
         sign = -1.0 if node.op == "Sub" else 1.0
         if len(node.inputs) != 2:
+            yield from self._visit_sum_of_many(node)
             return
         left, right = node.inputs
         if (shift := self.statics.array(right)) is not None:
@@ -186,6 +249,25 @@ class Moments(Layouts):
             yield from self._with_constant(right, node, shifted)
         else:
             yield from self._pairs(node, lambda a, b: self.sum_of(a, b, sign, node))
+
+    def _visit_sum_of_many(self, node: Node) -> Iterator[Reading]:
+        """Sum of any number of values: as the Adds that it stands for."""
+        total: tuple[Reading, ...] = self.over(node.inputs[0])
+        for value in node.inputs[1:]:
+            shift = self.statics.array(value)
+            made: list[Reading] = []
+            for one in total:
+                if not isinstance(one, Form):
+                    continue
+                sums: list[Reading | None]
+                if shift is not None:
+                    sums = [self.plus(one, shift)]
+                else:
+                    others = [o for o in self.over(value) if isinstance(o, Form)]
+                    sums = [self.sum_of(one, o, 1.0, node) for o in others if o.base is one.base]
+                made += [s for s in sums if s is not None]
+            total = tuple(made[-READINGS:])
+        yield from total
 
     def _visit_product(self, node: Node) -> Iterator[Reading]:
         left, right = node.inputs
@@ -311,11 +393,9 @@ class Moments(Layouts):
                 yield result
 
     def _visit_reduce(self, node: Node) -> Iterator[Reading]:
-        value = node.inputs[0]
         given = self.reduced_axes(node)
         if given is None:
             return
-        keepdims = bool(node.attrs.get("keepdims", 1)) and not node.parameter("keepdims")
         squares = node.op in ("ReduceSumSquare", "ReduceL2")
         for reading in self.over(node.inputs[0]):
             axes = self.axes(reading.base, given) or given
@@ -325,19 +405,58 @@ class Moments(Layouts):
                     yield replace(reading, stage=rooted, statistic=Statistic(axes))
                 continue
             form: Reading | None = replace(reading, even=False) if squares else reading
+            if node.op == "ReduceL1" and reading.full and reading.root is None:
+                form = replace(reading, even=True)
             if squares and isinstance(form, Form):
                 form = self.square_of(form, node)
             if isinstance(form, Form):
-                form = self.mean_of(form, node, axes, keepdims, value)
-            if isinstance(form, Form) and node.op not in ("ReduceMean", "GlobalAveragePool"):
-                if reading.full:
-                    form = replace(form, terms=times_n(form.terms, 2))
-                elif form.statistic != reading.statistic or not self._is_reduced(value, given):
-                    continue  # a sum of means, or of sums
+                form = self._averaged(form, node, given)
             if isinstance(form, Form) and node.op == "ReduceL2":
                 form = self.root_of(form, node)
             if form is not None:
                 yield form
+
+    def _averaged(self, form: Form, node: Node, given: tuple[int, ...]) -> Reading | None:
+        """The mean or the sum of a form, as a node takes it."""
+        value = node.inputs[0]
+        axes = self.axes(form.base, given) or given
+        made = self.mean_of(form, node, axes, self.keeps_dims(node), value)
+        if not isinstance(made, Form) or node.op in _MEANS:
+            return made
+        if form.full:
+            return replace(made, terms=times_n(made.terms, 2))
+        if made.statistic != form.statistic or not self._is_reduced(value, given):
+            return None  # a sum of means, or of sums
+        return made
+
+    def _visit_einsum(self, node: Node) -> Iterator[Reading]:
+        """A sum over axes, "abc->ab", or of products, "abc,abc->ab"."""
+        given = self.reduced_axes(node)
+        if given is None:
+            return
+        if len(node.inputs) == 1:
+            yield from self._visit_reduce(node)
+            return
+        for reading in self._pairs(node, lambda a, b: self.product_of(a, b, node)):
+            made = self._averaged(reading, node, given) if isinstance(reading, Form) else None
+            if made is not None:
+                yield made
+
+    def _visit_matmul(self, node: Node) -> Iterator[Reading]:
+        """A product with a constant column c 1: the sum over the last axis, times a number."""
+        column = self.facts.constant(node.inputs[1])
+        if column is None or len(column.shape) != 2 or column.shape[1] != 1 or column.shape[0] < 2:
+            return
+        values = column.float64()
+        if (values != values[0, 0]).any():
+            return
+        for reading in self.over(node.inputs[0]):
+            if isinstance(reading, Form) and reading.full:
+                made = self._averaged(reading, node, (-1,))
+                if isinstance(made, Form):
+                    made = self.times(made, values[0], node)
+                if made is not None:
+                    yield made
 
     def _is_reduced(self, value: AnyValue, axes: tuple[int, ...]) -> bool:
         """Whether a value is known to have size 1 along some axes."""
@@ -352,7 +471,10 @@ class Moments(Layouts):
                 if not reading.closed:
                     added = node.op in ("Add", "Sub") and reading.stage == "norm"
                     stage = "rooted" if root and reading.stage == "reduced" else reading.stage
-                    yield replace(reading, closed=added, stage=stage)
+                    divided = node.op in ("Mul", "Div") and reading.stage == "rooted" and not root
+                    mean = divided and reading.kind == "l2_norm"  # a sum over the number of terms
+                    kind = PLAIN if mean else reading.kind
+                    yield replace(reading, kind=kind, closed=added, stage=stage)
             elif (result := made(reading)) is not None:
                 yield result
 
@@ -381,6 +503,8 @@ class Moments(Layouts):
             other.base is miss.base or other.base in self._bases(miss) for other in others
         )
         if not related:
+            if miss.stage == "reduced" and not (node.op == "Div" and divisor):
+                yield miss  # a number, a mask, an epsilon that is computed
             return
         if miss.stage == "norm" and node.op in ("Add", "Sub", "Mul"):
             yield miss
@@ -419,6 +543,10 @@ class Moments(Layouts):
             )
             if kin and value.statistic is None and deviation.root.kind == "square":
                 kind = CENTRED
+            elif value.terms.keys() == {X} and made is not None and self._is_part(made, value.base):
+                kind = deviation.kind
+                reason = f"the deviation is that of '{deviation.base.name}', a part of it"
+                return Miss(kind, value.base, deviation.statistic, reason, node, "norm")
             elif value.terms.keys() == {X} and self._are_alike(value.base, deviation.base):
                 kind = deviation.kind
                 reason = f"what is divided is '{value.base.name}', another value"
@@ -434,6 +562,11 @@ class Moments(Layouts):
                 reason = f"what is divided comes from '{value.base.name}', another value"
             return Miss(kind, base, deviation.statistic, reason, node, "norm")
         return None
+
+    def _is_part(self, made: Node, value: AnyValue) -> bool:
+        """Whether a node takes a part of a value."""
+        parts = ("Gather", "Slice", "Split")
+        return made.op in parts and not made.domain and self.source(made.inputs[0]) is value
 
     def _are_alike(self, one: AnyValue, other: AnyValue) -> bool:
         """Whether two tensors have the same shape, as far as is known."""
@@ -489,9 +622,15 @@ class Moments(Layouts):
         value = node.inputs[0]
         if self.rank(value) is None:
             value = self._alike(value)
-        if node.op == "GlobalAveragePool":
-            rank = self.rank(value)
-            return None if rank is None or rank < 3 else tuple(range(2, rank))
+        if node.op in ("AveragePool", "GlobalAveragePool"):
+            shape = self.statics.shape_of(value)
+            if shape is None or len(shape) < 3:
+                return None
+            whole = node.op == "GlobalAveragePool" or _is_whole(node, shape)
+            return tuple(range(2, len(shape))) if whole else None
+        if node.op == "Einsum":
+            summed = _summed_axes(node)
+            return None if summed is None else self.axes(value, summed)
         if node.parameter("axes", "keepdims", "noop_with_empty_axes"):
             return None
         given = node.attrs.get("axes")
@@ -505,6 +644,12 @@ class Moments(Layouts):
             given = None
         return self.axes(value, None if given is None else tuple(given))
 
+    def keeps_dims(self, node: Node) -> bool:
+        """Whether a reduction leaves its axes at size 1."""
+        if node.op == "Einsum" or node.parameter("keepdims"):
+            return False
+        return bool(node.attrs.get("keepdims", 1))
+
     def _alike(self, value: AnyValue) -> AnyValue:
         """The tensor that a value was made of element by element, and whose shape it has."""
         for reading in self.readings(value):
@@ -513,21 +658,67 @@ class Moments(Layouts):
         return self.source(value)
 
 
+def _is_whole(node: Node, shape: Dims) -> bool:
+    """Whether an AveragePool has one window, which is all there is."""
+    if node.parameter("kernel_shape", "pads", "auto_pad"):
+        return False
+    plain = node.text("auto_pad") in ("", "NOTSET", "VALID")
+    padded = any(node.attrs.get("pads", ()))
+    return plain and not padded and tuple(node.attrs.get("kernel_shape", ())) == shape[2:]
+
+
+def _summed_axes(node: Node) -> tuple[int, ...] | None:
+    """The axes that an Einsum on one tensor, or on two of one shape, sums over; None for others."""
+    left, arrow, right = node.text("equation").replace(" ", "").partition("->")
+    term, *others = left.split(",")
+    if not arrow or len(others) > 1 or any(o != term for o in others):
+        return None
+    before, dots, after = term.partition("...")
+    letters = before + after
+    kept = [c for c in letters if c in right]
+    whole = right.replace("...", "") == "".join(kept) and ("..." in right) == bool(dots)
+    if not whole or len(set(letters)) < len(letters) or len(kept) == len(letters):
+        return None
+    if dots and right.partition("...")[0] != "".join(c for c in before if c in right):
+        return None
+    axes = [i for i, c in enumerate(before) if c not in right]
+    from_right = bool(dots)
+    axes += [
+        i - len(after) if from_right else i + len(before)
+        for i, c in enumerate(after)
+        if c not in right
+    ]
+    return tuple(axes)
+
+
+_MEANS: Final = frozenset({"AveragePool", "GlobalAveragePool", "ReduceMean"})
+_REDUCTIONS: Final = _MEANS | {"ReduceSum", "ReduceSumSquare", "ReduceL2"}
+# Operators without a rule: of a variance they make what no norm has.
+_ELEMENTWISE: Final = frozenset(
+    {
+        "Ceil", "Elu", "Erf", "Exp", "Floor", "LeakyRelu", "Log", "Min", "Round", "Selu",
+        "Sigmoid", "Softplus", "Softsign", "Tanh", "Where",
+    }
+)  # fmt: skip
 _RULES: Final[Mapping[str, Any]] = {
     "Abs": Moments._visit_abs,
     "Add": Moments._visit_sum,
+    "AveragePool": Moments._visit_reduce,
     "Cast": Moments._visit_cast,
     "Clip": Moments._visit_maximum,
     "Div": Moments._visit_quotient,
+    "Einsum": Moments._visit_einsum,
     "Expand": Moments.visit_layout,
     "GlobalAveragePool": Moments._visit_reduce,
     "InstanceNormalization": Moments._visit_instance_norm,
+    "MatMul": Moments._visit_matmul,
     "Max": Moments._visit_maximum,
     "Mul": Moments._visit_product,
     "Neg": Moments._visit_neg,
     "Pow": Moments._visit_pow,
     "Reciprocal": Moments._visit_reciprocal,
     "RMSNormalization": Moments._visit_rms_norm,
+    "ReduceL1": Moments._visit_reduce,
     "ReduceL2": Moments._visit_reduce,
     "ReduceMean": Moments._visit_reduce,
     "ReduceSum": Moments._visit_reduce,

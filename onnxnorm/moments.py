@@ -286,6 +286,8 @@ class Algebra:
         beta = None if beta is None else np.asarray(beta)
         divided = [p for p in terms if p[3] < 0 and p[0] == 1]
         if not divided:
+            if root.kind == "variance" and {p[3] for p in terms if p[0]} == {1}:
+                return "it is multiplied by the deviation, where a norm divides by it"
             return None
         if any(p[3] != -1 for p in divided):
             return "it is divided by the variance itself and not by its root"
@@ -326,31 +328,41 @@ class Algebra:
     ) -> tuple[str, float, str, Coefficient] | str:
         """(kind, epsilon, rule, gamma) of gamma * n^(halves/2) * x * r^-1/2."""
         n = self.elements(form)
-        close = self._tolerance(form)
-        centred = root.kind == "variance"
-        kind = CENTRED if centred else PLAIN
+        kind = CENTRED if root.kind == "variance" else PLAIN
+        scaled = gamma if not halves else None if n is None else gamma * n ** (halves / 2)
         if root.kind in ("maximum", "sum", "clamped"):
             rule = {"maximum": "maximum", "sum": "outside", "clamped": "clamped"}[root.kind]
-            if halves:
-                return "the norm is scaled by the number of elements"
-            return "l2_norm", root.epsilon, rule, gamma
-        if root.halves == 0 and halves == 0 and abs(root.factor - 1) < _CLOSE:
-            return kind, root.epsilon, "inside", gamma
-        if root.kind == "square" and root.halves == 2 and abs(root.factor - 1) < _CLOSE:
-            if halves == 0:
-                return "l2_norm", root.epsilon, "inside", gamma
-            if halves == 1 and (n is not None or root.epsilon == 0):
-                return kind, root.epsilon / n if n is not None else 0.0, "inside", gamma
+            if scaled is None:
+                return "the norm is scaled by the number of elements, which is not known"
+            return "l2_norm", root.epsilon, rule, scaled
+        if scaled is not None and (ratio := self._is_mean(form, root, root.halves)):
+            return kind, root.epsilon / ratio, "inside", scaled / math.sqrt(ratio)
+        if halves and (n is not None or not root.epsilon):
+            # n^(h/2) r^-1/2 = (n^-h r)^-1/2
+            epsilon = root.epsilon * n ** (-halves) if n is not None else 0.0
+            if ratio := self._is_mean(form, root, root.halves - 2 * halves):
+                return kind, epsilon / ratio, "inside", gamma / math.sqrt(ratio)
+        if scaled is not None and is_sum(root):
+            return "l2_norm", root.epsilon, "inside", scaled
         if n is None or halves:
             return f"the mean divides by a number that is not known to be {_size(form)}"
         total = root.factor * n ** (root.halves / 2)
-        unbiased = n / (n - 1) if centred and n > 1 else math.inf
+        return f"the mean divides by {_number(n / total)}, and there are {n} elements"
+
+    def _is_mean(self, form: Form, root: Root, halves: int) -> float | None:
+        """Whether factor * n^(halves/2) is 1: that; n / (n - 1) for a variance without bias."""
+        n = self.elements(form)
+        close = self._tolerance(form)
+        if halves == 0 and abs(root.factor - 1) < _CLOSE:
+            return 1.0
+        if n is None:
+            return None
+        total = root.factor * n ** (halves / 2)
+        unbiased = n / (n - 1) if root.kind == "variance" and n > 1 else math.inf
         # Of the two the nearer one: in a narrow type both may be near.
         if abs(total - 1) < close and abs(total - 1) <= abs(total - unbiased):
-            return kind, root.epsilon, "inside", gamma
-        if abs(total - unbiased) < close * unbiased < math.inf:
-            return kind, root.epsilon / unbiased, "inside", gamma / math.sqrt(unbiased)
-        return f"the mean divides by {_number(n / total)}, and there are {n} elements"
+            return 1.0
+        return unbiased if abs(total - unbiased) < close * unbiased < math.inf else None
 
     def _tolerance(self, form: Form) -> float:
         """How far the constants of the graph may be from what they stand for, relatively."""
@@ -592,7 +604,9 @@ class Algebra:
             made = Root("sum", 1.0, 0, float(epsilon))
             return replace(form, root=made, terms={(0, 0, 0, -1, 0): scalar_of(1.0)})
         reason = "epsilon is added to the deviation, outside the root, and not to the variance"
-        return Miss(form.kind, form.base, form.statistic, reason, node, "rooted")
+        makers = [self.facts.producer(v) for v in node.inputs]
+        adds = [n for n in makers if n is not None and n.op == "Add"]
+        return Miss(form.kind, form.base, form.statistic, reason, (*adds, node)[0], "rooted")
 
     def root_of(self, form: Form, node: Node) -> Reading | None:
         """The square root of a form."""
@@ -612,7 +626,11 @@ class Algebra:
         if form.statistic is None or form.root is not None:
             return None
         terms = dict(form.terms)
-        epsilon = terms.pop(ONE, scalar_of(0.0))
+        n = self.elements(form)
+        added = [p for p in terms if p[:4] == ONE[:4]]
+        if n is None and any(p != ONE for p in added):
+            return None
+        epsilon = sum((terms.pop(p) * (n or 1) ** (p[4] / 2) for p in added), scalar_of(0.0))
         squares = [p for p in terms if p[:3] == (0, 0, 1)]
         if len(squares) != 1:
             return None
@@ -651,7 +669,8 @@ class Algebra:
         kind = form.kind
         if form.even:
             reason = "absolute values are averaged, where a variance averages squares"
-            return Miss(kind, form.base, Statistic(axes), reason, node, "reduced")
+            kind = kind if kind == CENTRED or node.op == "ReduceMean" else "l2_norm"
+            return Miss(kind, form.base, Statistic(axes), reason, node, "rooted")
         known = self.facts.type(form.base)
         if known is not None and known.element and not is_float_type(known.element):
             reason = "its input is of an integer type, in which a mean is rounded"

@@ -44,17 +44,17 @@ def norm_operator(node: Node, rank: int | None) -> Operator | None:
         return _mean_variance(node, rank)
     if row is None or not node.inputs or not node.outputs or not node.outputs[0].name:
         return None
-    if node.op == "LpNormalization" and node.attrs.get("p", 2) != 2:
-        return None
     kind, axes_of, epsilon, scale, bias = row
     if epsilon is not None:
         epsilon = None if node.parameter("epsilon") else node.attrs.get("epsilon", epsilon)
-    training = training_reason(node) if kind == "batch_norm" else None
+    reason = training_reason(node) if kind == "batch_norm" else None
+    if node.op == "LpNormalization":
+        reason = _lp_reason(node)
     return Operator(
         kind,
         None if node.parameter("axis", "axes") else axes_of(node, rank),
         epsilon,
-        training or "",
+        reason or "",
         scale,
         bias,
     )
@@ -73,6 +73,13 @@ def _mean_variance(node: Node, rank: int | None) -> Operator | None:
     kind = "batch_norm" if 0 in axes else "instance_norm" if spatial else "layer_norm"
     reason = "epsilon is added to the deviation, outside the root, and not to the variance"
     return Operator(kind, axes, None, reason, None, None)
+
+
+def _lp_reason(node: Node) -> str | None:
+    if node.parameter("p"):
+        return "p is a parameter of the function"
+    p = node.attrs.get("p", 2)
+    return f"p is {p}, where an L2 norm has 2" if p != 2 else None
 
 
 def training_reason(node: Node) -> str | None:
@@ -161,6 +168,9 @@ _ROWS: Final[dict[tuple[str, str], _Row]] = {
     (_CONTRIB, "SkipLayerNormalization"): ("layer_norm", _last, 1e-12, 2, 3),
     (_CONTRIB, "EmbedLayerNormalization"): ("layer_norm", _last, 1e-12, 5, 6),
     (_CONTRIB, "SimplifiedLayerNormalization"): ("rms_norm", _from_axis(-1), 1e-5, 1, None),
+    (_CONTRIB, "BiasSoftmax"): ("softmax", _from_axis(1), None, None, None),
+    (_CONTRIB, "GroupNorm"): ("group_norm", _all_but_batch, 1e-5, 1, 2),
+    (_CONTRIB, "SkipGroupNorm"): ("group_norm", _all_but_batch, 1e-5, 1, 2),
     (_CONTRIB, "SkipSimplifiedLayerNormalization"): ("rms_norm", _last, 1e-12, 2, None),
     (bodies.DOMAIN, "TwoPassSoftmax"): ("softmax", _one_axis(-1), None, None, None),
     (bodies.DOMAIN, "TwoPassLogSoftmax"): ("log_softmax", _one_axis(-1), None, None, None),

@@ -411,7 +411,7 @@ class _Recogniser:
         if not self._free(node):
             return None
         part = self.exponentials.normal(node.outputs[0])
-        if part is None or node.op == "Softmax":
+        if part is None or node.op in ("Softmax", "LogSoftmax"):
             return None
         region = slice_back(self.moments, node, part.base)
         if region is None or any(n in self.claimed for n in region.nodes):
@@ -581,8 +581,8 @@ class _Recogniser:
             return None
         out = node.outputs[0]
         if out in self.exponentials.misses:
-            kind, base, reason = self.exponentials.misses[out]
-            return self._missed(kind, node, base, None, reason, node)
+            kind, base, over, reason, at = self.exponentials.misses[out]
+            return self._missed(kind, node, base, over, reason, at)
         best: Norm | None = None
         for reading in self.moments.readings(out):
             axes = reading.statistic.axes if reading.statistic is not None else None
@@ -596,11 +596,22 @@ class _Recogniser:
                     said = f"rank unknown at '{reading.base.name}', which its factors need"
                 if not isinstance(said, str):
                     continue
-                at, why = node, said
+                at, why = self._first_to_fail(node, reading.base, said), said
             norm = self._missed(reading.kind, node, reading.base, axes, why, at)
             if norm is not None and (best is None or len(norm.nodes) > len(best.nodes)):
                 best = norm
         return best
+
+    def _first_to_fail(self, node: Node, base: AnyValue, said: str) -> Node:
+        """The first of the nodes behind a form that is no norm for the same reason."""
+        for value in node.inputs:
+            made = self.facts.producer(value)
+            for reading in self.moments.readings(value) if made is not None else ():
+                if not isinstance(reading, Form) or reading.base is not base or made is None:
+                    continue
+                if self.moments.normal(reading) == said:
+                    return self._first_to_fail(made, base, said)
+        return node
 
     def _missed(
         self, kind: str, node: Node, base: AnyValue, axes: Axes, reason: str, at: Node

@@ -30,6 +30,7 @@ from onnxnorm.layout import Dim
 from onnxnorm.module import Node
 from onnxnorm.norms import Norm
 from onnxnorm.sizes import factors, find_sizes
+from onnxnorm.statics import call_of
 
 Array = NDArray[np.float64]
 
@@ -295,14 +296,7 @@ class _Run:
         implementation = float64.OPERATORS.get((node.domain or "", node.op))
         if implementation is None:
             raise _NotTried(f"{node.op} cannot be evaluated here")
-        call = float64.Call(
-            node.op,
-            node.domain or "",
-            node.scope.opsets.get(node.domain or "", 1),
-            tuple(values[v] for v in node.inputs),
-            node.attrs,
-            tuple(bool(v.name) for v in node.outputs),
-        )
+        call = call_of(node, [values[v] for v in node.inputs])
         try:
             return implementation(call)
         except Exception as error:  # numpy raises what it likes on sizes that do not fit

@@ -736,9 +736,10 @@ def _over(s: Sizes, a: Dim, b: Dim) -> Dim:
     if isinstance(a, int) and isinstance(b, int):
         return abs(a) // abs(b) * (1 if a * b >= 0 else -1)
     number, names = factors([a])
-    if isinstance(b, int) and b > 0 and number % b == 0:
-        return product(number // b, names)
-    return 1 if a == b else s.computed("Div", a, b)
+    divisor, gone = factors([b])
+    if divisor > 0 and number % divisor == 0 and not Counter(gone) - Counter(names):
+        return product(number // divisor, list((Counter(names) - Counter(gone)).elements()))
+    return s.computed("Div", a, b)
 
 
 def _modulo(s: Sizes, a: Dim, b: Dim) -> Dim:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -186,6 +186,16 @@ class Statics:
         self._arrays[out] = evaluate(node, given)
 
 
+def call_of(node: Node, inputs: Sequence[Any]) -> float64.Call:
+    """A node on given inputs, as the table of operators in float64 takes it."""
+    attrs = {k: v.decode() if isinstance(v, bytes) else v for k, v in node.attrs.items()}
+    domain = node.domain or ""
+    present = tuple(bool(v.name) for v in node.outputs)
+    return float64.Call(
+        node.op, domain, node.scope.opsets.get(domain, 1), tuple(inputs), attrs, present
+    )
+
+
 def evaluate(node: Node, given: Iterable[Any]) -> NDArray[np.float64] | None:
     """The first output of a node on float64 arrays; None where it cannot be computed here."""
     operator = float64.OPERATORS.get((node.domain or "", node.op))
@@ -195,14 +205,7 @@ def evaluate(node: Node, given: Iterable[Any]) -> NDArray[np.float64] | None:
     inputs = tuple(
         a.astype(np.int64) if a is not None and i in integral else a for i, a in enumerate(given)
     )
-    call = float64.Call(
-        node.op,
-        node.domain or "",
-        node.scope.opsets.get(node.domain or "", 1),
-        inputs,
-        node.attrs,
-        tuple(bool(v.name) for v in node.outputs),
-    )
+    call = call_of(node, inputs)
     try:
         with np.errstate(all="ignore"):
             result = np.asarray(operator(call)[0])

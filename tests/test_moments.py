@@ -161,7 +161,7 @@ def test_casts_identity_and_dropout_are_copies() -> None:
             "the exponent is 4, where a variance has 2",
             "p",
         ),
-        (VARIANCE + "s = Sqrt (v) a = Add (s, e) y = Div (d, a)", "layer_norm", "outside", "y"),
+        (VARIANCE + "s = Sqrt (v) a = Add (s, e) y = Div (d, a)", "layer_norm", "outside", "a"),
         (ROOT + "y = Div (x, s)", "layer_norm", "is not centred", "y"),
         (VARIANCE + "a = Add (v, e) y = Div (d, a)", "layer_norm", "the variance itself", "y"),
         (

@@ -101,9 +101,14 @@ def test_what_callers_of_a_function_give_is_open() -> None:
 
 
 def test_what_is_no_norm_has_no_row() -> None:
-    assert rows("LpNormalization", [2, 3], weights=0, p=1) == []
     assert rows("Relu", [2, 3], weights=0) == []
     assert rows("LayerNormalization", [2, 3], domain="elsewhere") == []
+
+
+def test_another_power_than_two_is_a_near_miss() -> None:
+    (row,) = rows("LpNormalization", [2, 3], weights=0, p=1)
+    assert (row.kind, row.recognised) == ("l2_norm", False)
+    assert row.reason == "p is 1, where an L2 norm has 2"
 
 
 @pytest.mark.parametrize(

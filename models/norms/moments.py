@@ -501,6 +501,8 @@ def _finish(
         beta = w.parameter("beta")
         if beta is not None:
             y = w.commute("Add", y, beta[0])
+    if gamma is None and beta is None and not plan.runtime_gamma and sp.negated != "neg":
+        ends += core_names  # copies of the core, behind which nothing comes
     ends.append(y)
     if sp.negated == "neg" and e is not None:
         y = s.do("Neg", y)
