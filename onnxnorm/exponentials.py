@@ -151,7 +151,7 @@ class Exponentials:
 
     def _log(self, node: Node) -> Part | None:
         part = self.part(node.inputs[0])
-        if part is not None and part.what == "total" and not part.flaw:
+        if part is not None and part.what == "total":
             return replace(part, what="logarithm")
         if part is not None and part.what == "softmax":
             return replace(part, what="log_softmax")
@@ -223,6 +223,11 @@ class Exponentials:
             return Part("shifted", left, other.axes)
         if other.what == "logsumexp" and other.base is left:
             return Part("log_softmax", left, other.axes, other.stable)
+        if other.flaw is not None:
+            kin = one is not None and one.what == "shifted" and one.base is other.base
+            if other.what in ("logarithm", "logsumexp") and (kin or other.base is left):
+                self.misses[node.outputs[0]] = ("log_softmax", other.base, other.axes, *other.flaw)
+            return None
         if other.what == "logarithm":
             if one is not None and one.what == "shifted" and other.stable:
                 if one.base is other.base and one.axes == other.axes:
@@ -268,7 +273,7 @@ class Exponentials:
         if shape is not None:
             reduced = tuple(1 if axis in part.axes else dim for axis, dim in enumerate(shape))
             fitting = (reduced,) if node.op == "Reshape" else (reduced, shape)
-            if after in fitting and not (part.dropped and node.op == "Expand"):
+            if after in fitting and not (part.dropped and node.op != "Reshape"):
                 return replace(part, dropped=False)
         known = "a shape that is not known" if after is None else f"the shape {_listed(after)}"
         return self._spoilt(
@@ -321,5 +326,6 @@ _RULES: Final[Mapping[str, Callable[[Exponentials, Node], Any]]] = {
     "Softmax": Exponentials._operator,
     "Squeeze": Exponentials._unsqueeze,
     "Sub": Exponentials._subtract,
+    "Tile": Exponentials._moved,
     "Unsqueeze": Exponentials._unsqueeze,
 }

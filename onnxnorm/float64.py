@@ -488,6 +488,12 @@ def _expand(call: Call) -> list[Value]:
     return [np.broadcast_to(x, np.broadcast_shapes(x.shape, tuple(int(d) for d in shape)))]
 
 
+@_implements("Tile")
+def _tile(call: Call) -> list[Value]:
+    x, repeats = call.inputs[:2]
+    return [np.tile(x, [int(n) for n in repeats])]
+
+
 @_implements("Slice")
 def _slice(call: Call) -> list[Value]:
     x = call.inputs[0]

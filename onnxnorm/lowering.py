@@ -303,7 +303,8 @@ def _float_channels(site: Site) -> str | None:
         return "the number of channels is not known"
     if site.rank is None or site.rank < 3:
         return "it has no spatial axes"
-    if site.norm.kind == "instance_norm" and site.norm.axes != tuple(range(2, site.rank)):
+    last = site.norm.kind == "instance_norm" and site.norm.axes != tuple(range(2, site.rank))
+    if last or site.norm.channel != 1:
         return "its channels are the last axis"
     if site.features is not None and math.prod(site.features) == 1:
         # x s - mean s, as onnxruntime computes it, is not 0 when s is 1 / sqrt(eps).

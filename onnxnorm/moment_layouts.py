@@ -79,7 +79,7 @@ class Layouts(Algebra):
                 rest = iter(layout)
                 made = tuple(-1 if i in places else next(rest) for i in range(total))
             return replace(form, layout=self.tidy(made, form.base, statistic))
-        if node.op == "Expand":
+        if node.op in ("Expand", "Tile"):
             return form if form.layout is None and self._spans(node, form) else None
         if rank is None:
             return None
@@ -109,7 +109,7 @@ class Layouts(Algebra):
 
     def _spans(self, node: Node, form: Form) -> bool:
         """Whether Expand gives the shape of the base, or leaves a dim of it at 1."""
-        if len(node.inputs) > 1 and self.has_shape_of(node.inputs[1], form.base):
+        if node.op == "Expand" and self.has_shape_of(node.inputs[1], form.base):
             return True
         shape = self.statics.shape_of(form.base)
         wanted = self._expanded_to(node)
@@ -121,7 +121,7 @@ class Layouts(Algebra):
         )
 
     def _expanded_to(self, node: Node) -> tuple[Dim, ...] | None:
-        wanted = self.statics.dims(node.inputs[1]) if len(node.inputs) > 1 else None
+        wanted = self.statics.dims(node.inputs[1]) if node.op == "Expand" else None
         return wanted or self.statics.shape_of(node.outputs[0])
 
     def _ungrouped(self, form: Form, node: Node) -> Form | None:
@@ -144,29 +144,30 @@ class Layouts(Algebra):
             return None
         terms: dict[Monomial, Coefficient] = {}
         for powers, coefficient in form.terms.items():
-            made = self._per_channel(coefficient, form.base, before)
+            made = self._per_channel(coefficient, form.base, before, statistic)
             if made is None:
                 return None
             terms[powers] = made
         return replace(form, base=before, statistic=statistic, terms=terms)
 
     def _per_channel(
-        self, coefficient: Coefficient, grouped: AnyValue, before: AnyValue
+        self, coefficient: Coefficient, grouped: AnyValue, before: AnyValue, statistic: Statistic
     ) -> Coefficient | None:
-        """A factor of [N, G, C / G, ...] as one of [N, C, ...]."""
+        """A factor of [N, G, C / G, ...] as one of [N, C, ...]; of [N, ..., G, C / G] as of [C]."""
         if coefficient.size == 1:
             return coefficient
         inner, outer = self.statics.shape_of(grouped), self.statics.shape_of(before)
         if inner is None or outer is None or coefficient.ndim > len(inner):
             return None
         full = (1,) * (len(inner) - coefficient.ndim) + coefficient.shape
-        if len(inner) < 3 or inner[3:] != outer[2:] or full[0] != 1 or max(full[3:], default=1) > 1:
+        last = statistic.channel > 1
+        pair = [d for d in (inner[-2:] if last else inner[1:3]) if isinstance(d, int)]
+        others = full[:-2] if last else (full[0], *full[3:])
+        aligned = last or inner[3:] == outer[2:]
+        if len(pair) < 2 or not aligned or any(size != 1 for size in others):
             return None
-        groups, size = inner[1], inner[2]
-        if not isinstance(groups, int) or not isinstance(size, int):
-            return None
-        channels = np.broadcast_to(coefficient.reshape(full[1], full[2]), (groups, size))
-        return channels.reshape(-1, *(1,) * (len(outer) - 2))
+        channels = np.broadcast_to(coefficient.reshape(full[-2:] if last else full[1:3]), pair)
+        return channels.reshape(-1) if last else channels.reshape(-1, *(1,) * (len(outer) - 2))
 
     def _is_expanded(self, value: AnyValue, base: AnyValue) -> bool:
         """Whether a reduced value has been given the shape of its base."""
@@ -213,15 +214,22 @@ class Layouts(Algebra):
     def group_statistic(
         self, grouped: AnyValue, before: AnyValue, statistic: Statistic | None
     ) -> Statistic | None:
-        """Statistics over [N, G, ...] as statistics over groups of the channels of [N, C, ...]."""
+        """Statistics over [N, G, ...] as statistics over groups of the channels of [N, C, ...].
+
+        TensorFlow has the channels last: [N, ..., G, C / G] for [N, ..., C].
+        """
         inner, outer = self.statics.shape_of(grouped), self.statics.shape_of(before)
         if inner is None or outer is None or len(inner) < 3 or len(outer) < 2:
             return None
-        if statistic is None or statistic.groups:
+        if statistic is None or statistic.groups or inner[0] != outer[0]:
             return None
-        if statistic.axes != tuple(range(2, len(inner))) or inner[0] != outer[0]:
-            return None
-        groups, channels = inner[1], outer[1]
-        if not isinstance(groups, int) or not isinstance(channels, int) or channels % groups:
-            return None
-        return Statistic(tuple(range(1, len(outer))), groups)
+        rank, axes = len(inner), tuple(range(1, len(outer)))
+        if statistic.axes == tuple(range(2, rank)):
+            groups, channels = inner[1], outer[1]
+            if isinstance(groups, int) and isinstance(channels, int) and channels % groups == 0:
+                return Statistic(axes, groups)
+        elif statistic.axes == (*range(1, rank - 2), rank - 1) and len(outer) > 2:
+            groups, size, channels = inner[-2], inner[-1], outer[-1]
+            if isinstance(groups, int) and isinstance(size, int) and groups * size == channels:
+                return Statistic(axes, groups, len(outer) - 1)
+        return None

@@ -42,6 +42,11 @@ def _is_root_alone(form: Form) -> bool:
     return set(form.terms) == {ROOT} and is_one(form.terms[ROOT])
 
 
+def _is_inverse_root(form: Form) -> bool:
+    """Whether a form is a number over the root of its base."""
+    return form.root is not None and [p[:4] for p in form.terms] == [(0, 0, 0, -1)]
+
+
 class Moments(Layouts):
     """The readings of every value of one scope. `visit` every node, in order."""
 
@@ -183,7 +188,7 @@ class Moments(Layouts):
                     continue
                 if reading.full:
                     reason = self._weighting(reading, node, index)
-                elif reading.statistic is not None and self.is_positive(reading):
+                elif self.is_positive(reading) or _is_inverse_root(reading):
                     reason = self._change(reading, node, index)
                 else:
                     continue
@@ -214,22 +219,26 @@ class Moments(Layouts):
         noun = noun if form.root is None else "deviation"
         if node.op in ("Add", "Sub", "Mul", "Div") and len(node.inputs) == 2:
             other = node.inputs[1 - index]
-            if (node.op == "Div" and index) or self.statics.array(other) is not None:
+            dividend = node.op == "Div" and index == 1 and form.root is None
+            if dividend or self.statics.array(other) is not None:
                 return ""
             if any(r.base is form.base for r in self.over(other)):
                 return ""
             if node.op in ("Add", "Sub"):
-                return f"what is added to the {noun}, '{other.name}', is not constant"
+                why = self.facts.why_not_constant(other)
+                return f"what is added to the {noun}, '{other.name}', is not constant: {why}"
             if form.root is not None:
-                return ""  # it is that which is normalized
-            assert form.statistic is not None
+                if _is_inverse_root(form) == (node.op == "Div" and index == 1):
+                    return ""  # it multiplies, as in a global response norm
+                return f"the {noun} itself is scaled by '{other.name}' at run time"
+            assert form.statistic is not None, "it is reduced"
             axes = list(form.statistic.axes)
             return (
                 f"the {noun} is scaled by '{other.name}', which is not known to be"
                 f" the number of elements of axes {axes}"
             )
         if node.op in _ELEMENTWISE or node.op in ("Clip", "Max"):
-            return f"{node.op} changes the {noun}"
+            return "" if _is_inverse_root(form) else f"{node.op} changes the {noun}"
         return ""
 
     def _visit_sum(self, node: Node) -> Iterator[Reading]:
@@ -730,5 +739,6 @@ _RULES: Final[Mapping[str, Any]] = {
     "Squeeze": Moments.visit_layout,
     "Sub": Moments._visit_sum,
     "Sum": Moments._visit_sum,
+    "Tile": Moments.visit_layout,
     "Unsqueeze": Moments.visit_layout,
 }

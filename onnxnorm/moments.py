@@ -66,11 +66,13 @@ class Statistic:
 
     Attributes:
         axes: Axes of the base; non-negative where its rank is known.
-        groups: Number of groups that axis 1 is cut into first; 0 for no groups.
+        groups: Number of groups that the channels are cut into first; 0 for no groups.
+        channel: For groups, the axis of the channels.
     """
 
     axes: tuple[int, ...]
     groups: int = 0
+    channel: int = 1
 
 
 @dataclass(frozen=True)
@@ -285,6 +287,8 @@ class Algebra:
         beta = terms.pop(ONE, None)
         beta = None if beta is None else np.asarray(beta)
         divided = [p for p in terms if p[3] < 0 and p[0] == 1]
+        if any(p[0] > 1 for p in terms):
+            return None
         if not divided:
             if root.kind == "variance" and {p[3] for p in terms if p[0]} == {1}:
                 return "it is multiplied by the deviation, where a norm divides by it"

@@ -64,6 +64,7 @@ class Norm:
         rule: How epsilon comes in: "inside" the root, "outside" of it, as a "maximum" of the
             norm, or "clamped" as a maximum of its square.
         groups: How many groups of channels; 0 where there are none.
+        channel: For groups, the axis of the channels.
         operator: Whether a single operator computes it.
         obstacle: Why its nodes cannot be replaced although it is recognised; "" where they can.
         obstacle_at: The node that stands in the way.
@@ -89,6 +90,7 @@ class Norm:
     beta: NDArray[np.float64] | AnyValue | None = None
     rule: str = "inside"
     groups: int = 0
+    channel: int = 1
     operator: bool = False
     obstacle: str = ""
     obstacle_at: Node | None = None
@@ -292,12 +294,12 @@ class _Recogniser:
         )
         miss = ""
         if statistic.groups:
-            if kind != "layer_norm" or not varying <= {1}:
+            if kind != "layer_norm" or not varying <= {statistic.channel}:
                 return None
-            channels = self._dim(base, 1)
             kind = "group_norm"
-            if statistic.groups == channels and rank is not None and rank > 2:
-                kind, axes = "instance_norm", tuple(range(2, rank))
+            if statistic.groups == self._dim(base, statistic.channel) and rank and rank > 2:
+                kind = "instance_norm"
+                axes = tuple(a for a in range(1, rank) if a != statistic.channel)
         elif kind == "layer_norm":
             whole = rank is not None and len(axes) == rank
             if rank is not None and rank > 1 and 0 in axes and not whole:
@@ -333,6 +335,7 @@ class _Recogniser:
             beta=normal.beta,
             rule=normal.rule,
             groups=statistic.groups,
+            channel=statistic.channel,
         )
 
     def _belongs(self, normal: Normal, rank: int | None, axes: tuple[int, ...]) -> bool:

@@ -77,11 +77,14 @@ def canonical(norm: Norm, x: Array) -> Array:
 def _standardized(norm: Norm, x: Array, axes: tuple[int, ...]) -> Array:
     shape = x.shape
     if norm.groups:
+        x = np.moveaxis(x, norm.channel, 1)
+        moved = x.shape
         x = x.reshape(shape[0], norm.groups, -1)
         axes = (2,)
     mean = x.mean(axis=axes, keepdims=True)
     variance = np.square(x - mean).mean(axis=axes, keepdims=True)
-    return np.asarray(((x - mean) / np.sqrt(variance + (norm.epsilon or 0.0))).reshape(shape))
+    y = (x - mean) / np.sqrt(variance + (norm.epsilon or 0.0))
+    return np.moveaxis(y.reshape(moved), 1, norm.channel) if norm.groups else np.asarray(y)
 
 
 def _length(norm: Norm, squares: Array) -> Array:

@@ -39,6 +39,8 @@ class LowerGroupNorm(KernelPass):
             return None
         if site.shape is None or site.channels is None or not norm.groups:
             return "the number of channels is not known"
+        if norm.channel != 1:
+            return "its channels are the last axis"
         if wrong := not_float32(site):
             return wrong
         if norm.node.attrs.get("stash_type", 1) != 1:
