@@ -50,6 +50,7 @@ from models.norms.choices import (
     Spelling,
     legal,
 )
+from models.norms.in_text import text_cases
 from models.norms.moments import LAYER_MISSES, RMS_MISSES
 from models.norms.rows import (
     L2_FORMS,
@@ -510,6 +511,7 @@ def cases(by_chance: int = 240) -> Iterator[Case]:
     yield from _moment_catalogue()
     yield from _other_kinds()
     yield from hand_written()
+    yield from text_cases()
     yield from _near_misses()
     for number in range(by_chance):
         name = f"by_chance/{number}"

@@ -601,9 +601,13 @@ class _Recogniser:
                     continue
                 at, why = self._first_to_fail(node, reading.base, said), said
             norm = self._missed(reading.kind, node, reading.base, axes, why, at)
-            if norm is not None and (best is None or len(norm.nodes) > len(best.nodes)):
+            if norm is not None and (best is None or self._reach(norm) > self._reach(best)):
                 best = norm
         return best
+
+    def _reach(self, norm: Norm) -> tuple[int, bool]:
+        """How much a near miss covers; of two that cover the same that of the outer input more."""
+        return len(norm.nodes), self.facts.producer(norm.input) not in norm.nodes
 
     def _first_to_fail(self, node: Node, base: AnyValue, said: str) -> Node:
         """The first of the nodes behind a form that is no norm for the same reason."""
