@@ -299,6 +299,12 @@ class _Allowance:
         return _Allowance(max(self.largest, error.largest), max(self.rms, error.rms))
 
 
+def _shortfall(taken: Sequence[Feed], planned: int, lack: str) -> list[str]:
+    """What to say where fewer samples were tried than planned; nothing where all were."""
+    used = sum(feed.samples for feed in taken)
+    return [f"{used} of {planned} samples fit into the {lack}"] if used < planned else []
+
+
 def _leaves(outputs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arrays of all outputs: sequences and maps element by element."""
     found: dict[str, Any] = {}
@@ -471,7 +477,7 @@ class ParityChecker:
         if self._reference is not None and not self._reference.draws:
             return tuple(self._reference.feeds)
         if self._accepted is None:
-            _, runs = self._first_runs(self._original())
+            _, runs, _ = self._first_runs(self._original())
             self._accepted = tuple(feed for feed, _ in runs)
         return self._accepted
 
@@ -523,8 +529,12 @@ class ParityChecker:
 
     def _first_runs(
         self, stored: storage.Stored, path: Path | None = None
-    ) -> tuple[list[str], list[tuple[Feed, dict[str, Any]]]]:
-        """Find inputs that the model accepts, and run it on them with optimizations off."""
+    ) -> tuple[list[str], list[tuple[Feed, dict[str, Any]]], int]:
+        """Find inputs that the model accepts, and run it on them with optimizations off.
+
+        Returns:
+            Notes, the inputs with the outputs, and how many samples there would have been.
+        """
         path = self._path if path is None else path
         whole = path == self._path
         best: list[tuple[Feed, dict[str, Any]]] = []
@@ -565,9 +575,6 @@ class ParityChecker:
                 late = time.monotonic() > begun + self._seconds * _TRUTH_SHARE
                 if len(runs) == len(feeds) or short or late:
                     break
-        if short:
-            used, total = sum(f.samples for f, _ in best), sum(f.samples for f in feeds)
-            notes.append(f"{used} of {total} samples fit into the time budget")
         if not best:
             what = refusal.what if refusal is not None else "it has no inputs that could be tried"
             what = what if whole else what.replace(f"{path}: ", "a part of the model by itself: ")
@@ -576,7 +583,8 @@ class ParityChecker:
                 "Give inputs it accepts with --inputs or --input-shape, or use --no-parity to "
                 "go on without this check.",
             )
-        return notes, best
+        asked = feeds if short else [f for f, _ in best]
+        return notes, best, sum(feed.samples for feed in asked)
 
     @contextlib.contextmanager
     def _opened(self, path: Path) -> Iterator[Session]:
@@ -596,12 +604,9 @@ class ParityChecker:
         """Compute truth, runs and allowances of a model."""
         notes: list[str] = []
         plan = self._affordable(stored, deadline, must_fit=must_fit)
-        found, first = self._first_runs(stored, path)
+        found, first, asked = self._first_runs(stored, path)
         notes += found
-        feeds = [feed for feed, _ in first]
-        taken, remark = plan(feeds)
-        if remark:
-            notes.append(remark)
+        taken = plan([feed for feed, _ in first])
         draws, drawn = self._draws(stored, path, taken)
         notes += drawn
         with contextlib.ExitStack() as stack:
@@ -614,12 +619,12 @@ class ParityChecker:
                 ]
             known = {} if draws else {id(feed): outputs for feed, outputs in first}
             return self._measure(
-                stored, path, taken, known, deadline, notes, draws, must_fit=must_fit
+                stored, path, taken, asked, known, deadline, notes, draws, must_fit=must_fit
             )
 
     def _affordable(
         self, stored: storage.Stored, deadline: float, *, must_fit: bool
-    ) -> Callable[[list[Feed]], tuple[list[Feed], str]]:
+    ) -> Callable[[list[Feed]], list[Feed]]:
         """Return what chooses the feeds that fit into the time and memory that are left."""
 
         def shapes_of(feed: Feed) -> dict[str, tuple[int, ...]]:
@@ -643,11 +648,10 @@ class ParityChecker:
             if must_fit and least.seconds() > self._seconds * _TRUTH_SHARE:
                 raise _TooLarge(f"a float64 run takes about {least.seconds():.0f} s")
 
-        def choose(feeds: list[Feed]) -> tuple[list[Feed], str]:
+        def choose(feeds: list[Feed]) -> list[Feed]:
             taken: list[Feed] = []
             # an estimate only rules out what is far beyond; the clock decides what is near
             room = _ESTIMATE_SLACK * max(deadline - time.monotonic(), 0.0)
-            total = sum(feed.samples for feed in feeds)
             for feed in feeds:
                 cost = cost_of(feed)
                 small = smaller(feed)
@@ -662,10 +666,7 @@ class ParityChecker:
                     break
                 room -= cost.seconds()
                 taken.append(feed)
-            used = sum(feed.samples for feed in taken)
-            if used < total:
-                return taken, f"{used} of {total} samples fit into the time budget"
-            return taken, ""
+            return taken
 
         return choose
 
@@ -710,6 +711,7 @@ class ParityChecker:
         stored: storage.Stored,
         path: Path,
         feeds: list[Feed],
+        planned: int,
         known: Mapping[int, dict[str, Any]],
         deadline: float,
         notes: list[str],
@@ -732,7 +734,7 @@ class ParityChecker:
         taken: list[Feed] = []
         origins: list[int] = []
         refused: Unevaluable | None = None
-        planned, begun = sum(feed.samples for feed in feeds), time.monotonic()
+        begun = time.monotonic()
         lack = ""
         for position, whole in enumerate(feeds):
             self._tell("parity: float64 truth", position / len(feeds))
@@ -777,9 +779,8 @@ class ParityChecker:
             left_out = len(feeds) - len(taken)
             notes.append(f"{left_out} of {len(feeds)} inputs have no float64 truth: {refused.what}")
         draws = [draws[old] for old in origins] if draws else draws
-        used, feeds = sum(feed.samples for feed in taken), taken
-        if used < planned:
-            notes.append(f"{used} of {planned} samples fit into the {lack or 'time budget'}")
+        feeds = taken
+        notes += _shortfall(taken, planned, lack or "time budget")
         reference = _Reference(
             feeds, truths, {}, {}, {}, evaluator.precision, notes, draws, names, decisions, decided,
             evaluator=evaluator,
@@ -1158,8 +1159,9 @@ class ParityChecker:
         """
         if self._own is None:
             stored = self._original()
-            notes, first = self._first_runs(stored)
+            notes, first, asked = self._first_runs(stored)
             feeds, runs = [feed for feed, _ in first], [outputs for _, outputs in first]
+            notes += _shortfall(feeds, asked, "time budget")
             truths: Outputs = [{n: widen(v) for n, v in outputs.items()} for outputs in runs]
             precision = f"the original's own run in its own precision ({self._too_large})"
             names = tuple(output.name for output in stored.proto.graph.output)

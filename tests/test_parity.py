@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import ml_dtypes
@@ -19,7 +20,7 @@ from onnxnorm import parity
 from onnxnorm.errors import ParityError
 from onnxnorm.parity import ParityChecker, ParityResult, ulp
 from onnxnorm.remark import Region
-from onnxnorm.truth import Evaluator
+from onnxnorm.truth import Evaluator, OutOfTime
 
 EPSILON = float(np.float32(1e-5))  # what the file holds, which float64 tells from 1e-5
 DTYPES = {"float32": np.float32, "float16": np.float16, "float64": np.float64}
@@ -626,7 +627,34 @@ def test_no_time_left_still_gives_one_sample(tmp_path: Path) -> None:
     result = check(original, original, budget_seconds=0.0)
     assert result.passed
     assert len(result.inputs) == 1
-    assert any("fit into the time budget" in note for note in result.notes)
+    (said,) = (note for note in result.notes if "fit into the time budget" in note)
+    assert said.startswith("1 of ")
+
+
+def test_how_many_samples_were_tried_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where an estimate leaves some out and the clock more of them."""
+    original = layers(tmp_path, "a")
+    every = check(original, original)
+    part = parity._ESTIMATE_SLACK * parity._TRUTH_SHARE * 1000 / 2.5
+    cost = SimpleNamespace(peak_bytes=0, seconds=lambda: part)
+    monkeypatch.setattr(parity, "estimate", lambda stored, shapes: cost)
+    run: Callable[..., Any] = Evaluator.run
+    turns: list[int] = []
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        turns.append(1)
+        if len(turns) > 1:
+            raise OutOfTime
+        return run(*arguments, **options)
+
+    monkeypatch.setattr(Evaluator, "run", slow)
+    result = check(original, original, budget_seconds=1000.0)
+    assert result.passed
+    assert 2 <= len(turns) < len(every.inputs)
+    said = [note for note in result.notes if "samples fit into" in note]
+    assert said == [f"{result.samples} of {every.samples} samples fit into the time budget"]
 
 
 # --- interface ---------------------------------------------------------------------------------
