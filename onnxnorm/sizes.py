@@ -194,6 +194,8 @@ class Sizes:
         merged: list[Dim] = []
         for at, dim in enumerate(stated):
             other = derived[at] if derived is not None else None
+            if isinstance(dim, str) and dim.startswith(_FRESH):
+                dim = None  # no name: exporters write it for anything that they do not know
             if isinstance(dim, int):
                 merged.append(dim)
             elif isinstance(other, int):
