@@ -1710,7 +1710,7 @@ def _skip_norm(call: Call) -> list[Value]:
     x, skip, gamma = call.inputs[:3]
     simplified = call.op_type == "SkipSimplifiedLayerNormalization"
     beta, bias = (None, call.input(3)) if simplified else (call.input(3), call.input(4))
-    (epsilon,) = _floats(call, epsilon=1e-12 if not simplified else 1e-5)
+    (epsilon,) = _floats(call, epsilon=1e-12)
     total = x + skip
     total = total if bias is None else total + bias
     mean = np.mean(total, axis=-1, keepdims=True)
@@ -1718,6 +1718,22 @@ def _skip_norm(call: Call) -> list[Value]:
     inverse = 1.0 / np.sqrt(np.mean(centred * centred, axis=-1, keepdims=True) + epsilon)
     y = centred * inverse * gamma
     return [y if beta is None else y + beta, mean, inverse, total]
+
+
+@_implements("EmbedLayerNormalization", domain=CONTRIB)
+def _embed_norm(call: Call) -> list[Value]:
+    ids, words, places = call.inputs[0].astype(np.int64), call.inputs[2], call.inputs[3]
+    segments, kinds, mask, positions = (call.input(i) for i in (1, 4, 7, 8))
+    at = np.arange(ids.shape[1]) if positions is None else positions.astype(np.int64)
+    total = words[ids] + places[at]
+    if segments is not None and kinds is not None:
+        total = total + kinds[segments.astype(np.int64)]
+    (epsilon,) = _floats(call, epsilon=1e-12)
+    centred = total - np.mean(total, axis=-1, keepdims=True)
+    deviation = np.sqrt(np.mean(centred * centred, axis=-1, keepdims=True) + epsilon)
+    used = np.zeros(ids.shape) if mask is None else mask == 1
+    counts = used.sum(axis=-1).astype(np.int32)
+    return [centred / deviation * call.inputs[5] + call.inputs[6], counts, total]
 
 
 @_implements("FusedMatMul", domain=CONTRIB)

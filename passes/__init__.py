@@ -12,6 +12,7 @@ if __name__ != "onnxnorm.passes":  # a second copy would have its own classes
 
 # name -> "module:class", in the order in which the passes run
 PASSES: Final[dict[str, str]] = {
+    "raise-skip-norm": "onnxnorm.passes.raise_skip_norm:RaiseSkipNorm",
     "fold-batchnorm": "onnxnorm.passes.fold_batchnorm:FoldBatchnorm",
     "fold-affine": "onnxnorm.passes.fold_affine:FoldAffine",
     "lower-channel-norm": "onnxnorm.passes.lower_channel_norm:LowerChannelNorm",
