@@ -433,7 +433,8 @@ class Moments(Layouts):
         if not isinstance(made, Form) or node.op in _MEANS:
             return made
         if form.full:
-            return replace(made, terms=times_n(made.terms, 2))
+            one = self.elements(made) == 1  # the sum of one element is its mean
+            return made if one else replace(made, terms=times_n(made.terms, 2))
         if made.statistic != form.statistic or not self._is_reduced(value, given):
             return None  # a sum of means, or of sums
         return made

@@ -673,7 +673,7 @@ class Algebra:
         kind = form.kind
         if form.even:
             reason = "absolute values are averaged, where a variance averages squares"
-            kind = kind if kind == CENTRED or node.op == "ReduceMean" else "l2_norm"
+            kind = "l2_norm" if kind == PLAIN and node.op in ("ReduceL1", "ReduceSum") else kind
             return Miss(kind, form.base, Statistic(axes), reason, node, "rooted")
         known = self.facts.type(form.base)
         if known is not None and known.element and not is_float_type(known.element):

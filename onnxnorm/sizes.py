@@ -28,6 +28,8 @@ from onnxnorm.module import Node
 Entries: TypeAlias = NDArray[np.object_]  # of int, or str for an unknown size
 
 _SMALL: Final = 64  # entries; shapes and lists of pads are not longer
+_SAME: Final = "same"
+_KEPT: Final = "kept"
 _FRESH: Final = "?"  # begins the names of sizes that nobody named
 _UNSURE: Final = "?!"  # and of integers that may be negative, as a -1 in the target of a Reshape
 
@@ -51,9 +53,9 @@ class Sizes:
         self.facts = facts
         self._dims: dict[AnyValue, Dims | None] = {}
         self._entries: dict[AnyValue, Entries] = {}
-        # Of values whose rank is not known: what they have the shape of, or with some axes at 1.
-        self._shaped_as: dict[AnyValue, AnyValue] = {}
-        self._reduced: dict[AnyValue, AnyValue] = {}
+        # Of values whose rank is not known: a value, and whether they have its shape, or the same
+        # with some axes at 1, or without these axes.
+        self._kin: dict[AnyValue, tuple[AnyValue, str | tuple[int, ...]]] = {}
         self._axes: dict[tuple[AnyValue, int], Dim] = {}
         self._computed: dict[tuple[Dim, ...], Dim] = {}
         self._same: dict[str, str] = {}  # a name -> another name of the same size
@@ -76,7 +78,8 @@ class Sizes:
         dims = self.of(value)
         if dims is not None:
             return dims[axis]
-        place = (self._shaped_as.get(value, value), axis)
+        kin, how = self._kin.get(value, (value, _SAME))
+        place = (kin if how == _SAME else value, axis)
         if place not in self._axes:
             self._axes[place] = self._fresh()
         return self._axes[place]
@@ -155,31 +158,33 @@ class Sizes:
                     self._entries[node.outputs[0]] = found
                 deriving = _DIMS.get(node.op)
                 dims = deriving(self, node) if deriving is not None else None
-                if dims is None and deriving in (_same, _elementwise, _reduce):
-                    self._follow(node, reduced=deriving is _reduce)
+                if dims is None and deriving in (_same, _elementwise, _reduce, _unsqueeze):
+                    kin = self._followed(node, deriving)
+                    if kin is not None:
+                        self._kin[node.outputs[0]] = kin
             except (IndexError, ValueError, TypeError, ZeroDivisionError, OverflowError):
                 dims = None  # a graph that shape inference would reject; nothing is known
         self._dims[node.outputs[0]] = self._merged(node.outputs[0], dims)
 
-    def _follow(self, node: Node, *, reduced: bool) -> None:
-        """Elementwise on one tensor of unknown rank, and on reductions of it: it has its shape."""
-        if reduced:
-            if node.attrs.get("keepdims", 1):
-                self._reduced[node.outputs[0]] = self._shaped_as.get(node.inputs[0], node.inputs[0])
-            return
-        shaped: set[AnyValue] = set()
-        broadcast: set[AnyValue] = set()
-        for value in node.inputs:
-            if self.of(value) in ((), (1,)):
-                continue
-            if value in self._reduced:
-                broadcast.add(self._reduced[value])
-            else:
-                shaped.add(self._shaped_as.get(value, value))
-        if len(shaped) == 1 and broadcast <= shaped:
-            self._shaped_as[node.outputs[0]] = next(iter(shaped))
-        elif not shaped and len(broadcast) == 1:
-            self._reduced[node.outputs[0]] = next(iter(broadcast))
+    def _followed(
+        self, node: Node, deriving: _Dims
+    ) -> tuple[AnyValue, str | tuple[int, ...]] | None:
+        """Where the rank is not known: what the result has the shape of, up to reduced axes."""
+        base, how = self._kin.get(node.inputs[0], (node.inputs[0], _SAME))
+        if deriving is _reduce:
+            axes = self.listed(node, 1, "axes")
+            if how != _SAME or not axes:
+                return None
+            return base, _KEPT if node.attrs.get("keepdims", 1) else tuple(sorted(axes))
+        if deriving is _unsqueeze:
+            axes = self.listed(node, 1, "axes")
+            return (base, _KEPT) if axes and how == tuple(sorted(axes)) else None
+        large = [v for v in node.inputs if self.of(v) not in ((), (1,))]
+        kin = {self._kin.get(v, (v, _SAME)) for v in large}
+        hows = {how for _, how in kin}
+        if len({base for base, _ in kin}) != 1 or not (len(hows) == 1 or hows == {_SAME, _KEPT}):
+            return None
+        return next(iter(kin))[0], _SAME if _SAME in hows else hows.pop()
 
     def _merged(self, value: AnyValue, derived: Dims | None) -> Dims | None:
         constant = self.facts.constant(value)

@@ -22,7 +22,7 @@ main (float[{dims}] x, int64[k] asked) => (float y)
 <int64 i = {{2}}, int64[1] a = {{-1}}, int64[2] ij = {{1, 2}}, int64[1] one = {{1}},
  int64[1] three = {{3}}, float half = {{0.5}}, float two = {{2}}, float[2] v = {{4, 9}},
  float e = {{0.5}}, int64[4] back = {{0, 6, 4, -1}}, int64[3] groups = {{0, 2, -1}},
- int64 whole = {{7}}, int64[1] zero = {{0}}, int64[1] minus = {{-1}}>
+ int64 whole = {{7}}, int64[1] at = {{2}}, int64[1] zero = {{0}}, int64[1] minus = {{-1}}>
 {{ {body} }}
 """
 
@@ -148,10 +148,12 @@ def test_an_entry_that_is_not_understood_is_no_size() -> None:
     assert second == 3
 
 
-@pytest.mark.parametrize("of", ["r", "p"])
+@pytest.mark.parametrize("of", ["r", "p", "q"])
 def test_entries_of_a_shape_whose_rank_is_unknown(of: str) -> None:
     body = (
         "r = Reshape (x, asked) m = ReduceMean <axes = [2]> (r) d = Sub (r, m) p = Mul (d, two)"
+        " k = ReduceMean <axes = [2], keepdims = 0> (p) h = Mul (k, half) u = Unsqueeze (h, at)"
+        " q = Sub (p, u)"
         f" s = Shape ({of}) g = Gather (s, i) y = Cast <to = 1> (g)"
     )
     known, facts = statics(body)

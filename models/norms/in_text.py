@@ -266,6 +266,13 @@ def _layer_norms() -> Iterator[_Text]:
     }.items():
         yield _Text(f"count/{name}", _counted(count), _BARE, dims="N,T,D")
     yield _Text(
+        "sum_of_one_element",
+        "r = ReduceSum (x, last) m = Mul (r, one) d = Sub (x, m) p = Mul (d, d)"
+        " q = ReduceSum (p, last) v = Mul (q, one) a = Add (v, e) s = Sqrt (a) y = Div (d, s)",
+        _BARE,
+        shape=(2, 3, 1),
+    )
+    yield _Text(
         "epsilon_cast",
         VARIANCE
         + "ed = Cast <to = 11> (e) ec = Cast <to = 1> (ed) a = Add (v, ec) s = Sqrt (a) "
