@@ -17,6 +17,7 @@ from onnxnorm import facts as facts_module
 from onnxnorm import storage
 from onnxnorm.facts import AnyValue, Constant, Facts, Type
 from onnxnorm.module import Module, Scope
+from onnxnorm.sizes import find_sizes
 
 
 def parse(text: str, head: str = '<ir_version: 10, opset_import: ["" : 20]>') -> onnx.ModelProto:
@@ -528,3 +529,18 @@ def test_inference_sees_constants_behind_identity_in_bodies_and_functions() -> N
     function = next(s.path for s in known.module.scopes if "local.F" in s.path)
     assert known.type(value(known, "u", body)) == Type(TensorProto.FLOAT, ("N", 1, 3))
     assert known.type(value(known, "w", function)) == Type(TensorProto.FLOAT, (1, "N", 3))
+
+
+def test_nodes_come_after_what_they_read_whatever_their_place_in_the_file() -> None:
+    nodes = [
+        onnx.helper.make_node("Add", ["b", "c"], ["y"], name="last"),
+        onnx.helper.make_node("Neg", ["b"], ["c"], name="second"),
+        onnx.helper.make_node("Relu", ["x"], ["b"], name="first"),
+    ]
+    values = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, ["N", 4]) for n in "xy"]
+    graph = onnx.helper.make_graph(nodes, "g", values[:1], values[1:])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)])
+    facts = Facts(Module(storage.from_proto(model)))
+    names = [node.name for node in facts.in_order(facts.module.main)]
+    assert names == ["first", "second", "last"]
+    assert find_sizes(facts).of(facts.module.main.values["y"]) == ("N", 4)

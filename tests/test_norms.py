@@ -48,6 +48,9 @@ MS = "com.microsoft"
         ({"op": "RMSNormalization", "opset": 23, "weights": 1}, "rms_norm", (3,), 1e-5),
         ({"op": "SimplifiedLayerNormalization", "weights": 1}, "rms_norm", (3,), 1e-5),
         ({"op": "SkipLayerNormalization", "domain": MS, "weights": 3}, "layer_norm", (3,), 1e-12),
+        ({"op": "GroupNorm", "domain": MS, "groups": 2}, "group_norm", (1, 2, 3), 1e-5),
+        ({"op": "SkipGroupNorm", "domain": MS, "weights": 3}, "group_norm", (1, 2, 3), 1e-5),
+        ({"op": "BiasSoftmax", "domain": MS, "weights": 1, "axis": 3}, "softmax", (3,), None),
         ({"op": "BatchNormalization", "weights": 4}, "batch_norm", (0, 2, 3), 1e-5),
         (
             {"op": "BatchNormalization", "weights": 4, "epsilon": 1e-3},
