@@ -27,6 +27,12 @@ _LINEAR: Final = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 _LAYOUT: Final = frozenset(
     {"Cast", "Dropout", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
 )
+# What else an affine map can flow through on its way to a linear operator.
+_PASSED: Final = _LAYOUT | {
+    "AveragePool", "Concat", "DepthToSpace", "GlobalAveragePool", "GlobalMaxPool", "LeakyRelu",
+    "MaxPool", "Neg", "PRelu", "Pad", "ReduceMean", "Relu", "Resize", "Slice", "SpaceToDepth",
+    "Split", "Upsample",
+}  # fmt: skip
 _PLACES: Final = frozenset(
     {"Add", "AveragePool", "Concat", "GlobalAveragePool", "MaxPool", "Relu"}
 )  # behind which batch normalizations stand, besides linear operators
@@ -240,7 +246,7 @@ class Channelwise:
                 value = next((v for v in node.inputs if v not in constant), value)
                 if len(constant) != 1:
                     return False
-            elif node.op in _LAYOUT and node.inputs:
+            elif node.op in (_LAYOUT if norm else _PASSED) and node.inputs and not node.domain:
                 value = node.inputs[0]
             else:
                 return False
@@ -258,8 +264,8 @@ class Channelwise:
                     return True
                 if norm_operator(use.node, None) is not None and use.index == 0:
                     return True
-                if use.node.op in _LAYOUT and hops < _HOPS and use.node.outputs:
-                    pending.append((use.node.outputs[0], hops + 1))
+                if use.node.op in _PASSED and hops < _HOPS:
+                    pending += [(v, hops + 1) for v in use.node.outputs if v.name]
         return False
 
 
