@@ -31,6 +31,7 @@ from onnxnorm.flow import Addition, Flow, changed_inputs, dtype_of, rewire, stag
 from onnxnorm.flow_back import flow_back
 from onnxnorm.flow_forth import flow_forth
 from onnxnorm.module import Node, Value
+from onnxnorm.norm_operators import norm_operator
 from onnxnorm.norms import Norm, find_norms
 from onnxnorm.port import rounded
 from onnxnorm.rewrite import Pass, Plan, Refusal, Rewriter
@@ -203,18 +204,28 @@ class Fold:
         nodes = tuple(dict.fromkeys((*flow.nodes, *norm.nodes)))
         into = ends[0].op if ends else ""
         if self.back:
-            if not self._moves_name():
+            if not self.keeps_name:
                 return Plan(norm.node, nodes, self, into=into)
-            readers = [u.node for u in self.facts.uses(norm.output)]
+            # What reads the result reads x: another change of the readers has to wait.
+            readers = tuple(dict.fromkeys(u.node for u in self.facts.uses(norm.output)))
+            results = tuple(v for n in readers for v in n.outputs if v.name)
             nodes = tuple(dict.fromkeys((*nodes, *readers)))
-            return Plan(norm.node, nodes, self, into=into, local=False)
+            return Plan(norm.node, nodes, self, outputs=results, local=bool(results), into=into)
         results = tuple(flow.results)
         return Plan(norm.node, nodes, self, outputs=results, local=bool(results), into=into)
 
-    def _moves_name(self) -> bool:
-        """Whether the result of the row loses its name, for what makes x has several outputs."""
-        maker = self.facts.producer(self.norm.input)
-        return maker is not None and sum(bool(v.name) for v in maker.outputs) > 1
+    @property
+    def keeps_name(self) -> bool:
+        """Whether what makes x goes on making x, and the name of the result goes.
+
+        It has to where several results share a node; and a norm in front is a row of its own.
+        """
+        x, maker = self.norm.input, self.facts.producer(self.norm.input)
+        here = self.kept is not None or any(a.value is x for a in self.flow.additions)
+        if maker is None or here or self.facts.pinned(self.norm.output) is not None:
+            return False
+        several = sum(bool(v.name) for v in maker.outputs) > 1
+        return several or (maker in self.flow.ends and norm_operator(maker, None) is not None)
 
 
 def _apply_back(fold: Fold, rw: Rewriter) -> None:
@@ -237,7 +248,7 @@ def _apply_back(fold: Fold, rw: Rewriter) -> None:
         bias = rw.constant("bias", rounded(own.shift, own.dtype), name=f"{result.name}_bias")
         rw.replace("Add", [x, bias])
         return
-    if sum(bool(v.name) for v in last.outputs) > 1:
+    if fold.keeps_name:
         rewire(rw, inputs)
         rw.redirect(result, x)
         return

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import helper
 
 from tests.networks import Net
 
@@ -47,9 +46,10 @@ class Flows:
     def conv(self, x: str, shape: Shape) -> tuple[str, Shape]:
         c, h, w = shape
         group = int(self.rng.choice([g for g in (1, 2, c) if c % g == 0]))
+        plain = self.net.dtype is np.float64  # the reference evaluates no grouped ConvTranspose
         k, pad = (1, 0) if min(h, w) < 3 else [(1, 0), (3, 1), (3, 0), (2, 0)][self.rng.integers(4)]
         out = group * int(self.rng.integers(1, 3)) if group > 1 else int(self.rng.choice([2, 4, 6]))
-        if self.rng.random() < 0.2:
+        if self.rng.random() < 0.2 and not (plain and group > 1):
             inputs = [x, self.weight(c, out // group if out % group == 0 else 1, 2, 2)]
             made = (out // group if out % group == 0 else 1) * group
             if self.rng.random() < 0.5:
@@ -233,6 +233,3 @@ def network(seed: int, dtype: Any = np.float32, steps: int = 12) -> onnx.ModelPr
     read = {name for node in net.nodes for name in node.input}
     ends = [v for v, _ in flows.values if v not in read and v != "x"]
     return net.model(*dict.fromkeys(ends)) if ends else net.model(net.op("Identity", "x"))
-
-
-__all__ = ["Flows", "helper", "network"]
