@@ -191,7 +191,8 @@ def _resize(t: Transfer, node: Node, v: Vector, way: Way) -> Vector:
 
 
 def _slice(t: Transfer, node: Node, v: Vector, way: Way) -> Vector:
-    if v.size == 1:
+    alone = way.forth or len(t.facts.uses(node.inputs[0])) == 1
+    if v.size == 1 and alone:
         return v
     starts, ends = t.numbers(node, 1, "starts"), t.numbers(node, 2, "ends")
     axes, steps = t.numbers(node, 3, "axes"), t.numbers(node, 4)
@@ -201,7 +202,7 @@ def _slice(t: Transfer, node: Node, v: Vector, way: Way) -> Vector:
     if given is None:
         raise Halt("cuts a part out of axes that are not known")
     for at, axis in enumerate(given):
-        if axis not in varies(v):
+        if axis not in varies(v) and alone:
             continue
         size = t.sizes.dim(node.inputs[0], axis)
         if starts is None or ends is None or not isinstance(size, int):
@@ -209,7 +210,11 @@ def _slice(t: Transfer, node: Node, v: Vector, way: Way) -> Vector:
         if steps is None and len(node.inputs) > 4 and node.inputs[4].name:
             raise Halt("cuts the channels by steps that are not known")
         step = 1 if steps is None else steps[at]
-        v = _picked(v, axis, size, np.arange(size)[starts[at] : ends[at] : step], way)
+        chosen = np.arange(size)[starts[at] : ends[at] : step]
+        v = aligned(v, -axis)
+        if not way.forth and v.shape[axis] == 1:
+            v = np.repeat(v, len(chosen), axis)
+        v = _picked(v, axis, size, chosen, way)
     return v
 
 
@@ -231,21 +236,28 @@ def _picked(
 
 
 def _gather(t: Transfer, node: Node, v: Vector, way: Way) -> Vector:
-    if v.size == 1:
+    # Where others read the data too, only what is picked may change.
+    alone = way.forth or len(t.facts.uses(node.inputs[0])) == 1
+    if v.size == 1 and alone:
         return v
     rank, picked = _rank(t, node.inputs[0]), _rank(t, node.inputs[1])
     axis = int(node.attrs.get("axis", 0)) % rank
     made = rank + picked - 1
     full = aligned(v, rank if way.forth else made)
     along = (axis,) if way.forth else tuple(range(axis, axis + picked))
-    if all(full.shape[a] == 1 for a in along):
+    if alone and all(full.shape[a] == 1 for a in along):
         without = np.squeeze(full, along)
         return np.expand_dims(without, tuple(range(axis, axis + picked)) if way.forth else axis)
     indices = t.facts.constant(node.inputs[1])
     size = t.sizes.dim(node.inputs[0], axis - rank)
-    if indices is None or picked != 1 or not isinstance(size, int):
+    if indices is None or picked > 1 or not isinstance(size, int) or (way.forth and not picked):
         raise Halt("picks single channels")
-    return _picked(full, axis - full.ndim, size, np.asarray(indices.array()) % size, way)
+    if picked == 0:
+        full = np.expand_dims(full, axis)
+    chosen = np.asarray(indices.array()).reshape(-1) % size
+    if not way.forth and full.shape[axis] == 1:
+        full = np.repeat(full, len(chosen), axis)
+    return _picked(full, axis - full.ndim, size, chosen, way)
 
 
 def _split(t: Transfer, node: Node, v: Vector, way: Way) -> Vector:

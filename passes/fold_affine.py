@@ -20,20 +20,28 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Final
 
 import numpy as np
 
-from onnxnorm.affine import Affine, read, slim
+from onnxnorm.affine import LARGEST, Affine, Vector, read, slim
 from onnxnorm.change import copied, stage
 from onnxnorm.facts import AnyValue, Facts
-from onnxnorm.flow import Addition, Flow, changed_inputs, dtype_of, rewire, stage_flow
+from onnxnorm.flow import (
+    Addition,
+    Flow,
+    changed_inputs,
+    dtype_of,
+    fits,
+    rewire,
+    stage_flow,
+)
 from onnxnorm.flow_back import flow_back
 from onnxnorm.flow_forth import flow_forth
 from onnxnorm.module import Node, Value
 from onnxnorm.norm_operators import norm_operator
 from onnxnorm.norms import Norm, find_norms
-from onnxnorm.port import rounded
+from onnxnorm.port import is_real, rounded
 from onnxnorm.rewrite import Pass, Plan, Refusal, Rewriter
 from onnxnorm.sizes import find_sizes
 from onnxnorm.transfer import Stop, Transfer
@@ -56,16 +64,53 @@ class FoldAffine(Pass):
 
     def plan(self, facts: Facts) -> Iterator[Plan | Refusal]:
         """Every constant affine map per channel, but those that fold-batchnorm is for."""
-        rows = [n for n in find_norms(facts) if _is_for(n, facts)]
-        if not rows:
-            return
+        norms = find_norms(facts)
         transfer = Transfer(facts, find_sizes(facts))
-        for norm in rows:
+        for norm in norms:
+            if not _is_for(norm, facts):
+                continue
             affine = read(norm, transfer)
             if isinstance(affine, str):
                 yield Refusal(affine, norm.node.label, node=norm.node)
             else:
                 yield self._decided(norm, affine, transfer)
+        told = {node for norm in norms for node in norm.nodes}
+        for node in facts.module.nodes():
+            if node.domain == "" and node not in told:
+                yield from self._unlisted(node, transfer)
+
+    def _unlisted(self, node: Node, transfer: Transfer) -> Iterator[Plan]:
+        """What is no row of a report and can go all the same: scalars, and biases that are ignored.
+
+        A scalar goes through layout operators only, to where the weight is not shared: what stands
+        farther away is part of activations and of attention, which runtimes fuse as they are.
+        """
+        facts = transfer.facts
+        if node.op in ("Mul", "Div"):
+            found = _scalar(node, facts)
+            if found is None:
+                return
+            value, factor = found
+            norm = Norm("channel_affine", node, (node,), value, node.outputs[0])
+            fold = self._back(norm, Affine.of(factor), transfer)
+            if not isinstance(fold, Fold) or fold.cost:
+                return
+            near = all(n in fold.flow.ends or n.op in _LAYOUT for n in fold.flow.between)
+            if near and copied(fold.flow.changes, facts)[0] <= 0:
+                yield fold.plan()
+        elif node.op in ("Add", "Conv", "ConvTranspose"):
+            bias = _bias(node, transfer)
+            if bias is None:
+                return
+            flow = flow_forth(node.outputs[0], Affine.of(1.0, bias), transfer)
+            if isinstance(flow, Stop) or flow.changes or flow.retunes or flow.additions:
+                return
+            nodes = (node, *flow.nodes)
+            results = tuple(flow.results)
+            ended = next(iter(flow.results))
+            maker = facts.producer(ended)
+            into = "" if maker is None else maker.op
+            yield Plan(node, nodes, Ignored(node), outputs=results, into=into)
 
     def _decided(self, norm: Norm, affine: Affine, transfer: Transfer) -> Plan | Refusal:
         """The way that leaves the fewest additions, of those that save something."""
@@ -99,8 +144,12 @@ class FoldAffine(Pass):
         facts = transfer.facts
         maker = facts.producer(norm.input)
         assert maker is not None, "something makes what flows back"
-        if facts.pinned(norm.output) is not None and sum(bool(v.name) for v in maker.outputs) > 1:
-            reason = f"'{maker.label}' has several outputs, and '{norm.output.name}' is pinned"
+        others = [u.node for u in facts.uses(norm.input) if u.node not in norm.nodes]
+        several = sum(bool(v.name) for v in maker.outputs) > 1
+        if (pinned := facts.pinned(norm.output)) is not None and (others or several):
+            reads = f"'{others[0].label}' reads '{norm.input.name}' too" if others else ""
+            told = reads or f"'{maker.label}' has several outputs"
+            reason = f"{told}, and '{norm.output.name}' is {pinned}"
             return Refusal(reason, maker.label, node=norm.node)
         rest = None if whole is None else whole.shift
         return self._fold(norm, flow, True, rest, transfer)
@@ -145,11 +194,20 @@ class FoldAffine(Pass):
 
     def apply(self, plan: Plan, rw: Rewriter) -> None:
         """Change the constants; what fed the map computes its result, or what read it reads x."""
-        fold: Fold = plan.detail
-        if fold.back:
+        fold: Fold | Ignored = plan.detail
+        if isinstance(fold, Ignored):
+            _apply_ignored(fold.node, rw)
+        elif fold.back:
             _apply_back(fold, rw)
         else:
             _apply_forth(fold, rw)
+
+
+@dataclass(frozen=True, eq=False)
+class Ignored:
+    """A node that adds a constant which nothing behind it sees."""
+
+    node: Node
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,7 +260,7 @@ class Fold:
         flow, norm = self.flow, self.norm
         ends = list(flow.ends) or list(flow.between)
         nodes = tuple(dict.fromkeys((*flow.nodes, *norm.nodes)))
-        into = ends[0].op if ends else ""
+        into = next((n.op for n in ends if n.op not in ("Add", "Sub")), ends[0].op if ends else "")
         if self.back:
             if not self.keeps_name:
                 return Plan(norm.node, nodes, self, into=into)
@@ -218,14 +276,17 @@ class Fold:
     def keeps_name(self) -> bool:
         """Whether what makes x goes on making x, and the name of the result goes.
 
-        It has to where several results share a node; and a norm in front is a row of its own.
+        It has to where several results share a node, and where others read x that do not see the
+        difference; and a norm in front is a row of its own.
         """
         x, maker = self.norm.input, self.facts.producer(self.norm.input)
         here = self.kept is not None or any(a.value is x for a in self.flow.additions)
         if maker is None or here or self.facts.pinned(self.norm.output) is not None:
             return False
         several = sum(bool(v.name) for v in maker.outputs) > 1
-        return several or (maker in self.flow.ends and norm_operator(maker, None) is not None)
+        others = any(u.node not in self.norm.nodes for u in self.facts.uses(x))
+        named = maker in self.flow.ends and norm_operator(maker, None) is not None
+        return several or others or named
 
 
 def _apply_back(fold: Fold, rw: Rewriter) -> None:
@@ -254,8 +315,6 @@ def _apply_back(fold: Fold, rw: Rewriter) -> None:
         return
     rewire(rw, {key: v for key, v in inputs.items() if key[0] is not last})
     rw.replace_like(last, changed_inputs(last, inputs))
-    if len({u.node for u in facts.uses(x)} - set(norm.nodes)) > 0:
-        rw.redirect(x, result)  # others that do not see the difference
 
 
 def _apply_forth(fold: Fold, rw: Rewriter) -> None:
@@ -277,6 +336,71 @@ def _added(addition: Addition, rw: Rewriter, name: str) -> dict[tuple[Node, int]
     bias = rw.constant("bias", array, behind=value, name=f"{name or value.name}_bias")
     shifted = rw.add("Add", [value, bias], "shifted", behind=value)
     return {(u.node, u.index): shifted for u in rw.facts.uses(value)}
+
+
+def _apply_ignored(node: Node, rw: Rewriter) -> None:
+    if node.op != "Add":
+        rw.replace_like(node, node.inputs[:2])
+        return
+    index = 0 if rw.facts.constant(node.inputs[0]) is None else 1
+    rw.redirect(node.outputs[0], node.inputs[index])
+
+
+# Where channels only move, and where a scalar may pass on its way to a weight.
+_LAYOUT: Final = frozenset(
+    {
+        "Flatten", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose",
+        "Unsqueeze",
+    }
+)  # fmt: skip
+
+
+def _scalar(node: Node, facts: Facts) -> tuple[AnyValue, float] | None:
+    """What a node multiplies by one number, and the number; None where it does something else."""
+    if len(node.inputs) != 2 or node.scope.opsets[""] < 7:
+        return None
+    for index, value in enumerate(node.inputs):
+        constant = facts.constant(value)
+        if constant is None or (node.op == "Div" and index == 0):
+            continue
+        other = node.inputs[1 - index]
+        if math.prod(constant.shape) != 1 or not is_real(constant.dtype):
+            return None
+        rank, known = facts.type(other), len(constant.shape)
+        if rank is None or rank.shape is None or len(rank.shape) < known:
+            return None  # the constant may add axes
+        number = float(constant.float64().reshape(-1)[0])
+        if facts.constant(other) is not None or not np.isfinite(number) or number == 0.0:
+            return None
+        return other, 1.0 / number if node.op == "Div" else number
+    return None
+
+
+def _bias(node: Node, transfer: Transfer) -> Vector | None:
+    """The constant that a node adds, as an array that broadcasts against its result."""
+    facts = transfer.facts
+    if node.op == "Add":
+        known = [facts.constant(v) for v in node.inputs]
+        constants = [c for c in known if c is not None]
+        value = next((v for v, c in zip(node.inputs, known, strict=True) if c is None), None)
+        if len(constants) != 1 or value is None or node.scope.opsets[""] < 7:
+            return None
+        if facts.pinned(node.outputs[0]) is not None:
+            return None
+        (constant,) = constants
+        rank = transfer.rank(value)
+        if math.prod(constant.shape) > LARGEST or rank is None or rank < len(constant.shape):
+            return None
+        if not is_real(constant.dtype):
+            return None
+        shift = slim(constant.float64())
+        return shift if fits(value, Affine.of(1.0, shift), transfer) else None
+    given = node.inputs[2] if len(node.inputs) > 2 and node.inputs[2].name else None
+    bias = None if given is None else facts.constant(given)
+    rank = transfer.rank(node.outputs[0])
+    if bias is None or rank is None or rank < 3 or not is_real(bias.dtype):
+        return None
+    return bias.float64().reshape(-1, *(1,) * (rank - 2))
 
 
 def _is_for(norm: Norm, facts: Facts) -> bool:
