@@ -220,11 +220,20 @@ class Flows:
         self.values.append(chosen(x, shape))
 
 
-def network(seed: int, dtype: Any = np.float32, steps: int = 12) -> onnx.ModelProto:
-    """A random network; every value that nobody reads is an output."""
+def network(
+    seed: int, dtype: Any = np.float32, steps: int = 12, *, tokens: bool = False
+) -> onnx.ModelProto:
+    """A random network; every value that nobody reads is an output.
+
+    Args:
+        seed: Of all that is drawn.
+        dtype: The type of all values.
+        steps: Number of operators, or small groups of them.
+        tokens: Start with tokens, and not with an image or tokens.
+    """
     net = Net(opset=17, dtype=dtype, seed=seed)
     flows = Flows(net, np.random.default_rng(seed))
-    image = bool(flows.rng.random() < 0.75)
+    image = bool(flows.rng.random() < 0.75) and not tokens
     shape: Shape = (4, 7, 6) if image else (5, 4)
     x = net.input("x", ["batch", *shape])
     flows.values.append((x, shape))
