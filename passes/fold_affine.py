@@ -18,12 +18,14 @@ operators in the ONNX operator specification.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Final
 
 import numpy as np
+import onnx
 
+from onnxnorm import storage
 from onnxnorm.affine import LARGEST, Affine, Vector, read, slim
 from onnxnorm.change import copied, stage
 from onnxnorm.facts import AnyValue, Facts
@@ -54,9 +56,11 @@ class FoldAffine(Pass):
     Attributes:
         max_copy_mb: A weight that others read too is copied; refuse copies larger than this, all
             those of one map together.
+        max_growth: By what share of its size a model may grow by such copies; a megabyte it may.
     """
 
     max_copy_mb: int = 256
+    max_growth: float = 0.25
 
     name: ClassVar = "fold-affine"
     summary: ClassVar = "scales and shifts per channel into the linear operators beside them"
@@ -66,18 +70,39 @@ class FoldAffine(Pass):
         """Every constant affine map per channel, but those that fold-batchnorm is for."""
         norms = find_norms(facts)
         transfer = Transfer(facts, find_sizes(facts))
+        room = self._room(facts)
         for norm in norms:
-            if not _is_for(norm, facts):
+            if norm.kind not in ("batch_norm", "channel_affine") or not norm.recognised:
+                continue
+            behind = _behind_convolution(norm, facts)
+            if behind and len(facts.uses(norm.input)) == 1 and facts.pinned(norm.input) is None:
                 continue
             affine = read(norm, transfer)
             if isinstance(affine, str):
-                yield Refusal(affine, norm.node.label, node=norm.node)
+                decided: Plan | Refusal = Refusal(affine, norm.node.label, node=norm.node)
             else:
-                yield self._decided(norm, affine, transfer)
-        told = {node for norm in norms for node in norm.nodes}
+                decided = self._decided(norm, affine, transfer)
+            if isinstance(decided, Plan):
+                size, largest = copied(decided.detail.flow.changes, facts)
+                if size > 0 and size > room and largest is not None:
+                    told = f"copies take {size / 1e6:.0f} MB, and the model may not grow by so much"
+                    advice = "Raise fold-affine{max_growth=...}."
+                    decided = Refusal(told, largest.node.label, advice, norm.node)
+                else:
+                    room -= size
+            if isinstance(decided, Plan) or not behind:
+                yield decided
+        listed = {node for norm in norms for node in norm.nodes}
         for node in facts.module.nodes():
-            if node.domain == "" and node not in told:
+            if node.domain == "" and node not in listed:
                 yield from self._unlisted(node, transfer)
+
+    def _room(self, facts: Facts) -> float:
+        """By how many bytes the model may still grow, after what it has grown in this run."""
+        before = facts.module.stored.proto.graph.initializer
+        now = (w.proto for w in facts.module.main.weights)
+        grown = _bytes(t for t in now if isinstance(t, onnx.TensorProto)) - _bytes(before)
+        return max(1e6, self.max_growth * storage.total_bytes(facts.module.stored)) - grown
 
     def _unlisted(self, node: Node, transfer: Transfer) -> Iterator[Plan]:
         """What is no row of a report and can go all the same: scalars, and biases that are ignored.
@@ -403,11 +428,12 @@ def _bias(node: Node, transfer: Transfer) -> Vector | None:
     return bias.float64().reshape(-1, *(1,) * (rank - 2))
 
 
-def _is_for(norm: Norm, facts: Facts) -> bool:
-    if norm.kind not in ("batch_norm", "channel_affine") or not norm.recognised:
-        return False
-    if not norm.operator:
-        return True
+def _bytes(tensors: Iterable[onnx.TensorProto]) -> int:
+    return sum(storage.payload_size(t) for t in tensors if t.data_type != t.STRING)
+
+
+def _behind_convolution(norm: Norm, facts: Facts) -> bool:
+    """Whether fold-batchnorm has a say: it tells its own reasons where it refuses."""
     made = facts.producer(norm.input)
-    # Behind a convolution it is fold-batchnorm's, with its reasons where it refuses.
-    return made is None or made.op not in ("Conv", "ConvTranspose") or made.domain != ""
+    convolution = made is not None and made.op in ("Conv", "ConvTranspose") and made.domain == ""
+    return norm.operator and convolution

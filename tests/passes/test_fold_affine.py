@@ -396,6 +396,34 @@ def test_refuses_a_copy_that_is_too_large() -> None:
     assert run(BASE, FoldAffine(max_copy_mb=0)).applied
 
 
+def test_refuses_copies_by_which_a_model_grows_too_much() -> None:
+    """Of two weights of 2 MB that are shared, each behind a map, there is room for one copy."""
+    rng = np.random.default_rng(0)
+    nodes, weights = [], []
+    for name in "ab":
+        weights.append(
+            numpy_helper.from_array(rng.normal(size=(700, 700)).astype(np.float32), f"w{name}")
+        )
+        weights.append(
+            numpy_helper.from_array(
+                np.full(700, 2, np.float32) + rng.integers(2, size=700).astype(np.float32),
+                f"s{name}",
+            )
+        )
+        nodes.append(helper.make_node("MatMul", ["x", f"w{name}"], [f"c{name}"]))
+        nodes.append(helper.make_node("Mul", [f"c{name}", f"s{name}"], [f"y{name}"]))
+        nodes.append(helper.make_node("MatMul", ["x", f"w{name}"], [f"z{name}"]))
+    ends = [f"{kind}{name}" for kind in "yz" for name in "ab"]
+    outputs = [helper.make_tensor_value_info(n, 1, ["N", 700]) for n in ends]
+    x = helper.make_tensor_value_info("x", 1, ["N", 700])
+    made = helper.make_graph(nodes, "g", [x], outputs, weights)
+    model = helper.make_model(made, ir_version=9, opset_imports=[helper.make_opsetid("", 17)])
+    done = run(model, FoldAffine(max_growth=0.6))
+    assert [r.site for r in done.applied] == ["fold-affine:ya"]
+    assert any("the model may not grow by so much" in r.reason for r in done.remarks)
+    assert len(run(model, FoldAffine(max_growth=1.5)).applied) == 2
+
+
 def test_refuses_what_stands_outside_of_a_body() -> None:
     before = """
     <ir_version: 8, opset_import: ["" : 17]>
