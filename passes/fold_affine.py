@@ -125,7 +125,7 @@ class FoldAffine(Pass):
                 yield fold.plan()
         elif node.op in ("Add", "Conv", "ConvTranspose"):
             bias = _bias(node, transfer)
-            if bias is None:
+            if bias is None or not bias.any():
                 return
             flow = flow_forth(node.outputs[0], Affine.of(1.0, bias), transfer)
             if isinstance(flow, Stop) or flow.changes or flow.retunes or flow.additions:
