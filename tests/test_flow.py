@@ -375,6 +375,31 @@ def test_on_the_way_forth(name: str) -> None:
     assert left(source) == after
 
 
+def test_a_dense_block_keeps_its_norms_and_says_why() -> None:
+    """DenseNet: what a norm reads is read again later, and a ReLU follows it."""
+    block = (
+        f"a = Conv (x, w)\n e = {BN.format('a')}\n r = Relu (e)\n c = Conv (r, w)\n"
+        "d = Concat <axis = 1> (a, c)\n y = Relu (d)"
+    )
+    done = assert_refuses(graph(block, "N,4,4,6"), RULE)
+    assert not done.remarks  # a norm behind a convolution is for fold-batchnorm to tell of
+    pooled = block.replace("a = Conv (x, w)", "a = MaxPool <kernel_shape = [1,1]> (x)")
+    done = assert_refuses(graph(pooled, "N,4,4,6"), RULE, "'a' is also read by node 'd' (Concat)")
+    (remark,) = done.remarks
+    assert "Relu 'r' passes only factors that are positive" in remark.reason
+    assert remark.at == "d"
+
+
+def test_a_residual_network_with_its_norms_in_front_keeps_them() -> None:
+    """ResNet-v2: the stream goes on past the norm."""
+    block = (
+        f"a = Conv (x, w)\n i = Identity (a)\n e = {BN.format('i')}\n r = Relu (e)\n"
+        "c = Conv (r, w)\n y = Add (a, c)"
+    )
+    done = assert_refuses(graph(block), RULE, "'a' is also read by node 'y' (Add)")
+    assert "Relu 'r' passes only factors" in done.remarks[0].reason
+
+
 def test_a_shift_that_every_instance_norm_ignores_goes() -> None:
     source = graph("r = Sigmoid (x)\n k = Add (r, t)\n y = InstanceNormalization (k, g, h)")
     done = run(source, *RULES)
