@@ -60,6 +60,7 @@ CONSTANTS = {
     "z4": "float[4] z4 = {2.0, -4.0, 1.0, 0.5}",
     "p": "float[1,1,1] p = {-4.0}",
     "w8": "float[8,2,1,1] w8 = {" + ", ".join(str(float(n % 5 - 2)) for n in range(16)) + "}",
+    "zero": "float[2,1,1] zero = {0.0, 4.0}",
     "slope": "float[2,1,1] slope = {0.25, 0.5}",
 }
 BN = "BatchNormalization <epsilon: float = 0.0> ({}, g, h, m, q)"
@@ -436,6 +437,57 @@ def test_one_factor_goes_into_epsilon() -> None:
 
 def _reasons(source: str) -> str:
     return "; ".join(r.reason for r in run(source, RULE).remarks)
+
+
+@pytest.mark.parametrize(
+    ("square", "root"),
+    [
+        ("Pow (k, two)", "d = Sqrt (z)\n y = Div (k, d)"),
+        ("Mul (k, k)", "d = Sqrt (z)\n f = Reciprocal (d)\n y = Mul (k, f)"),
+    ],
+)
+def test_a_norm_that_is_written_out_takes_one_factor_into_its_epsilon(
+    square: str, root: str
+) -> None:
+    body = f"r = Sigmoid (x)\n k = Mul (r, even)\n e = {square}\n"
+    body += f"i = ReduceMean <axes = [1]> (e)\n z = Add (i, one)\n {root}"
+    source = graph(body).replace(
+        "<float", "<float[2,1,1] even = {2.0, 2.0}, float two = {2.0}, float", 1
+    )
+    assert left(source).count("Mul") == body.count("Mul") - 1
+    constants = run(source, RULE).stored.complete().graph.initializer
+    assert 0.25 in [float(onnx.numpy_helper.to_array(t)) for t in constants if not t.dims]
+
+
+# What a map does not pass on its way forth, behind `a`, which has a scale and a shift.
+NOT_PASSED_FORTH = [
+    ("c = Add (a, x)\n y = Conv (c, w)", "adds 'x', which is not scaled"),
+    ("c = Mul (a, x)\n y = Conv (c, w)", "Mul 'c' multiplies what is shifted"),
+    ("c = Mul (a, a)\n y = Conv (c, w)", "Mul 'c' multiplies what is shifted"),
+    ("c = Div (x, a)\n y = Conv (c, w)", "divides by what is shifted"),
+    ("c = Div (a, x)\n y = Conv (c, w)", "Div 'c' divides what is shifted"),
+    ("c = Pow (a, half)\n y = Conv (c, w)", "Pow 'c' takes a power of it"),
+    ("c = Sqrt (a)\n y = Conv (c, w)", "Sqrt 'c' takes a root of it"),
+    ("c = Reciprocal (a)\n y = Conv (c, w)", "Reciprocal 'c' divides by it"),
+    ("c = Max (a, x)\n y = Conv (c, w)", "Max 'c' compares it with other values"),
+    ("z = Greater (x, half)\n c = Where (z, a, x)\n y = Conv (c, w)", "mixes it with other"),
+    ("c = Concat <axis = 2> (a, x)\n y = Conv (c, w)", "are mapped in different ways"),
+    ("c = PRelu (x, a)\n y = Conv (c, w)", "PRelu 'c' reads it as a parameter"),
+    ("c = Transpose (a)\n y = MatMul (c, c)", "multiplies two values with different factors"),
+    ("c = ArgMax <axis = 1> (a)\n y = Cast <to = 1> (c)", "compares channels that are mapped"),
+    ("y = LayerNormalization <axis = -1> (a, six)", "keeps the sign of its factor"),
+    ("z = Neg (w)\n y = Conv (a, z)", "has a weight that is computed"),
+    ("z = Sigmoid (a)\n y = Conv (a, w)", "Sigmoid 'z' reads it, and it is not linear"),
+]
+
+
+@pytest.mark.parametrize(("body", "reason"), NOT_PASSED_FORTH)
+def test_not_passed_on_the_way_forth(body: str, reason: str) -> None:
+    # A factor of zero, so that the shift cannot stay behind by itself.
+    start = "r = Conv (x, w)\n j = Sigmoid (r)\n k = Mul (r, zero)\n a = Add (k, t)\n"
+    source = graph(f"{start} {body}", "A,B,C,D")
+    six = "<float[6] six = {1.0, 2.0, 3.0, 4.0, 5.0, 6.0}, float"
+    assert reason in _reasons(source.replace("<float", six, 1))
 
 
 # What a norm does not ignore.
