@@ -27,6 +27,13 @@ _LINEAR: Final = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 _LAYOUT: Final = frozenset(
     {"Cast", "Dropout", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
 )
+# What else an affine map can flow through on its way to a linear operator.
+_PASSED: Final = _LAYOUT | {
+    "Abs", "AveragePool", "DepthToSpace", "Gather", "GlobalAveragePool", "GlobalMaxPool",
+    "LeakyRelu", "MaxPool", "Neg", "PRelu", "Pad", "ReduceMax", "ReduceMean", "Relu", "Resize",
+    "Slice", "SpaceToDepth", "Split", "Upsample",
+}  # fmt: skip
+_JOINS: Final = frozenset({"Add", "Concat", "Max", "Min", "Mul", "Sub", "Sum", "Where"})
 _PLACES: Final = frozenset(
     {"Add", "AveragePool", "Concat", "GlobalAveragePool", "MaxPool", "Relu"}
 )  # behind which batch normalizations stand, besides linear operators
@@ -226,24 +233,30 @@ class Channelwise:
         return None
 
     def _follows(self, value: AnyValue, *, norm: bool = False) -> bool:
-        """Whether a linear operator or a norm computes a value, up to layout."""
-        for _ in range(_HOPS):
-            node = self._facts.producer(value)
-            if node is None:
-                return False
+        """Whether a linear operator or a norm computes a value, up to what a map flows through.
+
+        With `norm`, whether a norm does, up to layout.
+        """
+        pending = [(value, 0)]
+        while pending:
+            at, hops = pending.pop()
+            node = self._facts.producer(at)
+            if node is None or hops == _HOPS:
+                continue
             if node in self._claimed or norm_operator(node, None) is not None:
                 return True
-            if node.op in _LINEAR and not node.domain:
-                return not norm
-            if node.op == "Add" and not norm and not node.domain:  # the bias of a MatMul
-                constant = [v for v in node.inputs if self._facts.constant(v) is not None]
-                value = next((v for v in node.inputs if v not in constant), value)
-                if len(constant) != 1:
-                    return False
-            elif node.op in _LAYOUT and node.inputs:
-                value = node.inputs[0]
-            else:
-                return False
+            if node.domain:
+                continue
+            if node.op in _LINEAR:
+                if not norm:
+                    return True
+            elif node.op in (_LAYOUT if norm else _PASSED):
+                pending += [(v, hops + 1) for v in node.inputs[:1]]
+            elif node.op in _JOINS and not norm:
+                dynamic = [v for v in node.inputs if self._facts.constant(v) is None]
+                # With a constant it is an affine map itself, but for the bias of a MatMul.
+                if len(dynamic) == len(node.inputs) or node.op in ("Add", "Concat", "Max", "Min"):
+                    pending += [(v, hops + 1) for v in dynamic]
         return False
 
     def _feeds(self, value: AnyValue) -> bool:
@@ -258,8 +271,8 @@ class Channelwise:
                     return True
                 if norm_operator(use.node, None) is not None and use.index == 0:
                     return True
-                if use.node.op in _LAYOUT and hops < _HOPS and use.node.outputs:
-                    pending.append((use.node.outputs[0], hops + 1))
+                if use.node.op in _PASSED | _JOINS and hops < _HOPS:
+                    pending += [(v, hops + 1) for v in use.node.outputs if v.name]
         return False
 
 

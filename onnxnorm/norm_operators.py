@@ -9,10 +9,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxnorm.facts import Facts
 from onnxnorm.module import Node
 from onnxnorm.ops import bodies
+from onnxnorm.port import is_real
 
 Axes: TypeAlias = "tuple[int, ...] | None"
+
+DEFAULT_EPSILON: Final = 1e-5  # BatchNormalization's schema default
+PARAMETERS: Final = ("gamma", "beta", "mean", "variance")  # its inputs behind the first
 
 
 @dataclass(frozen=True)
@@ -100,6 +108,40 @@ def training_reason(node: Node) -> str | None:
     else:
         training, said = node.attrs.get("is_test", 0) == 0, "is_test is not set"
     return f"{said}: its statistics come from the batch" if training else None
+
+
+def batch_norm_affine(
+    node: Node, facts: Facts
+) -> tuple[NDArray[np.float64], NDArray[np.float64]] | str:
+    """(s, t), vectors in float64, with BatchNormalization(x) = s * x + t; a clause where not known.
+
+        s = gamma / sqrt(variance + epsilon)        t = beta - mean * s
+
+    They need not be finite: that is for the caller to see. Source: the definition of
+    BatchNormalization in the ONNX operator specification.
+    """
+    if reason := training_reason(node):
+        return reason
+    if name := node.parameter("epsilon", "spatial"):
+        return f"{name} is a parameter of the function"
+    if node.scope.opsets[""] < 9 and node.attrs.get("spatial", 1) == 0:
+        return "spatial is 0: it has statistics for every position"
+    found: list[NDArray[np.float64]] = []
+    for name, value in zip(PARAMETERS, node.inputs[1:], strict=False):
+        constant = facts.constant(value)
+        if constant is None:
+            return f"{name} '{value.name}' is not constant: {facts.why_not_constant(value)}"
+        if not is_real(constant.dtype):
+            return f"{name} is of type {constant.dtype}"
+        found.append(constant.float64())
+    shapes = {a.shape for a in found}
+    if len(found) != len(PARAMETERS) or len(shapes) != 1 or found[0].ndim != 1:
+        return "its parameters are not four vectors of one size"
+    gamma, beta, mean, variance = found
+    epsilon = float(node.attrs.get("epsilon", DEFAULT_EPSILON))
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        scale = gamma / np.sqrt(variance + epsilon)
+        return scale, beta - mean * scale
 
 
 def _from_axis(default: int) -> Callable[[Node, int | None], Axes]:

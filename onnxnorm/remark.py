@@ -18,11 +18,13 @@ class Region:
         site: The site's id.
         inputs: Names of the run-time values it reads; they exist before and after.
         outputs: Names of the values it computes; they exist before and after.
+        inside: Names of the values in between, which go or hold something else then.
     """
 
     site: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    inside: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

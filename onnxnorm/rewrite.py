@@ -505,7 +505,8 @@ class Rewriter:
                 if not skip and self.facts.constant(value) is None:
                     outside[value.name] = None
         names = dict.fromkeys(v.name for v in outputs if v.name)
-        return Region(self._site, tuple(outside), tuple(names))
+        between = dict.fromkeys(v.name for v in inside if v.name and v.name not in names)
+        return Region(self._site, tuple(outside), tuple(names), tuple(sorted(between)))
 
     def _seen_outside(self, value: AnyValue) -> list[Value]:
         """A value of the main graph; what the outermost node around it computes otherwise."""

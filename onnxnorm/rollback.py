@@ -7,7 +7,7 @@ again from the input with that site denied.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -123,9 +123,35 @@ def _bisect(
 
 
 def _regions(run: Run) -> tuple[Region, ...]:
-    """What was changed, part by part; nothing where a part cannot be told apart."""
-    regions = [r.region for r in run.applied]
-    return () if None in regions else tuple(r for r in regions if r is not None)
+    """What was changed, part by part; nothing where a part cannot be told apart.
+
+    Where one site changes what another one starts or ends with, both are one part: its ends are
+    those that hold the same in the original and in the result.
+    """
+    regions: list[Region] = []
+    for remark in run.applied:
+        if remark.region is None:
+            return ()
+        joined = [remark.region, *(r for r in regions if _overlap(r, remark.region))]
+        regions = [r for r in regions if r not in joined]
+        regions.append(_joined(joined) if len(joined) > 1 else remark.region)
+    made = {name for node in run.stored.proto.graph.node for name in node.output}
+    told = all(r.outputs and made.issuperset(r.outputs) for r in regions)
+    return tuple(regions) if told else ()
+
+
+def _overlap(one: Region, other: Region) -> bool:
+    pairs = ((one, other), (other, one))
+    return any({*a.inputs, *a.outputs} & {*b.inside} for a, b in pairs)
+
+
+def _joined(regions: Sequence[Region]) -> Region:
+    inside = {name for region in regions for name in region.inside}
+    inputs, outputs = (
+        tuple(dict.fromkeys(n for r in regions for n in getattr(r, side) if n not in inside))
+        for side in ("inputs", "outputs")
+    )
+    return Region(regions[0].site, inputs, outputs, tuple(sorted(inside)))
 
 
 def _worst(result: ParityResult) -> tuple[str, float | None]:

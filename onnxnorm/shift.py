@@ -103,10 +103,10 @@ def sinks(value: AnyValue, layout: Layout, transfer: Transfer) -> Sinks | str:
                 if node is not sink.node:
                     between[node] = None
                 continue
-            keys = _keys(node, use.index, here, transfer)
-            if keys is not None:
-                between.update(dict.fromkeys(keys))
-                unseen.update(dict.fromkeys(n.outputs[0] for n in keys if n.op in _UNSEEN))
+            blind = keys(node, use.index, here, transfer)
+            if blind is not None:
+                between.update(dict.fromkeys(blind))
+                unseen.update(dict.fromkeys(n.outputs[0] for n in blind if n.op in UNSEEN))
                 continue
             by = _scalar(node, use.index, facts)
             if by is not None:
@@ -149,10 +149,10 @@ def _scalar(node: Node, index: int, facts: Facts) -> float | None:
 
 
 _SOFTMAX = frozenset({"Softmax", "LogSoftmax"})
-_UNSEEN = _SOFTMAX | {"Attention"}
+UNSEEN = _SOFTMAX | {"Attention"}
 
 
-def _keys(node: Node, index: int, layout: Layout, transfer: Transfer) -> list[Node] | None:
+def keys(node: Node, index: int, layout: Layout, transfer: Transfer) -> list[Node] | None:
     """The nodes from a linear layer without a bias to the softmax that does not see its shift.
 
     The layer makes keys, one in each row: K + 1 t^T. The shift is the same along the axis of the
@@ -185,7 +185,7 @@ def _keys(node: Node, index: int, layout: Layout, transfer: Transfer) -> list[No
                 return None
             nodes[reader] = None
             frontier += following
-    return list(nodes) if any(n.op in _UNSEEN for n in nodes) else None
+    return list(nodes) if any(n.op in UNSEEN for n in nodes) else None
 
 
 _FAR = 40  # nodes; attention is shorter

@@ -15,16 +15,15 @@ from dataclasses import dataclass
 from typing import ClassVar, Final
 
 import numpy as np
-from numpy.typing import NDArray
 
+from onnxnorm.change import absorbed, copied, stage
+from onnxnorm.facts import AnyValue
 from onnxnorm.matcher import Match
-from onnxnorm.norm_operators import training_reason
+from onnxnorm.norm_operators import PARAMETERS, batch_norm_affine, training_reason
 from onnxnorm.pattern import const, maybe, op, var
-from onnxnorm.port import Port, is_real
+from onnxnorm.port import slots
 from onnxnorm.rewrite import Refusal, RewritePass, Rewriter
 
-DEFAULT_EPSILON: Final = 1e-5  # BatchNormalization's schema default
-_PARAMETERS: Final = ("gamma", "beta", "mean", "variance")
 _EVAL_MODE: Final = "Export the model in evaluation mode (model.eval() in PyTorch)."
 
 
@@ -44,65 +43,56 @@ class FoldBatchnorm(RewritePass):
     pattern: ClassVar = op(
         "BatchNormalization",
         op(("Conv", "ConvTranspose"), var("x"), const("weight"), maybe(const("bias")), name="conv"),
-        *(const(n) for n in _PARAMETERS),
+        *(const(n) for n in PARAMETERS),
         name="batchnorm",
     )
 
     def check(self, m: Match) -> Refusal | None:
         """Every way in which folding could change the outputs."""
-        if refusal := _refuse_training(m):
-            return refusal
-        port = Port.of(m.node("conv"), m.facts)
-        if isinstance(port, str):
-            return Refusal(port, at="conv")
-        for name in _PARAMETERS:
-            if not is_real(m.constant(name).dtype):
-                return Refusal(f"{name} is of type {m.constant(name).dtype}", at="batchnorm")
+        node, conv = m.node("batchnorm"), m.node("conv")
+        if reason := training_reason(node):
+            return Refusal(reason, at="batchnorm", advice=_EVAL_MODE)
+        found = slots(conv, m.facts)
+        if isinstance(found, str):
+            return Refusal(found, at="conv")
+        features = found[0].features()
+        for name in PARAMETERS:
             shape = m.constant(name).shape
-            if shape != (port.features,):
-                reason = f"{name} has shape {list(shape)} for {port.features} output channels"
+            if shape != (features,):
+                reason = f"{name} has shape {list(shape)} for {features} output channels"
                 return Refusal(reason, at="batchnorm", advice="Check the model with onnx.checker.")
-        if port.shares_weight and port.weight.nbytes > self.max_copy_mb * 1_000_000:
-            size = f"{port.weight.nbytes / 1e6:.0f} MB"
-            reason = f"weight '{port.weight.name}' has other readers and a copy takes {size}"
-            return Refusal(reason, at="conv", advice="Raise fold-batchnorm{max_copy_mb=...}.")
-        scale, shift = _affine(m)
+        affine = batch_norm_affine(node, m.facts)
+        if isinstance(affine, str):
+            return Refusal(affine, at="batchnorm")
+        scale, shift = affine
         if not np.isfinite(scale).all():
             return Refusal("gamma / sqrt(variance + epsilon) is not finite", at="batchnorm")
         if not np.isfinite(shift).all():
             return Refusal(
                 "beta - mean * gamma / sqrt(variance + epsilon) is not finite", at="batchnorm"
             )
-        if not np.isfinite(port.shifted(scale, shift).astype(np.float64)).all():
-            return Refusal(f"the folded bias is not finite in {port.weight.dtype}", at="conv")
-        if misfit := port.misfit(scale):
-            return Refusal(f"the folded weight {misfit}", at="conv")
+        changes = absorbed(conv, found, scale, shift)
+        if isinstance(changes, str):
+            return Refusal(f"'{conv.label}' {changes}", at="conv")
+        size, largest = copied(changes[0], m.facts)
+        if size > self.max_copy_mb * 1_000_000 and largest is not None:
+            assert largest.constant is not None, "only those are copied"
+            told = f"'{largest.constant.name}' has other readers and a copy takes"
+            advice = "Raise fold-batchnorm{max_copy_mb=...}."
+            return Refusal(f"weight {told} {size / 1e6:.0f} MB", at="conv", advice=advice)
+        for change in changes[0]:
+            if misfit := change.misfit():
+                return Refusal(misfit, at="conv")
         return None
 
     def rewrite(self, m: Match, rw: Rewriter) -> None:
         """Scale the weight, move the shift into the bias."""
-        port = Port.of(m.node("conv"), m.facts)
-        assert isinstance(port, Port)
-        scale, shift = _affine(m)
-        weight = rw.constant("weight", port.scaled(scale))
-        bias = rw.constant("bias", port.shifted(scale, shift))
-        rw.replace_like(port.node, port.inputs(weight, bias))
-
-
-def _affine(m: Match) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """(s, t) with BN(y) = s * y + t, one of each per channel."""
-    epsilon = m.attr("batchnorm", "epsilon", DEFAULT_EPSILON)
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):  # check() sees the outcome
-        scale = m.float64("gamma") / np.sqrt(m.float64("variance") + epsilon)
-        return scale, m.float64("beta") - m.float64("mean") * scale
-
-
-def _refuse_training(m: Match) -> Refusal | None:
-    node = m.node("batchnorm")
-    if reason := training_reason(node):
-        return Refusal(reason, at="batchnorm", advice=_EVAL_MODE)
-    if name := node.parameter("epsilon", "spatial"):
-        return Refusal(f"{name} is a parameter of the function", at="batchnorm")
-    if node.scope.opsets[""] < 9 and m.attr("batchnorm", "spatial", 1) == 0:
-        return Refusal("spatial is 0: it has statistics for every position", at="batchnorm")
-    return None
+        conv, root = m.node("conv"), m.node("batchnorm")
+        found, affine = slots(conv, m.facts), batch_norm_affine(root, m.facts)
+        assert not isinstance(found, str), "check() saw them"
+        assert not isinstance(affine, str), "check() saw it"
+        changes = absorbed(conv, found, *affine)
+        assert not isinstance(changes, str), "check() saw them"
+        inputs = stage(changes[0], rw, {conv: root.outputs[0].name})
+        given: list[AnyValue | None] = [*conv.inputs, None][:3]
+        rw.replace_like(conv, [inputs.get((conv, i), v) for i, v in enumerate(given)])

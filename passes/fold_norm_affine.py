@@ -13,18 +13,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
-from onnxnorm.consumers import Consumers, consumers
-from onnxnorm.facts import AnyValue, Facts
-from onnxnorm.given import GivenNorm, given_norms, per_feature
-from onnxnorm.layout import Layout
+from onnxnorm.affine import Affine
+from onnxnorm.change import copied
+from onnxnorm.facts import Facts
+from onnxnorm.flow import Flow, stage_flow
+from onnxnorm.flow_forth import flow_forth
+from onnxnorm.given import GivenNorm, given_norms
 from onnxnorm.rewrite import Pass, Plan, Refusal, Rewriter
-from onnxnorm.shift import Sinks, sinks
-from onnxnorm.stream import Streams, find_streams
-from onnxnorm.stream_edit import Edits
+from onnxnorm.sizes import find_sizes
+from onnxnorm.transfer import Stop, Transfer
 
 
 @dataclass(frozen=True)
@@ -46,86 +47,49 @@ class FoldNormAffine(Pass):
         norms = [n for n in given_norms(facts) if _has_affine(n)]
         if not norms:
             return
-        streams = find_streams(facts)
+        transfer = Transfer(facts, find_sizes(facts))
         for norm in norms:
-            found = self._found(norm, streams)
+            found = self._found(norm, transfer)
             if isinstance(found, Refusal):
                 yield found
                 continue
-            readers, places = found.readers, found.sinks
-            nodes = dict.fromkeys(norm.nodes)
-            nodes.update((c.inlet.node, None) for c in readers.places)
-            nodes.update((s.node, None) for s in places.places)
-            results = [s.node.outputs[0] for s in places.places] + list(places.unseen)
-            covered = {c.inlet.node for c in readers.places if places.places}
-            results += [
-                c.inlet.node.outputs[0] for c in readers.places if c.inlet.node not in covered
-            ]
-            yield Plan(
-                norm.node,
-                tuple(nodes),
-                found,
-                inside=(*readers.between, *places.between),
-                outputs=tuple(dict.fromkeys(results)),
-                local=not places.unseen,
-            )
+            nodes = dict.fromkeys((*norm.nodes, *found.nodes))
+            results = tuple(found.results)
+            yield Plan(norm.node, tuple(nodes), (norm, found), outputs=results, local=bool(results))
 
-    def _found(self, norm: GivenNorm, streams: Streams) -> Found | Refusal:
-        at, facts = norm.node.label, streams.facts
+    def _found(self, norm: GivenNorm, transfer: Transfer) -> Flow | Refusal:
+        at, facts = norm.node.label, transfer.facts
         if not norm.recognised:
             return Refusal(norm.reason, at, node=norm.node)
-        layout = streams.layout_of(norm)
-        if layout is None:
-            return Refusal("the size of the normalized axes is not known", at, node=norm.node)
-        readers = consumers(norm.output, layout, streams.transfer)
-        if isinstance(readers, str):
-            return Refusal(readers, at, node=norm.node)
-        if not readers.places:
+        if norm.node.op in ("Add", "Sub"):
+            return Refusal("its scale and its bias are written out", at, node=norm.node)
+        if not facts.uses(norm.output):
             return Refusal("nothing reads it", at, node=norm.node)
-        places = Sinks()
-        if norm.beta is not None and norm.beta.any():
-            told = sinks(norm.output, layout, streams.transfer)
-            if isinstance(told, str):
-                return Refusal(f"beta has no place: {told}", at, node=norm.node)
-            places = told
-        own: dict[AnyValue, int] = {}
-        for reader in readers.places:
-            source = reader.inlet.weight.source
-            own[source] = own.get(source, 0) + 1
-        for reader in readers.places:
-            weight = reader.inlet.weight
-            size = weight.nbytes / 1e6
-            if facts.readers(weight) > own[weight.source] and size > self.max_copy_mb:
-                reason = f"weight '{weight.name}' has other readers and a copy takes {size:.0f} MB"
-                return Refusal(reason, at, "Raise fold-norm-affine{max_copy_mb=...}.", norm.node)
-            scaled = reader.inlet.scaled(reader.factors(per_feature(norm.gamma, layout.features)))
-            if not np.isfinite(scaled.astype(np.float64)).all():
-                reason = f"'{weight.name}' times gamma is not finite in {weight.dtype}"
-                return Refusal(reason, at, node=norm.node)
-        return Found(norm, layout, readers, places)
+        gamma = np.ones(()) if norm.gamma is None else norm.gamma
+        beta = np.zeros(()) if norm.beta is None else norm.beta
+        found = flow_forth(norm.output, Affine.of(gamma, beta), transfer)
+        if isinstance(found, Stop):
+            return found.refusal(norm.node)
+        if found.additions:
+            place = found.additions[0].value.name
+            reason = f"beta has no place: nothing that is added to '{place}' takes it"
+            return Refusal(reason, at, node=norm.node)
+        for change in found.changes:
+            if misfit := change.misfit():
+                return Refusal(misfit, change.node.label, node=norm.node)
+        size, largest = copied(found.changes, facts)
+        if size > self.max_copy_mb * 1_000_000 and largest is not None:
+            assert largest.constant is not None, "only those are copied"
+            told = f"weight '{largest.constant.name}' has other readers and a copy takes"
+            advice = "Raise fold-norm-affine{max_copy_mb=...}."
+            return Refusal(f"{told} {size / 1e6:.0f} MB", at, advice, norm.node)
+        return found
 
     def apply(self, plan: Plan, rw: Rewriter) -> None:
         """Scale the weights, move beta into the biases, leave the norm with ones."""
-        found: Found = plan.detail
-        norm, features = found.norm, found.layout.features
-        gamma = per_feature(norm.gamma, features)
-        dtype = found.readers.places[0].inlet.weight.dtype
-        edits = Edits()
-        if norm.beta is not None:
-            beta = per_feature(norm.beta, features)
-            for sink in found.sinks.places:
-                edits.shift(sink.node, sink.index, sink.bias, sink.shift(beta), dtype)
-        edits.stage(rw)
-        made: dict[tuple[AnyValue, Layout], AnyValue] = {}
-        for reader in found.readers.places:
-            inlet = reader.inlet
-            key = (inlet.weight.source, reader.layout)
-            if key not in made or inlet.node.scope.is_function:
-                name = f"{inlet.weight.name}_scaled"
-                array = inlet.scaled(reader.factors(gamma))
-                made[key] = rw.constant("scaled", array, at=inlet.node, name=name)
-            rw.rewire(inlet.node, 1, made[key])
-        ones = rw.constant("scale", np.ones(norm.gamma.shape, dtype))  # type: ignore[union-attr]
+        norm, flow = plan.detail
+        stage_flow(flow, rw)
+        ones = rw.constant("scale", np.ones(norm.gamma.shape, norm_dtype(norm, rw.facts)))
         root = norm.node
         if root.op == "Mul":
             index = next(i for i, v in enumerate(root.inputs) if rw.facts.constant(v) is not None)
@@ -136,14 +100,11 @@ class FoldNormAffine(Pass):
             )
 
 
-@dataclass(frozen=True)
-class Found:
-    """What one site needs."""
-
-    norm: GivenNorm
-    layout: Layout
-    readers: Consumers
-    sinks: Sinks
+def norm_dtype(norm: GivenNorm, facts: Facts) -> np.dtype[Any]:
+    """The type of the scale of a norm."""
+    given = (facts.constant(v) for v in norm.node.inputs[1:] if v.name)
+    known = [c.dtype for c in (*given, facts.constant(norm.node.inputs[0])) if c is not None]
+    return known[0]
 
 
 def _has_affine(norm: GivenNorm) -> bool:

@@ -14,11 +14,12 @@ import pytest
 from onnx import parser
 
 import onnxnorm
+from onnxnorm.change import absorbed, stage
 from onnxnorm.errors import ModelError, OutputError, ParityError, UsageError
 from onnxnorm.matcher import Match
 from onnxnorm.passes.fold_batchnorm import FoldBatchnorm
 from onnxnorm.pattern import const, maybe, op, var
-from onnxnorm.port import Port
+from onnxnorm.port import slots
 from onnxnorm.report import Report
 from onnxnorm.rewrite import Pass, Refusal, RewritePass, Rewriter
 from onnxnorm.session import open_session
@@ -303,12 +304,13 @@ class FoldWrongly(RewritePass):
         shift = m.float64("beta") - m.float64("mean") * scale
         if wrong:
             scale, shift = scale * self.sign * self.factor, shift * self.factor
-        port = Port.of(m.node("conv"), m.facts)
-        assert isinstance(port, Port)
-        weight = rw.constant("weight", port.scaled(scale))
-        rw.replace_like(
-            port.node, port.inputs(weight, rw.constant("bias", port.shifted(scale, shift)))
-        )
+        conv = m.node("conv")
+        found = slots(conv, m.facts)
+        assert not isinstance(found, str)
+        changes = absorbed(conv, found, scale, shift)
+        assert not isinstance(changes, str)
+        made = stage(changes[0], rw, {})
+        rw.replace_like(conv, [conv.inputs[0], made[conv, 1], made[conv, 2]])
 
 
 def rolled_back(report: Report) -> dict[str, dict[str, Any]]:

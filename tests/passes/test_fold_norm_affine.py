@@ -29,12 +29,12 @@ main (float[N,2] x) => (float[N,2] y)
 AFTER = """
 <ir_version: 8, opset_import: ["" : 17]>
 main (float[N,2] x) => (float[N,2] y)
-<float[2] c_shifted = {2.0, 3.0}, float[2] n_scale = {1.0, 1.0},
- float[2,2] v_scaled = {2.0, 0.0, 8.0, 16.0}>
+<float[2] y_bias = {2.0, 3.0}, float[2] n_scale = {1.0, 1.0},
+ float[2,2] p_weight = {2.0, 0.0, 8.0, 16.0}>
 {
    n = LayerNormalization <axis: int = -1, epsilon: float = 0.5> (x, n_scale)
-   p = MatMul (n, v_scaled)
-   y = Add (p, c_shifted)
+   p = MatMul (n, p_weight)
+   y = Add (p, y_bias)
 }
 """
 

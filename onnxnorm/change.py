@@ -1,0 +1,215 @@
+"""What becomes of the constants of a site: c -> scale * c + shift, formed in float64, rounded once.
+
+Every check on a changed constant is here: that its type can hold the result, and how much a copy
+of one that others read too takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Final, TypeAlias
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxnorm.facts import AnyValue, Constant, Facts
+from onnxnorm.module import Node
+from onnxnorm.port import Slot, rounded, row_blocks
+from onnxnorm.rewrite import Rewriter
+from onnxnorm.storage import Array
+
+Vector = NDArray[np.float64]
+Inputs: TypeAlias = "dict[tuple[Node, int], AnyValue]"
+
+_finfo: Final[Callable[[Any], Any]] = ml_dtypes.finfo  # it has no types of its own
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """One constant c that becomes scale * c + shift.
+
+    Attributes:
+        node: The node that reads it.
+        index: Which input it is.
+        constant: The constant; None where the input is empty, as a missing bias is.
+        dtype: The type of the result.
+        scale: In a shape that broadcasts against the constant.
+        shift: The same; None for 0.
+        bias: Whether it is added, and not multiplied with another input.
+    """
+
+    node: Node
+    index: int
+    constant: Constant | None
+    dtype: np.dtype[Any]
+    scale: Vector
+    shift: Vector | None = None
+    bias: bool = False
+
+    def array(self) -> Array:
+        """The new constant, larger than the old one where the map varies and that does not."""
+        if self.constant is None:
+            assert self.shift is not None, "an empty input is filled with a shift"
+            return rounded(self.shift, self.dtype)
+        old = self.constant.array()
+        out = np.empty(self._shape(old), self.dtype)
+        for rows, result in self._results(old):
+            out[rows] = rounded(result, self.dtype)
+        return out
+
+    def misfit(self) -> str | None:
+        """What the type cannot hold of the result, as a clause; None where it holds it.
+
+        Every entry must be finite. The largest of a weight must be zero or a normal number: where
+        all are smaller they lose digits.
+        """
+        role = "bias" if self.bias or self.constant is None else "weight"
+        old = np.zeros((), self.dtype) if self.constant is None else self.constant.array()
+        largest = 0.0
+        for _, result in self._results(old):
+            if not np.isfinite(rounded(result, self.dtype).astype(np.float64)).all():
+                return f"the folded {role} is not finite in {self.dtype}"
+            largest = max(largest, float(np.abs(result).max(initial=0.0)))
+        if role == "weight" and 0.0 < largest < float(_finfo(self.dtype).smallest_normal):
+            return f"the folded weight is too small for {self.dtype}, {largest:.1e} at most"
+        return None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the new constant."""
+        old = () if self.constant is None else self.constant.shape
+        shift = () if self.shift is None else self.shift.shape
+        shape = np.broadcast_shapes(old, self.scale.shape, shift)
+        return int(np.prod(shape)) * np.dtype(self.dtype).itemsize
+
+    def _shape(self, old: Array) -> tuple[int, ...]:
+        shift = () if self.shift is None else self.shift.shape
+        return np.broadcast_shapes(old.shape, self.scale.shape, shift)
+
+    def _results(self, old: Array) -> Iterator[tuple[Any, Vector]]:
+        """Runs of rows whose float64 copies are small, and what they become."""
+        shape = self._shape(old)
+        if shape != old.shape or not shape:
+            yield ..., self._moved(old.astype(np.float64), self.scale, self.shift)
+            return
+        scale = self.scale.reshape((1,) * (old.ndim - self.scale.ndim) + self.scale.shape)
+        shift = self.shift
+        if shift is not None:
+            shift = shift.reshape((1,) * (old.ndim - shift.ndim) + shift.shape)
+        for rows in row_blocks(old):
+            factors = scale if scale.shape[0] == 1 else scale[rows]
+            added = shift if shift is None or shift.shape[0] == 1 else shift[rows]
+            yield rows, self._moved(old[rows].astype(np.float64), factors, added)
+
+    @staticmethod
+    def _moved(array: Vector, scale: Vector, shift: Vector | None) -> Vector:
+        with np.errstate(over="ignore", invalid="ignore"):  # misfit() looks at every result
+            moved: Vector = array * scale
+            return moved if shift is None else moved + shift
+
+    @property
+    def key(self) -> tuple[object, ...] | None:
+        """What makes two changes give the same constant; None where there was none before."""
+        if self.constant is None:
+            return None
+        shift = None if self.shift is None else (self.shift.tobytes(), self.shift.shape)
+        scale = (self.scale.tobytes(), self.scale.shape)
+        return (self.constant.source, self.node.scope, str(self.dtype), scale, shift)
+
+
+_BIASED: Final = {"Conv": 1, "ConvTranspose": 1, "Gemm": 11}  # the opset from which it may lack one
+
+
+def absorbed(
+    node: Node, found: tuple[Slot, ...], scale: Vector, shift: Vector | None
+) -> tuple[list[Change], bool] | str:
+    """What becomes of a linear operator f so that it computes scale * f(x) + shift.
+
+    Args:
+        node: The operator.
+        found: Its constants, as `port.slots` gives them.
+        scale: One factor for each feature.
+        shift: One addend for each feature; None for none.
+
+    Returns:
+        The changes, and whether the shift has a place among them; a MatMul has none. Otherwise a
+        clause that says why not.
+    """
+    first, width = found[0], scale.size
+    changes = [Change(node, first.index, first.constant, first.constant.dtype, first.spread(scale))]
+    biases = [slot for slot in found if slot.bias]
+    if not biases and len(node.inputs) > 2 and node.inputs[2].name:
+        return f"adds '{node.inputs[2].name}', which is computed"
+    for slot in biases:
+        name, shape = slot.constant.name, slot.constant.shape
+        alike = slot.features() == 1 and int(np.prod(shape)) == 1
+        if slot.features() != width and not alike:
+            return f"takes '{name}' of shape {list(shape)}, which is not one per feature"
+        if shift is not None and slot.gain == 0.0:
+            return "takes its bias times 0"
+        added = None if shift is None else slot.spread(shift) / slot.gain
+        factors, dtype = slot.spread(scale), slot.constant.dtype
+        changes.append(Change(node, slot.index, slot.constant, dtype, factors, added, bias=True))
+    placed = shift is None or bool(biases)
+    if shift is not None and not placed and node.op in _BIASED:
+        if node.scope.opsets[""] < _BIASED[node.op]:
+            return "has no bias"
+        gain = float(node.attrs.get("beta", 1.0)) if node.op == "Gemm" else 1.0
+        if gain == 0.0:
+            return "takes its bias times 0"
+        added = shift / gain
+        if node.op == "Gemm":  # along its own axis; a convolution has a vector
+            added = added.reshape(-1, *(1,) * (-first.output_axis - 1))
+        dtype = first.constant.dtype
+        changes.append(Change(node, 2, None, dtype, np.ones(()), added, bias=True))
+        placed = True
+    return [c for c in changes if c.shift is not None or bool((c.scale != 1.0).any())], placed
+
+
+def copied(changes: Iterable[Change], facts: Facts) -> tuple[int, Change | None]:
+    """By how many bytes a model grows, and a change of the largest constant that does it.
+
+    It grows where others read a constant too, and where a constant varies then and did not before.
+    """
+    read: dict[AnyValue, list[Change]] = {}
+    for change in changes:
+        if change.constant is not None:
+            read.setdefault(change.constant.source, []).append(change)
+    total, most = 0, 0
+    largest: Change | None = None
+    for found in read.values():
+        constant = found[0].constant
+        assert constant is not None, "only those are in the table"
+        kinds = {c.key: c for c in found}
+        stays = facts.readers(constant) > len({(c.node, c.index) for c in found})
+        size = sum(c.nbytes for c in kinds.values()) - (0 if stays else constant.nbytes)
+        total += size
+        if size > most:
+            most, largest = size, found[0]
+    return total, largest
+
+
+def stage(changes: Iterable[Change], rw: Rewriter, names: dict[Node, str]) -> Inputs:
+    """Stage the new constants; what each changed input reads from now on.
+
+    Args:
+        changes: The changes.
+        rw: Where to.
+        names: What the constants of a node are named after, where not after its result.
+    """
+    made: dict[tuple[object, ...], AnyValue] = {}
+    inputs: Inputs = {}
+    for change in changes:
+        key = None if change.node.scope.is_function else change.key
+        if key is None or key not in made:
+            role = "bias" if change.bias or change.constant is None else "weight"
+            name = f"{names.get(change.node, change.node.outputs[0].name)}_{role}"
+            value = rw.constant(role, change.array(), at=change.node, name=name)
+            if key is None:
+                inputs[change.node, change.index] = value
+                continue
+            made[key] = value
+        inputs[change.node, change.index] = made[key]
+    return inputs
