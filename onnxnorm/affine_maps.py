@@ -1,0 +1,132 @@
+"""Nodes that compute an affine map of the features with constants.
+
+y = s * x + t        s and t one number for each feature, or one for all
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxnorm.facts import AnyValue, Constant, Facts
+from onnxnorm.layout import Layout
+from onnxnorm.module import Node
+from onnxnorm.port import is_real
+from onnxnorm.transfer import Transfer
+
+Vector = NDArray[np.float64]
+
+_EPSILON: Final = float(np.float32(1e-5))  # BatchNormalization's schema default, a float
+
+
+@dataclass(frozen=True, eq=False)
+class Map:
+    """One node that computes y = scale * x + shift with constants.
+
+    Attributes:
+        node: The node.
+        source: x.
+        result: y.
+        layout: Where the features are in both.
+        scale: One factor for each feature; None for 1.
+        shift: One addend for each feature; None for 0.
+    """
+
+    node: Node
+    source: AnyValue
+    result: AnyValue
+    layout: Layout
+    scale: Vector | None
+    shift: Vector | None
+
+
+def read_map(node: Node, layout: Layout, transfer: Transfer) -> Map | str | None:
+    """A node as an affine map of the features; None where it is none.
+
+    A BatchNormalization, a Mul or Div by constants, an Add or Sub of constants: one number for each
+    feature, or one for all. A clause where it is one whose numbers cannot be used.
+    """
+    if node.domain != "" or not node.outputs or not node.outputs[0].name or not layout.whole:
+        return None
+    result, facts = node.outputs[0], transfer.facts
+    if node.op == "BatchNormalization":
+        rank = transfer.rank(node.inputs[0])
+        if rank is None or not layout.only_axis(1 - rank):
+            return None
+        read = _statistics(node, facts)
+        if isinstance(read, str) or read is None:
+            return read
+        scale, shift = read
+        if scale.size != layout.features:
+            return "has parameters for another number of features"
+        return Map(node, node.inputs[0], result, layout, scale, _some(shift))
+    if node.op not in ("Mul", "Div", "Add", "Sub") or len(node.inputs) != 2:
+        return None
+    if node.scope.opsets[""] < 7:
+        return None
+    for of, by in ((0, 1),) if node.op in ("Div", "Sub") else ((0, 1), (1, 0)):
+        constant = facts.constant(node.inputs[by])
+        if constant is None or not is_real(constant.dtype):
+            continue
+        if not transfer.covers(node.inputs[of], layout):
+            continue
+        numbers = _numbers(constant, layout)
+        if numbers is None:
+            continue
+        if node.op == "Div":
+            with np.errstate(divide="ignore", invalid="ignore"):
+                numbers = 1.0 / numbers
+        if not np.isfinite(numbers).all():
+            return f"has numbers in '{constant.name}' that are not finite"
+        scales = node.op in ("Mul", "Div")
+        shift = -numbers if node.op == "Sub" else numbers
+        given = (numbers, None) if scales else (None, shift)
+        return Map(node, node.inputs[of], result, layout, *given)
+    return None
+
+
+def _some(vector: Vector) -> Vector | None:
+    return vector if vector.any() else None
+
+
+def _numbers(constant: Constant, layout: Layout) -> Vector | None:
+    """A constant as one number for each feature; None where it varies along other axes too."""
+    size = int(np.prod(constant.shape))
+    if size == 1:
+        return np.full(layout.features, float(constant.float64().reshape(-1)[0]))
+    if not layout.covers(constant.shape) or size != layout.features:
+        return None
+    order = sorted(range(len(layout.parts)), key=lambda i: layout.parts[i].axis)
+    kept = constant.float64().reshape([layout.parts[i].size for i in order])
+    return np.asarray(kept.transpose(np.argsort(order)).reshape(-1))
+
+
+def _statistics(node: Node, facts: Facts) -> tuple[Vector, Vector] | str | None:
+    """(s, t) of a BatchNormalization with fixed statistics."""
+    if node.parameter("epsilon", "spatial", "training_mode") or len(node.inputs) < 5:
+        return None
+    opset = node.scope.opsets[""]
+    if opset < 7 or (opset < 9 and node.attrs.get("spatial", 1) == 0):
+        return None
+    if node.attrs.get("training_mode", 0):
+        return "takes its statistics from the batch: training_mode is set"
+    if any(v.name for v in node.outputs[1:]):
+        return "computes running statistics"
+    found = []
+    for value in node.inputs[1:5]:
+        constant = facts.constant(value)
+        if constant is None or not is_real(constant.dtype):
+            return f"has a parameter '{value.name}' that is not constant"
+        found.append(constant.float64())
+    if len({a.shape for a in found}) != 1 or found[0].ndim != 1:
+        return None
+    gamma, beta, mean, variance = found
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        scale = gamma / np.sqrt(variance + float(node.attrs.get("epsilon", _EPSILON)))
+        shift = beta - mean * scale
+    if not (np.isfinite(scale).all() and np.isfinite(shift).all()):
+        return "has statistics that give no finite scale and shift"
+    return scale, shift

@@ -1,0 +1,152 @@
+"""Networks whose residual streams carry affine norms: post-norm transformers and residual CNNs."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import onnx
+
+from tests.networks import Net
+
+Style: TypeAlias = Literal["operator", "between transposes", "written out", "scale"]
+
+
+def channel_norm(
+    net: Net,
+    x: str,
+    size: int,
+    *,
+    style: Style = "between transposes",
+    signed: bool = True,
+    low: float = 0.5,
+    tokens: bool = True,
+) -> str:
+    """A norm with fixed statistics over the last axis, or over axis 1 of a feature map.
+
+    Args:
+        net: The net.
+        x: What it normalizes.
+        size: Number of channels.
+        style: How it is written.
+        signed: Some scales are below 0.
+        low: The least absolute scale; the largest is twice that.
+        tokens: The channels are the last axis, and not axis 1 of (N, C, H, W).
+    """
+    gamma = low * (1.0 + net.random.random(size))
+    if signed:
+        gamma *= net.random.choice([-1.0, 1.0], size)
+    beta = net.random.normal(size=size)
+    if style in ("operator", "between transposes"):
+        # gamma / sqrt(variance + epsilon) is gamma up to a factor of 2^0.5
+        statistics = (net.random.normal(size=size), 0.8 + 0.4 * net.random.random(size))
+        given = [net.keep(a, "statistic") for a in (gamma, beta, *statistics)]
+        if not tokens or style == "operator":
+            return net.op("BatchNormalization", x, *given)
+        moved = net.op("BatchNormalization", net.op("Transpose", x, perm=[0, 2, 1]), *given)
+        return net.op("Transpose", moved, perm=[0, 2, 1])
+    shape = (size,) if tokens else (1, size, 1, 1)
+    y = net.op("Mul", x, net.keep(gamma.reshape(shape), "gamma"))
+    return y if style == "scale" else net.op("Add", y, net.keep(beta.reshape(shape), "beta"))
+
+
+def post_norm_transformer(  # the options of a family of models, all in one place
+    *,
+    layers: int = 2,
+    size: int = 8,
+    style: Style = "between transposes",
+    stem: Literal["linear", "gelu", "embedding"] = "linear",
+    bias: bool = True,
+    signed: bool = True,
+    low: float = 0.5,
+    hidden: bool = False,
+    whole: bool = False,
+    dtype: Any = np.float32,
+    seed: int = 0,
+) -> onnx.ModelProto:
+    """A post-norm transformer: x' = norm(x + f(x)), as Unified Normalization has it.
+
+    Args:
+        layers: Number of blocks.
+        size: Width.
+        style: How its norms are written.
+        stem: What writes the stream first.
+        bias: Whether the last linear layer of a branch has one.
+        signed: Some scales are below 0.
+        low: The least absolute scale.
+        hidden: The stream after the first block is a graph output.
+        whole: The stream itself is the output, and no head reads it.
+        dtype: The type.
+        seed: Of the weights.
+    """
+    net = Net(dtype=dtype, seed=seed)
+    if stem == "embedding":
+        ids = net.input("ids", ["batch", 5], onnx.TensorProto.INT64)
+        table = net.keep(net.random.normal(size=(11, size)), "table")
+        x = net.op("Gather", table, ids)
+        x = net.op("Add", x, net.keep(net.random.normal(size=(1, 5, size)), "position"))
+    else:
+        x = net.linear(net.input("x", ["batch", 5, 6]), 6, size)
+        if stem == "gelu":
+            x = net.op("Mul", x, net.op("Sigmoid", x))
+    outputs = []
+    for layer in range(layers):
+        branch = net.attention(x, size)
+        x = channel_norm(net, net.op("Add", x, branch), size, style=style, signed=signed, low=low)
+        inner = net.op("Relu", net.linear(x, size, 2 * size))
+        branch = net.linear(inner, 2 * size, size, bias=bias)
+        x = channel_norm(net, net.op("Add", branch, x), size, style=style, signed=signed, low=low)
+        if hidden and layer == 0:
+            outputs.append(x)
+    return net.model(*outputs, x if whole else net.linear(x, size, 3))
+
+
+def post_norm_resnet(
+    *,
+    blocks: int = 2,
+    size: int = 6,
+    relu: bool = True,
+    style: Style = "operator",
+    signed: bool = False,
+    low: float = 0.5,
+    pool: bool = False,
+    bottleneck: bool = False,
+    dtype: Any = np.float32,
+    seed: int = 0,
+) -> onnx.ModelProto:
+    """A residual CNN with the norm behind the addition: x' = relu(norm(x + f(x))).
+
+    Args:
+        blocks: Number of blocks.
+        size: Channels.
+        relu: Whether a Relu follows each norm.
+        style: How its norms are written.
+        signed: Some scales are below 0.
+        low: The least absolute scale.
+        pool: A max pooling stands in the middle.
+        bottleneck: The branch is a depthwise convolution between two others.
+        dtype: The type.
+        seed: Of the weights.
+    """
+    net = Net(dtype=dtype, seed=seed)
+    same = [1, 1, 1, 1]
+
+    def conv(x: str, before: int, after: int, kernel: int = 3, group: int = 1) -> str:
+        weight = net.matrix(after, before // group, kernel, kernel)
+        pads = same if kernel == 3 else [0] * 4
+        return net.op("Conv", x, weight, net.vector(after, 0.2), pads=pads, group=group)
+
+    x = conv(net.input("x", ["batch", 3, 8, 8]), 3, size)
+    for block in range(blocks):
+        if bottleneck:
+            f = conv(conv(x, size, size, group=size), size, size, kernel=1)
+        else:
+            f = conv(net.op("Relu", conv(x, size, size)), size, size)
+        x = net.op("Add", x, f)
+        x = channel_norm(net, x, size, style=style, signed=signed, low=low, tokens=False)
+        if relu:
+            x = net.op("Relu", x)
+        if pool and block == 0:
+            x = net.op("MaxPool", x, kernel_shape=[2, 2], strides=[2, 2])
+    x = net.op("Flatten", net.op("GlobalAveragePool", x))
+    return net.model(net.op("Gemm", x, net.matrix(size, 4), net.vector(4)))
