@@ -14,6 +14,7 @@ if __name__ != "onnxnorm.passes":  # a second copy would have its own classes
 PASSES: Final[dict[str, str]] = {
     "fold-batchnorm": "onnxnorm.passes.fold_batchnorm:FoldBatchnorm",
     "fold-affine": "onnxnorm.passes.fold_affine:FoldAffine",
+    "prune-dead-channels": "onnxnorm.passes.prune_dead_channels:PruneDeadChannels",
     "stream-fold-affine": "onnxnorm.passes.stream_fold_affine:StreamFoldAffine",
     "lower-channel-norm": "onnxnorm.passes.lower_channel_norm:LowerChannelNorm",
     "stream-fold-mean": "onnxnorm.passes.stream_fold_mean:StreamFoldMean",
@@ -30,6 +31,7 @@ PASSES: Final[dict[str, str]] = {
 DEFAULT: Final[tuple[str, ...]] = (
     "fold-batchnorm",
     "fold-affine",
+    "prune-dead-channels",
     "stream-fold-affine",
     "lower-channel-norm",
     "stream-fold-mean",
