@@ -42,6 +42,11 @@ class Map:
     scale: Vector | None
     shift: Vector | None
 
+    @property
+    def uniform(self) -> bool:
+        """Whether it has one scale for all features."""
+        return self.scale is None or bool((self.scale == self.scale[0]).all())
+
 
 def read_map(node: Node, layout: Layout, transfer: Transfer) -> Map | str | None:
     """A node as an affine map of the features; None where it is none.

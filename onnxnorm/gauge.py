@@ -62,6 +62,9 @@ class Gauge:
         self._positive: dict[int, Node] = {}
         for value, stop in region.fixed.items():
             self._fixed.setdefault(self._class[value], stop)
+        left = {step: stop for step in region.maps if (stop := self._left(step)) is not None}
+        for step, stop in left.items():
+            self._fixed.setdefault(self._class[step.result], stop)
         for value, node in region.positive.items():
             self._positive.setdefault(self._class[value], node)
         ones = np.ones(region.features)
@@ -69,7 +72,7 @@ class Gauge:
         for step in region.maps:
             if step.scale is None:
                 continue
-            why = kept.get(step) or self._joined(step)
+            why = kept.get(step) or left.get(step) or self._joined(step)
             if why is None:
                 self.removed.append(step)
             else:
@@ -77,11 +80,23 @@ class Gauge:
         self._bases = {id(s): self._base(s) for s in self._sets.values()}
 
     def factor(self, value: AnyValue) -> Vector:
-        """A of a value, one number for each feature."""
+        """The factor a of a value, one number for each feature."""
         at = self._class[value]
+        if at in self._fixed:
+            return np.ones(self.region.features)
         owner = self._sets[at]
-        found: Vector = owner.factors[at] * self._bases[id(owner)]
+        found: Vector = owner.factors[at] / self._bases[id(owner)]
         return found
+
+    def _left(self, step: Map) -> Stop | None:
+        """Why a map is no business of a stream: one number behind what is not linear, as in Gelu.
+
+        The runtime fuses the two, but not with another number in its place.
+        """
+        if not step.uniform or step.scale is None or step.scale[0] == 1.0:
+            return None
+        stop = self.region.fixed.get(step.source)
+        return None if stop is None else Stop(step.node, f"it scales what is fixed: {stop.why}")
 
     def _joined(self, step: Map) -> Stop | None:
         """Let a map go, if that agrees with all that went before; else what it disagrees with."""
@@ -136,14 +151,14 @@ class Gauge:
         return None
 
     def _base(self, owner: _Set) -> Vector:
-        """What makes factors that are known relative to each other final."""
+        """What factors that are known relative to each other have to be divided by."""
         for at, factor in owner.factors.items():
             if at in self._fixed:
-                return np.asarray(1.0 / factor)
+                return factor
         base = np.ones(self.region.features)
         low, high = _range(owner.factors.values())
         if max(float(high.max()), float(-low.min())) > self.bound:
-            base = 2.0 ** -np.rint((high + low) / 2)  # a power of two rounds nothing
+            base = 2.0 ** np.rint((high + low) / 2)  # a power of two rounds nothing
         for at, factor in owner.factors.items():
             if at in self._positive:
                 return np.asarray(base * np.sign(factor))

@@ -25,12 +25,17 @@ from onnxnorm.affine_maps import Map, Vector, read_map
 from onnxnorm.facts import AnyValue, Constant
 from onnxnorm.layout import Layout
 from onnxnorm.module import Node
+from onnxnorm.norms import find_norms
 from onnxnorm.port import REAL, Slot, is_real, slots
 from onnxnorm.transfer import Basis, Demand, Link, Stop, Transfer, described
 
 # f(a x) = a f(x) for a > 0, feature by feature.
 _HOMOGENEOUS: Final = frozenset({"Abs", "LeakyRelu", "Max", "Min", "Relu"})
 _POOLS: Final = frozenset({"GlobalMaxPool", "MaxPool"})
+_NORMS: Final = frozenset(
+    {"LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"}
+)
+_AFFINE: Final = ("batch_norm", "channel_affine")
 _SUMS: Final = frozenset({"Add", "Sub", "Sum"})
 
 
@@ -153,8 +158,13 @@ class Region:
 
 
 def find_regions(transfer: Transfer) -> Iterator[Region]:
-    """The residual streams that have a constant scale for each feature on them."""
-    seen: set[Node] = set()
+    """The residual streams that have a constant scale for each feature on them.
+
+    What belongs to a norm that takes its statistics at run time is left to that norm.
+    """
+    norms = [n for n in find_norms(transfer.facts) if n.recognised and n.kind not in _AFFINE]
+    owned = {node for norm in norms for node in norm.nodes}
+    seen = set(owned)
     order = {n: i for i, n in enumerate(transfer.facts.module.nodes())}
     for node in order:
         if node in seen or node.domain != "" or not node.outputs:
@@ -163,7 +173,7 @@ def find_regions(transfer: Transfer) -> Iterator[Region]:
         found = None if layout is None else read_map(node, layout, transfer)
         if not isinstance(found, Map) or found.scale is None or found.scale.size == 1:
             continue
-        region = _Explorer(transfer, Region(found.layout.features)).explore(found)
+        region = _Explorer(transfer, Region(found.layout.features), owned).explore(found)
         region.maps.sort(key=lambda m: order[m.node])
         seen.update(m.node for m in region.maps)
         if region.joins:
@@ -194,10 +204,11 @@ def _seed(node: Node, transfer: Transfer) -> Layout | None:
 class _Explorer:
     """Finds one region."""
 
-    def __init__(self, transfer: Transfer, region: Region) -> None:
+    def __init__(self, transfer: Transfer, region: Region, owned: set[Node]) -> None:
         self.transfer = transfer
         self.facts = transfer.facts
         self.region = region
+        self.owned = owned
         self.frontier: list[AnyValue] = []
         self.mapped: set[Node] = set()
 
@@ -244,6 +255,8 @@ class _Explorer:
             return None
         if node.op in _HOMOGENEOUS | _POOLS:
             return self._homogeneous(node, value, layout)
+        if node.op in _NORMS:
+            return self._normalized(node, value, layout)
         if (taken := self._linear(node, value, layout)) is not None:
             return None if taken == "" else Stop(node, f"{described(node)} {taken}")
         link = self.transfer.back(node, value, Basis(layout))
@@ -278,7 +291,7 @@ class _Explorer:
         """Take in a node as an affine map, if it is one."""
         if node in self.mapped:
             return True
-        found = read_map(node, layout, self.transfer)
+        found = None if node in self.owned else read_map(node, layout, self.transfer)
         if not isinstance(found, Map) or self.facts.constant(found.source) is not None:
             return False
         self.mapped.add(node)
@@ -305,6 +318,20 @@ class _Explorer:
         self.region.positive.setdefault(value, node)
         for given in node.inputs:
             self._reach(given, layout, value)
+        return None
+
+    def _normalized(self, node: Node, value: AnyValue, layout: Layout) -> Stop | None:
+        """Take in a norm over the last axis, whose scale and bias make its features."""
+        told = Stop(node, f"{described(node)} makes it and has no constant scale for each feature")
+        constants = [(i, self.facts.constant(v)) for i, v in enumerate(node.inputs) if i and v.name]
+        if value is not node.outputs[0] or not constants or not layout.whole:
+            return told
+        if not layout.only_axis(-1):
+            return told
+        for index, constant in constants:
+            if constant is None or not is_real(constant.dtype) or not layout.covers(constant.shape):
+                return told
+            self.region.writers.append(Writer(value, node, index, constant, None, layout))
         return None
 
     def _linear(self, node: Node, value: AnyValue, layout: Layout) -> str | None:
@@ -341,7 +368,7 @@ class _Explorer:
             if found is not None:
                 self.region.intakes.append((value, found))
                 return None
-            known = read_map(node, layout, self.transfer)
+            known = None if node in self.owned else read_map(node, layout, self.transfer)
             if isinstance(known, Map) and known.source is value:
                 self._map(node, layout)
                 return None

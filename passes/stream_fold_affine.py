@@ -95,7 +95,8 @@ class StreamFoldAffine(Pass):
                 told = f"no bias in front of {described(step.node)} takes its shift"
                 stays[step] = Stop(step.node, f"{told}, and an Add in its place would save nothing")
         for step, stop in stays.items():
-            yield stop.refusal(step.node)
+            if not step.uniform:
+                yield stop.refusal(step.node)
 
     def _bound(self, region: Region, facts: Facts) -> float:
         half = onnx.TensorProto.FLOAT16

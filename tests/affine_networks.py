@@ -9,7 +9,7 @@ import onnx
 
 from tests.networks import Net
 
-Style: TypeAlias = Literal["operator", "between transposes", "written out", "scale"]
+Style: TypeAlias = Literal["operator", "between transposes", "written out", "scale", "none"]
 
 
 def channel_norm(
@@ -33,6 +33,8 @@ def channel_norm(
         low: The least absolute scale; the largest is twice that.
         tokens: The channels are the last axis, and not axis 1 of (N, C, H, W).
     """
+    if style == "none":
+        return x
     gamma = low * (1.0 + net.random.random(size))
     if signed:
         gamma *= net.random.choice([-1.0, 1.0], size)
@@ -150,3 +152,45 @@ def post_norm_resnet(
             x = net.op("MaxPool", x, kernel_shape=[2, 2], strides=[2, 2])
     x = net.op("Flatten", net.op("GlobalAveragePool", x))
     return net.model(net.op("Gemm", x, net.matrix(size, 4), net.vector(4)))
+
+
+def graph_transformer(*, layers: int = 2, size: int = 8, seed: int = 0) -> onnx.ModelProto:
+    """A graph transformer with norms of fixed statistics behind its additions, on masked graphs.
+
+    Scores are products of a query, a key and the edge between the two, clipped before the
+    exponential; nodes and edges both have a stream. Source: V. P. Dwivedi, X. Bresson, "A
+    Generalization of Transformer Networks to Graphs" (2020), equations 5 to 12.
+    """
+    net = Net(seed=seed)
+    nodes = net.linear(net.input("nodes", ["batch", 5, 6]), 6, size)
+    edges = net.linear(net.input("edges", ["batch", 5, 5, 3]), 3, size)
+    mask = net.input("mask", ["batch", 5, 5, 1])
+
+    def norm(x: str, perm: list[int]) -> str:
+        back = [perm.index(a) for a in range(len(perm))]
+        given = [net.keep(0.5 + net.random.random(size)), net.vector(size), net.vector(size)]
+        given.append(net.keep(0.5 + net.random.random(size)))
+        moved = net.op("BatchNormalization", net.op("Transpose", x, perm=perm), *given)
+        return net.op("Transpose", moved, perm=back)
+
+    def node_norm(x: str) -> str:
+        return norm(x, [0, 2, 1])
+
+    def edge_norm(x: str) -> str:
+        return norm(x, [0, 3, 1, 2])
+
+    for _ in range(layers):
+        q = net.op("Unsqueeze", net.linear(nodes, size, size), net.ints(2))
+        k = net.op("Unsqueeze", net.linear(nodes, size, size), net.ints(1))
+        v = net.op("Unsqueeze", net.linear(nodes, size, size), net.ints(1))
+        scores = net.op("Mul", net.op("Mul", q, k), net.linear(edges, size, size))
+        clipped = net.op("Clip", scores, net.scalar(-5.0), net.scalar(5.0))
+        weights = net.op("Mul", net.op("Exp", clipped), mask)
+        total = net.op("ReduceSum", weights, net.ints(2), keepdims=0)
+        mixed = net.op("ReduceSum", net.op("Mul", weights, v), net.ints(2), keepdims=0)
+        mixed = net.op("Div", mixed, net.op("Add", total, net.scalar(1.0)))
+        nodes = node_norm(net.op("Add", nodes, net.linear(mixed, size, size)))
+        edges = edge_norm(net.op("Add", edges, net.linear(scores, size, size)))
+        nodes = node_norm(net.op("Add", nodes, net.mlp(nodes, size)))
+        edges = edge_norm(net.op("Add", edges, net.mlp(edges, size)))
+    return net.model(net.linear(nodes, size, 3), net.linear(edges, size, 2))
