@@ -62,9 +62,9 @@ class Gauge:
         self._positive: dict[int, Node] = {}
         for value, stop in region.fixed.items():
             self._fixed.setdefault(self._class[value], stop)
-        left = {step: stop for step in region.maps if (stop := self._left(step)) is not None}
-        for step, stop in left.items():
-            self._fixed.setdefault(self._class[step.result], stop)
+        left = {step: why for step in region.maps if (why := self._left(step)) is not None}
+        for step, why in left.items():
+            self._fixed.setdefault(self._class[step.result], why)
         for value, node in region.positive.items():
             self._positive.setdefault(self._class[value], node)
         ones = np.ones(region.features)
@@ -72,11 +72,11 @@ class Gauge:
         for step in region.maps:
             if step.scale is None:
                 continue
-            why = kept.get(step) or left.get(step) or self._joined(step)
-            if why is None:
+            told = kept.get(step) or left.get(step) or self._joined(step)
+            if told is None:
                 self.removed.append(step)
             else:
-                self.stays[step] = why
+                self.stays[step] = told
         self._bases = {id(s): self._base(s) for s in self._sets.values()}
 
     def factor(self, value: AnyValue) -> Vector:

@@ -194,3 +194,66 @@ def graph_transformer(*, layers: int = 2, size: int = 8, seed: int = 0) -> onnx.
         nodes = node_norm(net.op("Add", nodes, net.mlp(nodes, size)))
         edges = edge_norm(net.op("Add", edges, net.mlp(edges, size)))
     return net.model(net.linear(nodes, size, 3), net.linear(edges, size, 2))
+
+
+def zero_residual_network(
+    *, blocks: int = 2, size: int = 8, beta: float = 0.0, seed: int = 0
+) -> onnx.ModelProto:
+    """A residual network whose last norm of each branch has gamma 0, as initialized for training.
+
+    Args:
+        blocks: Number of blocks.
+        size: Channels.
+        beta: The bias of those norms.
+        seed: Of the weights.
+    """
+    net = Net(seed=seed)
+
+    def conv_norm(x: str, before: int, gamma: float) -> str:
+        y = net.op("Conv", x, net.matrix(size, before, 3, 3), pads=[1, 1, 1, 1])
+        bias = np.full(size, beta) if gamma == 0.0 else net.random.normal(size=size)
+        given = [np.full(size, gamma), bias, net.random.normal(size=size), np.ones(size)]
+        return net.op("BatchNormalization", y, *(net.keep(a) for a in given))
+
+    x = net.op("Relu", conv_norm(net.input("x", ["batch", 3, 8, 8]), 3, 1.0))
+    for _ in range(blocks):
+        branch = conv_norm(net.op("Relu", conv_norm(x, size, 1.0)), size, 0.0)
+        x = net.op("Relu", net.op("Add", x, branch))
+    x = net.op("Flatten", net.op("GlobalAveragePool", x))
+    return net.model(net.op("Gemm", x, net.matrix(size, 4), net.vector(4)))
+
+
+def mobile_network(
+    *, blocks: int = 2, size: int = 4, dead: int = 3, squeeze: bool = False, seed: int = 0
+) -> onnx.ModelProto:
+    """Inverted residuals with dead channels in the depthwise convolutions and in front of them.
+
+    Args:
+        blocks: Number of blocks.
+        size: Width of the stream; inside a block it is four times that.
+        dead: Dead channels of each kind.
+        squeeze: Whether channels are gated by what is pooled of them.
+        seed: Of the weights.
+    """
+    net = Net(seed=seed)
+    wide = 4 * size
+
+    def conv(x: str, before: int, after: int, dead: range = range(0), group: int = 1) -> str:
+        kernel = 3 if group > 1 else 1
+        weight = net.random.normal(size=(after, before // group, kernel, kernel)) / before**0.5
+        bias = net.random.normal(size=after)
+        weight[dead] = 0.0
+        bias[dead] = -np.abs(bias[dead])  # Relu makes 0 of it, which padding does not change
+        pads = [kernel // 2] * 4
+        return net.op("Conv", x, net.keep(weight), net.keep(bias), pads=pads, group=group)
+
+    x = conv(net.input("x", ["batch", 3, 8, 8]), 3, size)
+    for _ in range(blocks):
+        y = net.op("Relu", conv(x, size, wide, range(dead)))
+        y = net.op("Relu", conv(y, wide, wide, range(dead, 2 * dead), group=wide))
+        if squeeze:
+            gate = net.op("Relu", conv(net.op("GlobalAveragePool", y), wide, size))
+            y = net.op("Mul", y, net.op("Sigmoid", conv(gate, size, wide)))
+        x = net.op("Add", x, conv(y, wide, size))
+    x = net.op("Reshape", net.op("GlobalAveragePool", x), net.ints(0, size))
+    return net.model(net.op("Gemm", x, net.matrix(size, 4), net.vector(4)))
