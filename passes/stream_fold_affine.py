@@ -34,8 +34,8 @@ from onnxnorm.constant_edits import ConstantEdits
 from onnxnorm.facts import AnyValue, Constant, Facts
 from onnxnorm.gauge import Gauge
 from onnxnorm.gauge_region import Region, Writer, find_regions
+from onnxnorm.inverse_moves import undone
 from onnxnorm.module import Node
-from onnxnorm.moves import undone
 from onnxnorm.port import rounded
 from onnxnorm.rewrite import Pass, Plan, Refusal, Rewriter
 from onnxnorm.sizes import find_sizes
