@@ -5,8 +5,9 @@ y = s * x + t        s and t one number for each feature, or one for all
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,7 @@ from onnxnorm.transfer import Transfer
 
 Vector = NDArray[np.float64]
 
+_LONGEST: Final = 6  # maps between a value and a sum of two of its maps
 _EPSILON: Final = float(np.float32(1e-5))  # BatchNormalization's schema default, a float
 
 
@@ -33,6 +35,7 @@ class Map:
         layout: Where the features are in both.
         scale: One factor for each feature; None for 1.
         shift: One addend for each feature; None for 0.
+        nodes: All nodes that compute it, where it is more than one.
     """
 
     node: Node
@@ -41,6 +44,7 @@ class Map:
     layout: Layout
     scale: Vector | None
     shift: Vector | None
+    nodes: tuple[Node, ...] = ()
 
     @property
     def uniform(self) -> bool:
@@ -91,6 +95,100 @@ def read_map(node: Node, layout: Layout, transfer: Transfer) -> Map | str | None
         given = (numbers, None) if scales else (None, shift)
         return Map(node, node.inputs[of], result, layout, *given)
     return None
+
+
+def find_sums(transfer: Transfer) -> dict[Node, Map]:
+    """Sums of two maps of one value, as RepBN has them, by every node that belongs to one.
+
+    (s x + t) + (u x + v)  =  (s + u) x + (t + v)
+    """
+    found: dict[Node, Map] = {}
+    for node in transfer.facts.module.nodes():
+        if node.op not in ("Add", "Sub") or node.domain != "" or len(node.inputs) != 2:
+            continue
+        if node in found or node.scope.opsets[""] < 7 or not node.outputs[0].name:
+            continue
+        step = _sum(node, transfer)
+        if step is not None:
+            found.update(dict.fromkeys(step.nodes, step))
+    return found
+
+
+def _sum(node: Node, transfer: Transfer) -> Map | None:
+    layouts = [
+        scaled_features(n, transfer) for v in node.inputs for n in _private(v, node, transfer)
+    ]
+    layout = next((found for found in layouts if found is not None), None)
+    if layout is None or not transfer.covers(node.outputs[0], layout):
+        return None
+    left, right = (_chain(v, node, layout, transfer) for v in node.inputs)
+    for base, (scale, shift, nodes) in left.items():
+        if base not in right or not transfer.covers(base, layout):
+            continue
+        other, added, more = right[base]
+        if not nodes and not more:
+            return None  # x + x
+        sign = -1.0 if node.op == "Sub" else 1.0
+        total = (scale + sign * other, _some(shift + sign * added))
+        return Map(node, base, node.outputs[0], layout, *total, (*nodes, *more, node))
+    return None
+
+
+def _private(value: AnyValue, reader: Node, transfer: Transfer) -> Iterator[Node]:
+    """What computes a value for one reader alone, and what computes its first input for that."""
+    facts = transfer.facts
+    for _ in range(_LONGEST):
+        node = facts.producer(value)
+        uses = facts.uses(value)
+        if node is None or facts.pinned(value) is not None or [u.node for u in uses] != [reader]:
+            return
+        yield node
+        known = [facts.constant(v) is not None for v in node.inputs]
+        if all(known):
+            return
+        value, reader = node.inputs[known.index(False)], node
+
+
+def scaled_features(node: Node, transfer: Transfer) -> Layout | None:
+    """The features that a node scales one by one."""
+    rank = transfer.rank(node.outputs[0])
+    if rank is None or node.domain != "":
+        return None
+    if node.op == "BatchNormalization":
+        axes = [1 - rank] if rank > 1 else []
+    elif node.op in ("Mul", "Div") and len(node.inputs) == 2:
+        known = [transfer.facts.constant(v) for v in node.inputs]
+        if (known[0] is None) == (known[1] is None):
+            return None
+        shape = next(c for c in known if c is not None).shape
+        axes = [at - len(shape) for at, n in enumerate(shape) if n > 1]
+    else:
+        return None
+    sizes = [transfer.sizes.dim(node.outputs[0], a) for a in axes]
+    if not axes or not all(isinstance(n, int) for n in sizes):
+        return None
+    return Layout.whole_axes(axes, [n for n in sizes if isinstance(n, int)])
+
+
+_Chain: TypeAlias = "dict[AnyValue, tuple[Vector, Vector, tuple[Node, ...]]]"
+
+
+def _chain(value: AnyValue, reader: Node, layout: Layout, transfer: Transfer) -> _Chain:
+    """A value as a map of itself and of each value that it is computed from by maps alone."""
+    scale, shift = np.ones(layout.features), np.zeros(layout.features)
+    nodes: tuple[Node, ...] = ()
+    found: _Chain = {value: (scale, shift, nodes)}
+    for node in _private(value, reader, transfer):
+        step = read_map(node, layout, transfer)
+        if not isinstance(step, Map):
+            break
+        if step.shift is not None:
+            shift = shift + scale * step.shift
+        if step.scale is not None:
+            scale = scale * step.scale
+        nodes = (node, *nodes)
+        found[step.source] = (scale, shift, nodes)
+    return found
 
 
 def _some(vector: Vector) -> Vector | None:

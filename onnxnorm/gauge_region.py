@@ -21,7 +21,7 @@ from typing import Final
 
 import numpy as np
 
-from onnxnorm.affine_maps import Map, Vector, read_map
+from onnxnorm.affine_maps import Map, Vector, find_sums, read_map, scaled_features
 from onnxnorm.facts import AnyValue, Constant
 from onnxnorm.layout import Layout
 from onnxnorm.module import Node
@@ -164,51 +164,34 @@ def find_regions(transfer: Transfer) -> Iterator[Region]:
     """
     norms = [n for n in find_norms(transfer.facts) if n.recognised and n.kind not in _AFFINE]
     owned = {node for norm in norms for node in norm.nodes}
+    sums = {n: s for n, s in find_sums(transfer).items() if not owned.intersection(s.nodes)}
     seen = set(owned)
     order = {n: i for i, n in enumerate(transfer.facts.module.nodes())}
     for node in order:
         if node in seen or node.domain != "" or not node.outputs:
             continue
-        layout = _seed(node, transfer)
-        found = None if layout is None else read_map(node, layout, transfer)
+        layout = scaled_features(node, transfer)
+        found = None if layout is None else sums.get(node) or read_map(node, layout, transfer)
         if not isinstance(found, Map) or found.scale is None or found.scale.size == 1:
             continue
-        region = _Explorer(transfer, Region(found.layout.features), owned).explore(found)
+        region = _Explorer(transfer, Region(found.layout.features), owned, sums).explore(found)
         region.maps.sort(key=lambda m: order[m.node])
-        seen.update(m.node for m in region.maps)
+        seen.update(n for m in region.maps for n in (m.node, *m.nodes))
         if region.joins:
             yield region
-
-
-def _seed(node: Node, transfer: Transfer) -> Layout | None:
-    """The features that a node scales one by one."""
-    rank = transfer.rank(node.outputs[0])
-    if rank is None:
-        return None
-    if node.op == "BatchNormalization":
-        axes = [1 - rank] if rank > 1 else []
-    elif node.op in ("Mul", "Div") and len(node.inputs) == 2:
-        known = [transfer.facts.constant(v) for v in node.inputs]
-        if (known[0] is None) == (known[1] is None):
-            return None
-        shape = next(c for c in known if c is not None).shape
-        axes = [at - len(shape) for at, n in enumerate(shape) if n > 1]
-    else:
-        return None
-    sizes = [transfer.sizes.dim(node.outputs[0], a) for a in axes]
-    if not axes or not all(isinstance(n, int) for n in sizes):
-        return None
-    return Layout.whole_axes(axes, [n for n in sizes if isinstance(n, int)])
 
 
 class _Explorer:
     """Finds one region."""
 
-    def __init__(self, transfer: Transfer, region: Region, owned: set[Node]) -> None:
+    def __init__(
+        self, transfer: Transfer, region: Region, owned: set[Node], sums: dict[Node, Map]
+    ) -> None:
         self.transfer = transfer
         self.facts = transfer.facts
         self.region = region
         self.owned = owned
+        self.sums = sums
         self.frontier: list[AnyValue] = []
         self.mapped: set[Node] = set()
 
@@ -287,14 +270,23 @@ class _Explorer:
         self.region.writers.append(entry)
         return None
 
+    def _known(self, node: Node, layout: Layout) -> Map | str | None:
+        """What a node is as an affine map, by itself or as a part of a sum of two."""
+        if node in self.owned:
+            return None
+        whole = self.sums.get(node)
+        if whole is not None:
+            return whole if whole.layout == layout else "is part of a sum over other features"
+        return read_map(node, layout, self.transfer)
+
     def _map(self, node: Node, layout: Layout) -> bool:
         """Take in a node as an affine map, if it is one."""
         if node in self.mapped:
             return True
-        found = None if node in self.owned else read_map(node, layout, self.transfer)
+        found = self._known(node, layout)
         if not isinstance(found, Map) or self.facts.constant(found.source) is not None:
             return False
-        self.mapped.add(node)
+        self.mapped.update((node, found.node, *found.nodes))
         self.region.maps.append(found)
         tied = found.result if found.scale is None else None
         self._reach(found.source, layout, tied)
@@ -368,7 +360,7 @@ class _Explorer:
             if found is not None:
                 self.region.intakes.append((value, found))
                 return None
-            known = None if node in self.owned else read_map(node, layout, self.transfer)
+            known = self._known(node, layout)
             if isinstance(known, Map) and known.source is value:
                 self._map(node, layout)
                 return None

@@ -7,7 +7,7 @@ What lies between them may be gone by a rewrite, and then they all are for nothi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Final
 
 import numpy as np
@@ -26,16 +26,16 @@ _LARGEST: Final = 1 << 22  # entries that are moved to see where they go
 
 
 def undone(
-    source: AnyValue, result: AnyValue, transfer: Transfer
+    source: AnyValue, result: AnyValue, transfer: Transfer, readers: Collection[Node] = ()
 ) -> tuple[AnyValue, AnyValue] | None:
     """X and z of x -> moves -> source, result -> moves -> z, such that z = x if result = source.
 
-    The longest such pair; everything between x and z must have one reader. None where there is
-    none, or where sizes are not known well enough to say.
+    The longest such pair; everything between x and z must have one reader, but `source`, which all
+    of `readers` may read. None where there is none, or where too little is known of the sizes.
     """
     facts = transfer.facts
     behind = _behind(result, facts)
-    before = _before(source, facts)
+    before = _before(source, readers, facts)
     pairs = [(i, j) for i in range(1, len(before) + 1) for j in range(1, len(behind) + 1)]
     for i, j in sorted(pairs, key=sum, reverse=True):
         chain = [*before[:i][::-1], *behind[:j]]
@@ -45,13 +45,17 @@ def undone(
     return None
 
 
-def _before(value: AnyValue, facts: Facts) -> list[Node]:
+def _before(value: AnyValue, readers: Collection[Node], facts: Facts) -> list[Node]:
     """The moves that make a value, the last first."""
     found: list[Node] = []
+    alone = _alone(value, facts)
+    if not alone and facts.pinned(value) is None:
+        alone = all(use.node in readers for use in facts.uses(value))
     while len(found) < _LONGEST:
         node = facts.producer(value)
-        if node is None or not _moves(node) or not _alone(value, facts):
+        if node is None or not _moves(node) or not (alone or _alone(value, facts)):
             break
+        alone = False
         found.append(node)
         value = node.inputs[0]
     return found

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Final
+from typing import Any, ClassVar, Final
 
 import numpy as np
 import onnx
@@ -125,14 +125,26 @@ class StreamFoldAffine(Pass):
         """Change the constants; what read the result of a map reads its input."""
         change: Rescaling = plan.detail
         change.edits.stage(rw, "rescaled")
-        for step, constant in change.shifted:
-            made = rw.constant("shift", constant, at=step.node)
-            rw.replace("Add", [step.source, made], at=step.node)
+        for step, scale, shift in change.written:
+            value = step.source
+            if scale is not None:
+                made = rw.constant("scale", scale, at=step.node)
+                if shift is None:
+                    rw.replace("Mul", [value, made], at=step.node)
+                    continue
+                value = rw.add("Mul", [value, made], "scaled", at=step.node)
+            assert shift is not None, "a map that stays does something"
+            made = rw.constant("shift", shift, at=step.node)
+            rw.replace("Add", [value, made], at=step.node)
+        for before, after, shift in change.undone:
+            if shift is None:
+                rw.redirect(after, before)
+                continue
+            last = rw.facts.producer(after)
+            assert last is not None, "a move makes it"
+            rw.replace("Add", [before, rw.constant("shift", shift, at=last)], at=last)
         for step in change.gone:
             rw.redirect(step.result, step.source)
-            if step in change.undone:
-                before, after = change.undone[step]
-                rw.redirect(after, before)
 
 
 def _pinned(region: Region, facts: Facts) -> dict[Map, Stop]:
@@ -155,8 +167,9 @@ class Rescaling:
     Attributes:
         edits: The constants that change.
         gone: The maps whose nodes go.
-        shifted: The maps of which a node that adds their shift stays, with that constant.
-        undone: Of maps that go, the values before and after moves that undo each other then.
+        written: The maps that are written anew, as a Mul and an Add of these constants.
+        undone: Values before and after moves that undo each other when the maps between them are
+            gone, with the shift that one of these leaves.
     """
 
     def __init__(self, region: Region, gauge: Gauge, transfer: Transfer) -> None:
@@ -166,18 +179,17 @@ class Rescaling:
         self.facts = transfer.facts
         self.edits = ConstantEdits()
         self.gone: list[Map] = []
-        self.shifted: list[tuple[Map, Array]] = []
-        self.undone: dict[Map, tuple[AnyValue, AnyValue]] = {}
-        self._maps = {step.node: step for step in region.maps}
+        self.written: list[tuple[Map, Array | None, Array | None]] = []
+        self.undone: list[tuple[AnyValue, AnyValue, Array | None]] = []
+        self._adds: dict[Map, Vector] = {}  # what is still added at a map
+        self._maps = {node: s for s in region.maps for node in (s.node, *s.nodes)}
         self._writers: dict[AnyValue, list[Writer]] = {}
         for writer in region.writers:
             self._writers.setdefault(writer.value, []).append(writer)
         self._scale()
         self._shift()
-        for step in self.gone:
-            pair = undone(step.source, step.result, transfer)
-            if pair is not None:
-                self.undone[step] = pair
+        self._undo()
+        self._add()
 
     def _scale(self) -> None:
         for writer in self.region.writers:
@@ -189,6 +201,11 @@ class Rescaling:
             self.edits.scale(intake.node, intake.index, intake.constant, intake.spread(factors))
         for step in self.gauge.stays:
             before, after = self.gauge.factor(step.source), self.gauge.factor(step.result)
+            if step.nodes:
+                assert step.scale is not None, "it has one, or it would not be asked"
+                shift = None if step.shift is None else step.shift / after
+                self._write(step, step.scale * before / after, shift)
+                continue
             if step.node.op == "BatchNormalization":
                 for index, by in ((1, before / after), (2, 1.0 / after), (3, 1.0 / before)):
                     constant = self.facts.constant(step.node.inputs[index])
@@ -199,6 +216,22 @@ class Rescaling:
             by = after / before if step.node.op == "Div" else before / after
             rank = len(constant.shape)
             self.edits.scale(step.node, index, constant, step.layout.spread(by, rank))
+
+    def _write(self, step: Map, scale: Vector | None, shift: Vector | None) -> None:
+        """Write a map anew."""
+        arrays = [
+            None if a is None else rounded(step.layout.spread(a, 0), self._dtype(step))
+            for a in (scale, shift)
+        ]
+        self.written.append((step, arrays[0], arrays[1]))
+
+    def _dtype(self, step: Map) -> np.dtype[Any]:
+        """The type of what a map computes with."""
+        known = self.facts.type(step.source)
+        if known is not None and known.element:
+            return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(known.element))
+        given = [self.facts.constant(v) for n in (step.node, *step.nodes) for v in n.inputs]
+        return next(c.dtype for c in given if c is not None)
 
     def _constant(self, step: Map) -> tuple[int, Constant]:
         """The constant of a map that is a Mul, Div, Add or Sub."""
@@ -215,24 +248,58 @@ class Rescaling:
             factor = self.gauge.factor(step.result)
             shift = None if step.shift is None else step.shift / factor
             alone = self.facts.pinned(step.result) is None
-            if alone and (shift is None or self._placed(step.source, shift, step.node)):
+            parts = (*step.nodes, step.node)
+            if alone and (shift is None or self._placed(step.source, shift, parts)):
                 self.gone.append(step)
-            elif step.scale is None:
-                index, constant = self._constant(step)
-                by = step.layout.spread(1.0 / factor, len(constant.shape))
-                self.edits.scale(step.node, index, constant, by)
             else:
                 assert shift is not None, "a scale alone goes"
-                known = self.facts.constant(step.node.inputs[1])
-                assert known is not None, "it has been read"
-                added = rounded(step.layout.spread(shift, 0), known.dtype)
-                self.shifted.append((step, added))
+                self._adds[step] = shift
 
-    def _placed(self, value: AnyValue, shift: Vector, reader: Node) -> bool:
-        """Add a shift to what makes a value for one reader alone; whether there is such a thing."""
+    def _undo(self) -> None:
+        """Find the moves that are for nothing when the maps between them are gone."""
+        through = {step.source: step for step in (*self.gone, *self._adds)}
+        results = {step.result for step in through.values()}
+        for step in list(through.values()):
+            if step.source in results and len(self.facts.uses(step.source)) == 1:
+                continue  # not the first
+            run = [step]
+            while len(self.facts.uses(run[-1].result)) == 1 and run[-1].result in through:
+                run.append(through[run[-1].result])
+            if not any(s in self.gone or s.scale is not None for s in run):
+                continue
+            pair = undone(step.source, run[-1].result, self.transfer, step.nodes)
+            left = [s for s in run if s in self._adds]
+            if pair is None or (left and pair[0] not in self.region.values):
+                continue
+            shift = None
+            for last in left:  # one at most: it takes what the others add
+                layout = self.region.values[pair[0]]
+                shift = rounded(layout.spread(self._adds.pop(last), 0), self._dtype(last))
+            self.undone.append((*pair, shift))
+
+    def _add(self) -> None:
+        """Write what is still added."""
+        for step, shift in self._adds.items():
+            if step.scale is not None:
+                self._write(step, None, shift)
+                continue
+            assert step.shift is not None, "it adds something"
+            factor = self.gauge.factor(step.result)
+            index, constant = self._constant(step)
+            rank = len(constant.shape)
+            self.edits.scale(step.node, index, constant, step.layout.spread(1.0 / factor, rank))
+            more = shift - step.shift / factor
+            if more.any():
+                sign = -1.0 if step.node.op == "Sub" else 1.0
+                spread = step.layout.spread(sign * more, rank)
+                self.edits.shift(step.node, index, constant, spread)
+
+    def _placed(self, value: AnyValue, shift: Vector, readers: tuple[Node, ...]) -> bool:
+        """Add a shift to what makes a value for one map alone; whether there is such a thing."""
         while True:
             uses = [u.node for u in self.facts.uses(value) if u.node.op not in ("Shape", "Size")]
-            if self.facts.pinned(value) is not None or uses != [reader]:
+            alone = set(uses) <= set(readers) if len(readers) > 1 else uses == list(readers)
+            if self.facts.pinned(value) is not None or not alone:
                 return False
             node = self.facts.producer(value)
             if node is None or value not in self.region.values:
@@ -240,15 +307,12 @@ class Rescaling:
             step = self._maps.get(node)
             if step is None:
                 break
-            if step.scale is None and step not in self.gone:
-                index, constant = self._constant(step)
-                sign = -1.0 if node.op == "Sub" else 1.0
-                spread = step.layout.spread(sign * shift, len(constant.shape))
-                self.edits.shift(node, index, constant, spread)
+            if step in self._adds:
+                self._adds[step] = self._adds[step] + shift
                 return True
-            if step in self.gauge.stays or step not in self.gone:
+            if step not in self.gone:
                 return False
-            value, reader = step.source, node
+            value, readers = step.source, (*step.nodes, step.node)
         link = self.region.links.get(value)
         if link is None:
             return self._into(value, node, shift)
@@ -261,7 +325,7 @@ class Rescaling:
                     return True
             return any(
                 self._placed(
-                    node.inputs[d.index], -shift if node.op == "Sub" and d.index else shift, node
+                    node.inputs[d.index], -shift if node.op == "Sub" and d.index else shift, (node,)
                 )
                 for d in link.demands
             )
@@ -271,7 +335,7 @@ class Rescaling:
             self.edits.shift(node, 0, table, spread)
             return True
         if node.op in _MOVES:
-            return self._placed(node.inputs[0], shift, node)
+            return self._placed(node.inputs[0], shift, (node,))
         return False
 
     def _into(self, value: AnyValue, node: Node, shift: Vector) -> bool:
@@ -302,23 +366,28 @@ class Rescaling:
         for node, _, edit in self.edits:
             if (why := edit.misfit()) is not None:
                 return Stop(node, f"{described(node)} would get {why}")
-        for step, array in self.shifted:
-            if not np.isfinite(array.astype(np.float64)).all():
-                return Stop(step.node, f"{described(step.node)} has a shift that is not finite")
+        for step, *arrays in self.written:
+            for array in arrays:
+                if array is not None and not np.isfinite(array.astype(np.float64)).all():
+                    return Stop(step.node, f"{described(step.node)} would not be finite")
         return None
 
     def plan(self) -> Plan:
         """The site."""
         first = self.gone[0]
-        changed = [n for n, _, _ in self.edits] + [s.node for s, _ in self.shifted]
+        changed = [n for n, _, _ in self.edits] + [s.node for s, _, _ in self.written]
         region = self.region
         inside = [self.facts.producer(v) for v in region.values]
         readers = [intake.node for _, intake in region.intakes]
+        maps = [*self.gone, *(s for s, _, _ in self.written)]
+        parts = [n for s in maps for n in (*s.nodes, s.node)]
+        moves = [self.facts.producer(after) for _, after, shift in self.undone if shift is not None]
+        changed += [node for node in moves if node is not None]
         return Plan(
             first.node,
-            tuple(dict.fromkeys([*(s.node for s in self.gone), *changed])),
+            tuple(dict.fromkeys([*parts, *changed])),
             self,
-            anchors=tuple(s.result for s in (*self.gone, *(s for s, _ in self.shifted))),
+            anchors=tuple(dict.fromkeys(n.outputs[0] for n in parts)),
             inside=tuple(dict.fromkeys(n for n in inside if n is not None)),
             outputs=tuple(dict.fromkeys(n.outputs[0] for n in readers)),
             local=False,

@@ -9,7 +9,9 @@ import onnx
 
 from tests.networks import Net
 
-Style: TypeAlias = Literal["operator", "between transposes", "written out", "scale", "none"]
+Style: TypeAlias = Literal[
+    "operator", "between transposes", "sum", "unified", "written out", "scale", "none"
+]
 
 
 def channel_norm(
@@ -39,13 +41,22 @@ def channel_norm(
     if signed:
         gamma *= net.random.choice([-1.0, 1.0], size)
     beta = net.random.normal(size=size)
-    if style in ("operator", "between transposes"):
+    if style == "unified":  # (N, L, C) as (N, C, L, 1), divided, multiplied and added to
+        moved = net.op("Unsqueeze", net.op("Transpose", x, perm=[0, 2, 1]), net.ints(-1))
+        parts = [net.keep(a.reshape(1, size, 1, 1)) for a in (1.0 / gamma, gamma * gamma, beta)]
+        moved = net.op("Mul", parts[1], net.op("Div", moved, parts[0]))
+        moved = net.op("Squeeze", net.op("Add", moved, parts[2]), net.ints(-1))
+        return net.op("Transpose", moved, perm=[0, 2, 1])
+    if style in ("operator", "between transposes", "sum"):
         # gamma / sqrt(variance + epsilon) is gamma up to a factor of 2^0.5
         statistics = (net.random.normal(size=size), 0.8 + 0.4 * net.random.random(size))
         given = [net.keep(a, "statistic") for a in (gamma, beta, *statistics)]
         if not tokens or style == "operator":
             return net.op("BatchNormalization", x, *given)
-        moved = net.op("BatchNormalization", net.op("Transpose", x, perm=[0, 2, 1]), *given)
+        turned = net.op("Transpose", x, perm=[0, 2, 1])
+        moved = net.op("BatchNormalization", turned, *given)
+        if style == "sum":  # RepBN: what the norm gives and a part of what it was given
+            moved = net.op("Add", moved, net.op("Mul", net.scalar(0.25 * low), turned))
         return net.op("Transpose", moved, perm=[0, 2, 1])
     shape = (size,) if tokens else (1, size, 1, 1)
     y = net.op("Mul", x, net.keep(gamma.reshape(shape), "gamma"))

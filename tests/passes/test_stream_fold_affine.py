@@ -30,6 +30,7 @@ from tests.mutants import mutated
 from tests.networks import Net
 
 RULE = StreamFoldAffine()
+STYLES = ("between transposes", "sum", "unified", "written out", "scale")
 
 
 def graph(body: str, constants: str, x: str = "N,2", y: str = "N,2", opset: int = 17) -> str:
@@ -197,7 +198,7 @@ def test_the_product_begins_anew_beyond_its_bound() -> None:
 # ** networks **
 
 
-@pytest.mark.parametrize("style", ["between transposes", "written out", "scale"])
+@pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("stem", ["linear", "embedding"])
 def test_a_post_norm_transformer_loses_every_norm(style: Style, stem: Any) -> None:
     model = post_norm_transformer(style=style, stem=stem, layers=2)
@@ -305,7 +306,10 @@ AGAIN = " d = MatMul (n, w)\n y = Add (n, d)\n"
         ),
         # one scale on both sides of an Add
         (
-            "h = MatMul (x, u)\n k = Mul (h, s)\n r = Add (h, k)\n y = MatMul (r, w)\n",
+            (
+                "h = MatMul (x, u)\n k = Mul (h, s)\n r = Add (h, k)\n d = MatMul (r, w)\n"
+                " y = MatMul (k, w)\n y2 = Add (d, y)\n"
+            ),
             CONSTANTS,
             "is added to its result again",
         ),
@@ -394,7 +398,7 @@ def test_weights_that_would_leave_their_range() -> None:
 @settings(max_examples=30, deadline=None)
 @given(
     layers=st.integers(1, 3),
-    style=st.sampled_from(["between transposes", "written out", "scale"]),
+    style=st.sampled_from(STYLES),
     stem=st.sampled_from(["linear", "gelu", "embedding"]),
     bias=st.booleans(),
     signed=st.booleans(),
@@ -435,7 +439,7 @@ def test_residual_networks_agree(bound: int, **options: Any) -> None:
 @settings(max_examples=12, deadline=None)
 @given(
     dtype=st.sampled_from([np.float16, np.float64, ml_dtypes.bfloat16]),
-    style=st.sampled_from(["between transposes", "written out", "scale"]),
+    style=st.sampled_from(STYLES),
     bias=st.booleans(),
     seed=st.integers(0, 99),
 )
@@ -460,7 +464,8 @@ MUTANTS = {
         stream_fold_affine, "writer.spread(1.0 / self.gauge.factor(writer.value))",
         "writer.spread(self.gauge.factor(writer.value))"),
     "a shift in the units of the model": (
-        stream_fold_affine, "step.shift / factor", "step.shift"),
+        stream_fold_affine, "shift = None if step.shift is None else step.shift / factor",
+        "shift = step.shift"),
     "a kept norm with the old mean": (
         stream_fold_affine, "(3, 1.0 / before)", "(3, 1.0 / after)"),
     "a kept norm with the old bias": (
@@ -469,8 +474,13 @@ MUTANTS = {
         stream_fold_affine, 'after / before if step.node.op == "Div" else before / after',
         'before / after if step.node.op == "Div" else after / before'),
     "a shift that others read too": (
-        stream_fold_affine, "if self.facts.pinned(value) is not None or uses != [reader]:",
+        stream_fold_affine, "if self.facts.pinned(value) is not None or not alone:",
         "if self.facts.pinned(value) is not None:"),
+    "the shift of a sum that stays": (
+        stream_fold_affine, "else step.shift / after", "else step.shift"),
+    "the shift that moves leave": (
+        stream_fold_affine, "shift = rounded(layout.spread(self._adds.pop(last), 0)",
+        "shift = rounded(layout.spread(0.5 * self._adds.pop(last), 0)"),
     "the ratio upside down": (
         gauge, "wanted = step.scale * one.factors[source]",
         "wanted = one.factors[source] / step.scale"),
@@ -495,7 +505,9 @@ def agrees(names: dict[str, Any]) -> bool:
     ]
     models = [post_norm_transformer(**o) for o in options]
     models.append(post_norm_resnet(signed=True, seed=3))
-    models.append(_looped())
+    models += [_looped(), post_norm_transformer(style="unified", bias=False)]
+    # The product of three leaves its bound, and that of the last one counts from the other end.
+    models.append(post_norm_transformer(style="sum", stem="gelu", whole=True, low=2.0**-19))
     rule = names["StreamFoldAffine"](bound=40)
     return all(_agrees(model, rule) for model in models)
 
@@ -516,7 +528,8 @@ def _looped() -> onnx.ModelProto:
     r = net.op("Add", x, branch)
     y = net.op("Mul", r, net.vector(8, 1.0))
     y = net.op("Add", net.op("Add", y, net.vector(8)), net.linear(branch, 8, 8))
-    y = net.op("Add", y, net.op("Mul", y, net.vector(8, 2.0)))
+    twice = net.op("Mul", y, net.vector(8, 2.0))
+    y = net.op("Add", net.op("Add", y, twice), net.linear(twice, 8, 8))
     y = net.op("Div", y, net.vector(8, 3.0))
     y = net.op("Add", y, net.linear(y, 8, 8))
     return net.model(net.op("Sigmoid", net.op("Div", y, net.vector(8, 2.0))), net.op("Tanh", r))
