@@ -392,6 +392,71 @@ def test_weights_that_would_leave_their_range() -> None:
     assert_refuses(model, RULE, "that is not finite in float16")
 
 
+def _stream(net: Net) -> tuple[str, str]:
+    """A residual stream with a norm on it: before the norm, and behind it."""
+    h = net.linear(net.input("x", ["batch", 6, 6]), 6, 8)
+    r = net.op("Add", h, net.linear(h, 8, 8))
+    return r, channel_norm(net, r, 8, style="written out")
+
+
+def _mixer(net: Net, x: str) -> str:
+    """Tokens are mixed by a weight on the left and by one behind a Transpose."""
+    x = net.op("Add", x, net.op("MatMul", net.matrix(6, 6), x))
+    turned = net.op("Relu", net.linear(net.op("Transpose", x, perm=[0, 2, 1]), 6, 6))
+    return net.op("Add", x, net.linear(net.op("Transpose", turned, perm=[0, 2, 1]), 8, 8))
+
+
+def _tied(net: Net, x: str) -> str:
+    """One weight both writes the stream and reads it."""
+    weight = net.matrix(8, 8)
+    x = channel_norm(net, net.op("Add", x, net.op("MatMul", x, weight)), 8, style="written out")
+    return net.op("MatMul", x, net.op("Transpose", weight, perm=[1, 0]))
+
+
+def _grouped(net: Net, x: str) -> str:
+    """Convolutions in two groups, one of them transposed, read the stream and write it."""
+    x = net.op("Reshape", net.op("Transpose", x, perm=[0, 2, 1]), net.ints(0, 8, 2, 3))
+    y = net.op("Conv", x, net.matrix(8, 4, 3, 3), net.vector(8), pads=[1] * 4, group=2)
+    x = channel_norm(net, net.op("Add", x, y), 8, style="operator", tokens=False)
+    y = net.op("ConvTranspose", x, net.matrix(8, 4, 3, 3), net.vector(8), pads=[1] * 4, group=2)
+    x = channel_norm(net, net.op("Add", y, x), 8, style="operator", tokens=False)
+    return net.op("Transpose", net.op("Reshape", x, net.ints(0, 8, 6)), perm=[0, 2, 1])
+
+
+def _padded(net: Net, x: str) -> str:
+    """A border of ones around the tokens."""
+    return net.op("Pad", x, net.ints(0, 1, 0, 0, 1, 0), net.scalar(1.0))
+
+
+def _merged(net: Net, x: str) -> str:
+    """Two tokens side by side, as Swin merges four."""
+    ends = [net.op("Slice", x, net.ints(a), net.ints(9), net.ints(1), net.ints(2)) for a in (0, 1)]
+    return net.op("MatMul", net.op("Concat", *ends, axis=2), net.matrix(16, 8))
+
+
+def _joined(net: Net, x: str) -> str:
+    """A long skip joined along the features, as U-ViT has it."""
+    return net.linear(net.op("Concat", x, net.op("Relu", x), axis=2), 16, 8)
+
+
+@pytest.mark.parametrize("rest", [_mixer, _tied, _grouped, _padded, _merged, _joined])
+def test_streams_that_are_read_in_other_ways(rest: Any) -> None:
+    net = Net(seed=5)
+    _, x = _stream(net)
+    model = net.model(net.linear(rest(net, x), 8, 3))
+    done = run(model, RULE)
+    assert remaining(done, "Mul", "BatchNormalization") == 0
+    assert_parity(model, done.stored.complete())
+    assert_sound(model, done, RULE)
+
+
+def test_what_reads_the_stream_raw_keeps_its_units() -> None:
+    net = Net(seed=5)
+    r, x = _stream(net)
+    model = net.model(net.linear(x, 8, 3), net.op("Sigmoid", r), net.op("Sigmoid", x))
+    assert_refuses(model, RULE, "the stream is fixed at both ends: Sigmoid")
+
+
 # ** properties **
 
 
