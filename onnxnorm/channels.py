@@ -84,12 +84,23 @@ class Cut:
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """A constant shape that names the number of channels."""
+    """A constant list of numbers, some of which count channels.
 
-    dims: tuple[int, ...]
-    at: int
-    labels: Labels
-    factor: int  # how many entries of the axis each channel has
+    Attributes:
+        numbers: The list.
+        counts: By place, the channels that a number counts, and how many entries each has.
+    """
+
+    numbers: tuple[int, ...]
+    counts: dict[int, tuple[Labels, int]]
+
+    def kept(self, gone: NDArray[np.bool_]) -> list[int]:
+        """The list when the channels of some labels are gone."""
+        found = list(self.numbers)
+        for at, (labels, factor) in self.counts.items():
+            if gone[labels].any():
+                found[at] = int((~gone[labels]).sum()) * factor
+        return found
 
 
 @dataclass(eq=False)
@@ -101,7 +112,7 @@ class Coupling:
         nodes: The nodes that make or read them.
         readers: The weights that contract channels, with the value they read.
         cuts: The constants with an axis of channels, by node and input.
-        targets: The constant shapes, by node and input.
+        targets: The constant shapes, sizes and bounds, by node and input.
         depthwise: Convolutions whose number of groups is that of these channels.
     """
 
@@ -345,8 +356,74 @@ def _retarget(e: _Explorer, node: Node, part: Part, labels: Labels) -> str:
     dims = e.sizes.integers(node.inputs[at])
     if dims is None or e.facts.constant(node.inputs[at]) is None:
         return "has a shape that is computed"
-    place = len(dims) + part.axis
-    e.found.targets[node, at] = Target(tuple(dims), place, labels, part.inner * part.outer)
+    count = (labels, part.inner * part.outer)
+    e.found.targets[node, at] = Target(tuple(dims), {len(dims) + part.axis: count})
+    return ""
+
+
+def _along(e: _Explorer, node: Node, axis: int) -> bool | None:
+    """Whether a Split or Slice cuts along the channels; None where that is not known."""
+    if node.op == "Split":
+        axes: list[int] | None = [int(node.attrs.get("axis", 0))]
+    else:
+        starts = e.transfer.numbers(node, 1, "starts")
+        given = len(node.inputs) > 3 or "axes" in node.attrs
+        axes = e.transfer.numbers(node, 3, "axes") if given else None
+        axes = list(range(len(starts or []))) if not given else axes
+    known = None if axes is None else e.transfer.from_right(node.inputs[0], axes)
+    return None if known is None else axis in known
+
+
+def _split(e: _Explorer, node: Node, index: int, track: Track) -> str:
+    """Pieces of the channels, or all channels of pieces."""
+    along = _along(e, node, track.axis)
+    if index > 0 or along is None:
+        return "splits along axes that are not known"
+    labels = e.reach(node.inputs[0], track.axis)
+    if labels is None:
+        return "has an input of unknown size"
+    start, counts, sizes = 0, {}, list[int]()
+    for at, result in enumerate(node.outputs):
+        part = labels
+        if along:
+            size = e.sizes.dim(result, track.axis)
+            if not isinstance(size, int) or start + size > labels.size:
+                return "has a result of unknown size"
+            part, start = labels[start : start + size], start + size
+            counts[at] = (part, 1)
+            sizes.append(size)
+        if e.reach(result, track.axis, part) is None:
+            return "has a result of unknown size"
+    if along:
+        given = len(node.inputs) > 1 and e.facts.constant(node.inputs[1]) is not None
+        if not given or start != labels.size:
+            return "splits the channels without saying into which sizes"
+        e.found.targets[node, 1] = Target(tuple(sizes), counts)
+    return ""
+
+
+def _slice(e: _Explorer, node: Node, index: int, track: Track) -> str:
+    """A piece of the channels, or all channels of a piece."""
+    along = _along(e, node, track.axis)
+    if along is None or not along or index > 0:
+        return _moves(e, node, index, track)
+    told = "takes channels by bounds that are not constant or that skip some"
+    if len(node.inputs) < 3 or any(e.facts.constant(v) is None for v in node.inputs[1:3]):
+        return told
+    bounds = [e.sizes.integers(v) for v in node.inputs[1:3]]
+    steps = e.transfer.numbers(node, 4, "steps")
+    if steps is None and len(node.inputs) > 4 and node.inputs[4].name:
+        return told
+    if bounds[0] is None or bounds[1] is None or len(bounds[0]) != 1 or steps not in (None, [1]):
+        return told
+    labels = e.reach(node.inputs[0], track.axis)
+    if labels is None:
+        return "has an input of unknown size"
+    start, end, _ = slice(bounds[0][0], bounds[1][0]).indices(labels.size)
+    if e.reach(node.outputs[0], track.axis, labels[start:end]) is None:
+        return "has a result of unknown size"
+    e.found.targets[node, 1] = Target((start,), {0: (labels[:start], 1)})
+    e.found.targets[node, 2] = Target((end,), {0: (labels[:end], 1)})
     return ""
 
 
@@ -485,6 +562,8 @@ _RULES: Final[dict[str, _Rule]] = {
     **dict.fromkeys(_LINEAR, _linear),
     **dict.fromkeys(("Shape", "Size"), _shape),
     "Concat": _concat,
+    "Slice": _slice,
+    "Split": _split,
 }
 
 
@@ -542,16 +621,17 @@ class Kept:
             for result in node.outputs:
                 track = found.tracks.get(result)
                 if track is not None:
-                    made = self._made(node, track)
+                    made = self._made(node, result, track)
                     size = track.labels.size
-                    self.values[result] = np.full(size, np.nan) if made is None else made
+                    whole = made is not None and made.size == size  # not where it is blocked
+                    self.values[result] = made if made is not None and whole else _open(size)
 
     def of(self, value: AnyValue) -> Vector:
         """The constants of a value's channels."""
         known = self.values.get(value)
-        return np.full(self.found.tracks[value].labels.size, np.nan) if known is None else known
+        return _open(self.found.tracks[value].labels.size) if known is None else known
 
-    def _made(self, node: Node, track: Track) -> Vector | None:
+    def _made(self, node: Node, result: AnyValue, track: Track) -> Vector | None:
         size = track.labels.size
         if node.op in _ELEMENTWISE:
             return self._elementwise(node, track)
@@ -565,6 +645,8 @@ class Kept:
         if node.op in _POOLS:
             known = self.of(node.inputs[0])
             return np.where(known == 0.0, 0.0, np.nan) if self._averages_padding(node) else known
+        if node.op == "Split" or (node.op == "Slice" and (node, 1) in self.found.targets):
+            return self._piece(node, result)
         if node.op in _MOVES:
             return self._moved(node, size)
         if node.op == "Concat":
@@ -645,6 +727,15 @@ class Kept:
         made = np.tile(np.repeat(known, part.inner), part.outer)
         return made if made.size == size else None
 
+    def _piece(self, node: Node, result: AnyValue) -> Vector | None:
+        known, size = self.of(node.inputs[0]), self.found.tracks[result].labels.size
+        if (node, 1) not in self.found.targets:
+            return known  # all channels of a piece
+        numbers = self.found.targets[node, 1].numbers
+        at = next(i for i, v in enumerate(node.outputs) if v is result)
+        start = numbers[0] if node.op == "Slice" else sum(numbers[:at])
+        return known[start : start + size]
+
     def _joined(self, node: Node, track: Track) -> Vector | None:
         parts = []
         for at, given in enumerate(node.inputs):
@@ -688,6 +779,11 @@ class Kept:
                 return None
             bias = np.broadcast_to(array.reshape(-1), bias.shape) * found[1].gain
         return np.where(dead, bias, np.nan)
+
+
+def _open(size: int) -> Vector:
+    """Channels that vary."""
+    return np.full(size, np.nan)
 
 
 def pads(node: Node) -> bool:

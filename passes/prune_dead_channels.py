@@ -454,9 +454,12 @@ class Pruning:
             name = constant.name if constant is not None else key[0].outputs[0].name
             made[key] = (name, np.ascontiguousarray(array))
         for (node, index), target in self.found.targets.items():
-            left = int((~self.gone[target.labels]).sum())
-            if left < target.labels.size:
-                dims = list(target.dims)
-                dims[target.at] = left * target.factor
-                made[node, index] = (node.inputs[index].name, np.asarray(dims, np.int64))
+            track = self.found.tracks.get(node.inputs[0])
+            if track is None or not self.mask(track).any():
+                continue
+            source, numbers = node.inputs[index], target.kept(self.gone)
+            constant = self.facts.constant(source)
+            assert constant is not None, "it has been read"
+            if numbers != constant.array().reshape(-1).tolist():
+                made[node, index] = (source.name, np.asarray(numbers, constant.dtype))
         return made

@@ -208,7 +208,7 @@ def graph_transformer(*, layers: int = 2, size: int = 8, seed: int = 0) -> onnx.
 
 
 def zero_residual_network(
-    *, blocks: int = 2, size: int = 8, beta: float = 0.0, seed: int = 0
+    *, blocks: int = 2, size: int = 8, beta: float = 0.0, alive: int = 0, seed: int = 0
 ) -> onnx.ModelProto:
     """A residual network whose last norm of each branch has gamma 0, as initialized for training.
 
@@ -216,6 +216,7 @@ def zero_residual_network(
         blocks: Number of blocks.
         size: Channels.
         beta: The bias of those norms.
+        alive: How many of their channels have gamma 1.
         seed: Of the weights.
     """
     net = Net(seed=seed)
@@ -223,7 +224,8 @@ def zero_residual_network(
     def conv_norm(x: str, before: int, gamma: float) -> str:
         y = net.op("Conv", x, net.matrix(size, before, 3, 3), pads=[1, 1, 1, 1])
         bias = np.full(size, beta) if gamma == 0.0 else net.random.normal(size=size)
-        given = [np.full(size, gamma), bias, net.random.normal(size=size), np.ones(size)]
+        scale = np.where(np.arange(size) < alive, 1.0, gamma)
+        given = [scale, bias, net.random.normal(size=size), np.ones(size)]
         return net.op("BatchNormalization", y, *(net.keep(a) for a in given))
 
     x = net.op("Relu", conv_norm(net.input("x", ["batch", 3, 8, 8]), 3, 1.0))
