@@ -682,6 +682,8 @@ class Kept:
 
     def _elementwise(self, node: Node, track: Track) -> Vector | None:
         given = [self._operand(v, track) if v.name else None for v in node.inputs]
+        if node.op == "Dropout" and len(node.inputs) > 2 and node.inputs[2].name:
+            return None  # it may be in training
         if node.op in ("Cast", "Dropout", "Identity"):
             return given[0] if node.attrs.get("to", REAL[0]) in REAL else None
         known = [a for a in given if a is not None]

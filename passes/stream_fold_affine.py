@@ -391,5 +391,5 @@ class Rescaling:
             inside=tuple(dict.fromkeys(n for n in inside if n is not None)),
             outputs=tuple(dict.fromkeys(n.outputs[0] for n in readers)),
             local=False,
-            into="Add",
+            into=next(iter([*readers, *(w.node for w in region.writers)])).op,
         )

@@ -273,6 +273,10 @@ CONSTANTS = f"{DEAD}, {NEXT}, float[3] b = {{1.0, 2.0, -1.0}}, float[2] c = {{1.
         ),
         # training mode
         (
+            f"{FIRST} d = Dropout (a, half, q)\n y = Conv (d, v)\n",
+            "the convolution 'y' reads channel 1 of 'd', which varies",
+        ),
+        (
             (
                 f"{FIRST} d = BatchNormalization <training_mode = 1> (a, b, b, b, b)\n"
                 " y = Conv (d, v)\n"
@@ -291,7 +295,7 @@ def test_refusals(body: str, reason: str) -> None:
         + ", ".join(["1.0"] * 48)
         + "}, float[2,1,1,1] l = {1.0, 2.0}, int64[5] j = {0, 2, 3, 4, 4}"
         ", int64[4] n = {0, 6, 4, 4}, float[1,6,1,1] m6 = {1.0, 2.0, 3.0, 4.0, 5.0, 6.0}"
-        ", int64 one = {1}, bool q = {1}"
+        ", int64 one = {1}, bool q = {1}, float half = {0.5}"
     )
     text = graph(body, CONSTANTS + more)
     if "z2" in body:
