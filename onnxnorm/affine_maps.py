@@ -60,6 +60,8 @@ def read_map(node: Node, layout: Layout, transfer: Transfer) -> Map | str | None
     """
     if node.domain != "" or not node.outputs or not node.outputs[0].name or not layout.whole:
         return None
+    if not node.inputs:
+        return None
     result, facts = node.outputs[0], transfer.facts
     if node.op == "BatchNormalization":
         rank = transfer.rank(node.inputs[0])
@@ -165,7 +167,7 @@ def scaled_features(node: Node, transfer: Transfer) -> Layout | None:
     else:
         return None
     sizes = [transfer.sizes.dim(node.outputs[0], a) for a in axes]
-    if not axes or not all(isinstance(n, int) for n in sizes):
+    if not axes or not all(isinstance(n, int) and n > 0 for n in sizes):
         return None
     return Layout.whole_axes(axes, [n for n in sizes if isinstance(n, int)])
 

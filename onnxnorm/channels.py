@@ -621,7 +621,10 @@ class Kept:
             for result in node.outputs:
                 track = found.tracks.get(result)
                 if track is not None:
-                    made = self._made(node, result, track)
+                    try:
+                        made = self._made(node, result, track)
+                    except (IndexError, KeyError, TypeError, ValueError):
+                        made = None  # inputs or attributes that its schema forbids: it is blocked
                     size = track.labels.size
                     whole = made is not None and made.size == size  # not where it is blocked
                     self.values[result] = made if made is not None and whole else _open(size)

@@ -22,7 +22,7 @@ from typing import Final
 import numpy as np
 
 from onnxnorm.affine_maps import Map, Vector, find_sums, read_map, scaled_features
-from onnxnorm.facts import AnyValue, Constant
+from onnxnorm.facts import AnyValue, Constant, Use
 from onnxnorm.layout import Layout
 from onnxnorm.module import Node
 from onnxnorm.norms import find_norms
@@ -170,7 +170,7 @@ def find_regions(transfer: Transfer) -> Iterator[Region]:
     for node in order:
         if node in seen or node.domain != "" or not node.outputs:
             continue
-        layout = scaled_features(node, transfer)
+        layout = scaled_features(node, transfer) if node.inputs else None
         found = None if layout is None else sums.get(node) or read_map(node, layout, transfer)
         if not isinstance(found, Map) or found.scale is None or found.scale.size == 1:
             continue
@@ -201,17 +201,29 @@ class _Explorer:
         while self.frontier:
             value = self.frontier.pop()
             layout = self.region.values[value]
-            stop = self._made(value, layout)
+            stop = self._sound(value, layout, None)
             if stop is not None:
                 self.region.fixed.setdefault(value, stop)
             if (why := self.facts.pinned(value)) is not None:
                 stop = Stop(self.facts.producer(value), f"'{value.name}' is {why}")
                 self.region.fixed[value] = stop
             for use in self.facts.uses(value):
-                stop = self._read(value, layout, use.node, use.index)
+                stop = self._sound(value, layout, use)
                 if stop is not None:
                     self.region.fixed.setdefault(value, stop)
         return self.region
+
+    def _sound(self, value: AnyValue, layout: Layout, use: Use | None) -> Stop | None:
+        """Take in what makes a value, or a reader; what forbids to change it."""
+        try:
+            if use is None:
+                return self._made(value, layout)
+            return self._read(value, layout, use.node, use.index)
+        except (IndexError, KeyError, TypeError, ValueError, ZeroDivisionError):
+            # Inputs or attributes that its schema forbids.
+            node = self.facts.producer(value) if use is None else use.node
+            told = "" if node is None else f"{described(node)} is not as its operator is defined"
+            return Stop(node, told)
 
     def _reach(self, value: AnyValue, layout: Layout, tied: AnyValue | None) -> None:
         known = self.region.values.get(value)

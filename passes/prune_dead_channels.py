@@ -131,12 +131,12 @@ class PruneDeadChannels(Pass):
 
 def _contracts(node: Node, transfer: Transfer) -> tuple[int, Intake] | None:
     """The weight by which a node reads its first input, with the axis that it contracts."""
-    rank = transfer.rank(node.inputs[0])
+    rank = transfer.rank(node.inputs[0]) if len(node.inputs) > 1 else None
     if rank is None:
         return None
     axis = 1 - rank if node.op in ("Conv", "ConvTranspose") else -1
     size = transfer.sizes.dim(node.inputs[0], axis)
-    if not isinstance(size, int) or rank < 2:
+    if not isinstance(size, int) or size < 1 or rank < 2:
         return None
     found = intake(node, 0, Layout((Part(axis, size),)), transfer)
     return None if found is None or found.groups > 1 else (axis, found)
