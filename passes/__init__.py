@@ -15,6 +15,8 @@ PASSES: Final[dict[str, str]] = {
     "raise-skip-norm": "onnxnorm.passes.raise_skip_norm:RaiseSkipNorm",
     "fold-batchnorm": "onnxnorm.passes.fold_batchnorm:FoldBatchnorm",
     "fold-affine": "onnxnorm.passes.fold_affine:FoldAffine",
+    "prune-dead-channels": "onnxnorm.passes.prune_dead_channels:PruneDeadChannels",
+    "stream-fold-affine": "onnxnorm.passes.stream_fold_affine:StreamFoldAffine",
     "lower-channel-norm": "onnxnorm.passes.lower_channel_norm:LowerChannelNorm",
     "stream-fold-mean": "onnxnorm.passes.stream_fold_mean:StreamFoldMean",
     "fold-norm-affine": "onnxnorm.passes.fold_norm_affine:FoldNormAffine",
@@ -30,6 +32,8 @@ PASSES: Final[dict[str, str]] = {
 DEFAULT: Final[tuple[str, ...]] = (
     "fold-batchnorm",
     "fold-affine",
+    "prune-dead-channels",
+    "stream-fold-affine",
     "lower-channel-norm",
     "stream-fold-mean",
     "lower-softmax",

@@ -18,6 +18,8 @@ from onnxnorm.passes.lower_channel_norm import LowerChannelNorm
 from onnxnorm.passes.lower_group_norm import LowerGroupNorm
 from onnxnorm.passes.lower_norms import LowerNorms
 from onnxnorm.passes.lower_softmax import LowerSoftmax
+from onnxnorm.passes.prune_dead_channels import PruneDeadChannels
+from onnxnorm.passes.stream_fold_affine import StreamFoldAffine
 from onnxnorm.passes.stream_fold_mean import StreamFoldMean
 from onnxnorm.registry import catalogue, default_passes, options, select
 from onnxnorm.rewrite import Pass
@@ -43,6 +45,8 @@ def test_selections() -> None:
     assert select(None) == [
         FoldBatchnorm(),
         FoldAffine(),
+        PruneDeadChannels(),
+        StreamFoldAffine(),
         LowerChannelNorm(),
         StreamFoldMean(),
         LowerSoftmax(),
