@@ -12,6 +12,7 @@ if __name__ != "onnxnorm.passes":  # a second copy would have its own classes
 
 # name -> "module:class", in the order in which the passes run
 PASSES: Final[dict[str, str]] = {
+    "fold-constants": "onnxnorm.passes.fold_constants:FoldConstants",
     "fold-batchnorm": "onnxnorm.passes.fold_batchnorm:FoldBatchnorm",
     "fold-affine": "onnxnorm.passes.fold_affine:FoldAffine",
     "lower-channel-norm": "onnxnorm.passes.lower_channel_norm:LowerChannelNorm",
@@ -27,6 +28,7 @@ PASSES: Final[dict[str, str]] = {
 # What `optimize` runs when it is not told otherwise: passes that are equal over the reals.
 # Those that write calls of our own operators do nothing unless --ops asks for them.
 DEFAULT: Final[tuple[str, ...]] = (
+    "fold-constants",
     "fold-batchnorm",
     "fold-affine",
     "lower-channel-norm",
