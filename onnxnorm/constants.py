@@ -15,7 +15,7 @@ this table of operators does not know; `why_not` says so.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -31,7 +31,7 @@ from onnxnorm.storage import Array
 
 Values = NDArray[Any]
 
-LIMIT: Final = 256 << 20  # bytes of one result, in its own type; more is not worth holding
+LIMIT: Final = 256 << 20  # bytes that an operator may make of less
 _RANDOM: Final = frozenset(
     {
         "Bernoulli",
@@ -224,7 +224,7 @@ class Constants:
             if missing:
                 pending += missing
                 continue
-            results = self._run(node, [known[v] if v.name else None for v in node.inputs], known)
+            results = self._run(node, [known[v] if v.name else None for v in node.inputs])
             for out, result in zip(node.outputs, results, strict=False):
                 if out.name and result is not None:
                     known[out] = self._settled(out, np.asarray(result), node, rounded)
@@ -244,22 +244,16 @@ class Constants:
         widened: Values = float64.widen(constant.array())
         return widened
 
-    def _run(
-        self, node: Node, given: Sequence[Values | None], known: dict[AnyValue, Values]
-    ) -> Sequence[Any]:
-        if (size := _size(node, given)) > LIMIT:
+    def _run(self, node: Node, given: Sequence[Values | None]) -> Sequence[Any]:
+        before = max((a.size for a in given if a is not None), default=0)
+        if (size := 8 * most_elements(node, given)) > max(LIMIT, 16 * before):
             raise Unknown(f"{node.op} makes {size >> 20} MB of it", node)
-        if self._is_decided(node, given):
-            self._decided(node)
-        version = node.scope.opsets.get("", 1)
-        wanted = tuple(bool(v.name) for v in node.outputs)
-        call = float64.Call(node.op, "", version, tuple(given), node.attrs, wanted)
-        operator = float64.OPERATORS.get(("", node.op))
         try:
-            with np.errstate(all="ignore"):
-                if operator is not None:
-                    return operator(call)
-                return _reference(node, given)
+            if self._is_decided(node, given):
+                self._decided(node)
+            return _outcome(node, given)
+        except Unknown:
+            raise
         except Exception as error:  # numpy raises what it likes on what does not fit
             raise Unknown(f"{node.op} cannot be computed here: {error}", node) from error
 
@@ -280,12 +274,7 @@ class Constants:
         outcomes = []
         for rounded in (False, True):
             given = [self._values(v, rounded=rounded) if v.name else None for v in node.inputs]
-            version = node.scope.opsets.get("", 1)
-            wanted = tuple(bool(v.name) for v in node.outputs)
-            call = float64.Call(node.op, "", version, tuple(given), node.attrs, wanted)
-            operator = float64.OPERATORS.get(("", node.op))
-            with np.errstate(all="ignore"):
-                outcomes.append(operator(call)[0] if operator else _reference(node, given)[0])
+            outcomes.append(_outcome(node, given)[0])
         if not np.array_equal(*outcomes):
             raise Unknown(f"{node.op} decides on a float, and rounding changes the outcome", node)
 
@@ -378,6 +367,20 @@ _BY_REFERENCE: Final = frozenset(
 )  # fmt: skip
 
 
+def _outcome(node: Node, given: Sequence[Values | None]) -> Sequence[Any]:
+    """The outputs of a node on arrays, floats in float64."""
+    operator = float64.OPERATORS.get(("", node.op))
+    with np.errstate(all="ignore"):
+        if operator is None:
+            return _reference(node, given)
+        attributes = {
+            name: value.decode() if isinstance(value, bytes) else value
+            for name, value in node.attrs.items()
+        }
+        version, wanted = node.scope.opsets.get("", 1), tuple(bool(v.name) for v in node.outputs)
+        return operator(float64.Call(node.op, "", version, tuple(given), attributes, wanted))
+
+
 def _reference(node: Node, given: Sequence[Values | None]) -> Sequence[Any]:
     from onnx.reference import ReferenceEvaluator  # slow to import, and rarely needed
 
@@ -403,54 +406,47 @@ def _narrowed(wide: Values, dtype: np.dtype[Any], node: Node) -> Array:
     return narrow
 
 
-def _size(node: Node, given: Sequence[Values | None]) -> int:
-    """Bytes that the result of an operator takes in float64, at most; 0 where it cannot grow."""
+def most_elements(node: Node, given: Sequence[Values | None]) -> int:
+    """Elements of the result of an operator, at most."""
     arrays = [a for a in given if a is not None]
+    largest = max((int(a.size) for a in arrays), default=0)
     try:
-        if node.op in ("Expand", "Tile", "ConstantOfShape", "EyeLike", "OneHot", "Pad", "Range"):
-            return _grown(node, given)
-        if node.op == "MatMul":
-            a, b = arrays
-            batch = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-            rows = a.shape[-2] if a.ndim > 1 else 1
-            return 8 * math.prod(batch) * rows * (b.shape[-1] if b.ndim > 1 else 1)
-        if node.op in ("Einsum", "GatherElements", "Gemm", "GatherND"):
-            return 8 * max(a.size for a in arrays) if len(arrays) < 2 else 8 * _outer(arrays)
-        if node.op == "Gather":
-            data, index = arrays
-            length = data.shape[node.attrs.get("axis", 0)]
-            return data.nbytes // max(length, 1) * index.size
-        return 8 * math.prod(np.broadcast_shapes(*(a.shape for a in arrays)))
-    except (ValueError, TypeError, IndexError):
-        return 8 * sum(a.size for a in arrays)
+        grows = _GROWS.get(node.op)
+        if grows is not None:
+            return int(grows(node, arrays))
+        return max(largest, math.prod(np.broadcast_shapes(*(a.shape for a in arrays))))
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, ZeroDivisionError):
+        return largest
 
 
-def _outer(arrays: Sequence[Values]) -> int:
-    """Elements of a contraction at most: each axis that is summed over stands in two arrays."""
-    largest = sorted(a.size for a in arrays)
-    return min(largest[-1] * largest[-2], largest[-1] * max(arrays[0].shape + arrays[-1].shape))
+def _by_equation(node: Node, arrays: Sequence[Values]) -> int:
+    equation = node.attrs["equation"].decode().replace(" ", "")
+    terms, _, result = equation.partition("->")
+    sizes: dict[str, int] = {}
+    for term, array in zip(terms.split(","), arrays, strict=True):
+        sizes.update(zip(term, array.shape, strict=True))
+    return math.prod(sizes[letter] for letter in result or sizes)
 
 
-def _grown(node: Node, given: Sequence[Values | None]) -> int:
-    data = given[0]
-    assert data is not None, "it is not optional"
-    if node.op == "ConstantOfShape":
-        return 8 * math.prod(map(int, data.reshape(-1)))
-    second = given[1] if len(given) > 1 else None
-    if node.op == "Expand" and second is not None:
-        shape = np.broadcast_shapes(data.shape, tuple(map(int, second)))
-        return 8 * math.prod(shape)
-    if node.op == "Tile" and second is not None:
-        return 8 * data.size * math.prod(map(int, second))
-    if node.op == "OneHot" and second is not None:
-        return 8 * data.size * int(second.reshape(-1)[0])
-    if node.op == "Range" and second is not None and given[2] is not None:
-        start, limit, delta = (float(np.reshape(a, -1)[0]) for a in (data, second, given[2]))
-        return 8 * max(0, math.ceil((limit - start) / delta)) if delta else 0
-    if node.op == "Pad":
-        pads = second if second is not None else np.asarray(node.attrs.get("pads", ()))
-        return 8 * math.prod(n + int(abs(pads).sum()) for n in data.shape)
-    return 8 * data.size
+def _product(a: Values, b: Values) -> int:
+    batch = math.prod(np.broadcast_shapes(a.shape[:-2], b.shape[:-2]))
+    return batch * (a.shape[-2] if a.ndim > 1 else 1) * (b.shape[-1] if b.ndim > 1 else 1)
+
+
+_GROWS: Final[dict[str, Callable[[Node, Sequence[Values]], float]]] = {
+    "ConstantOfShape": lambda _, a: math.prod(map(int, a[0].reshape(-1))),
+    "Einsum": _by_equation,
+    "Expand": lambda _, a: math.prod(np.broadcast_shapes(a[0].shape, tuple(map(int, a[1])))),
+    "Gather": lambda n, a: a[0].size // a[0].shape[n.attrs.get("axis", 0)] * a[1].size,
+    "GatherElements": lambda _, a: a[1].size,
+    "GatherND": lambda _, a: a[0].size * math.prod(a[1].shape[:-1]),
+    "Gemm": lambda _, a: max(a[0].shape) * max(a[1].shape),
+    "MatMul": lambda _, a: _product(a[0], a[1]),
+    "OneHot": lambda _, a: a[0].size * int(a[1].reshape(-1)[0]),
+    "Pad": lambda _, a: math.prod(n + int(abs(a[1]).sum()) for n in a[0].shape),
+    "Range": lambda _, a: math.ceil(float(a[1] - a[0]) / float(a[2])),
+    "Tile": lambda _, a: a[0].size * math.prod(map(int, a[1])),
+}
 
 
 def _named(values: Sequence[AnyValue]) -> list[AnyValue]:

@@ -14,6 +14,7 @@ from onnxnorm import passes, registry
 from onnxnorm.errors import UsageError
 from onnxnorm.passes.fold_affine import FoldAffine
 from onnxnorm.passes.fold_batchnorm import FoldBatchnorm
+from onnxnorm.passes.fold_constants import FoldConstants
 from onnxnorm.passes.lower_channel_norm import LowerChannelNorm
 from onnxnorm.passes.lower_group_norm import LowerGroupNorm
 from onnxnorm.passes.lower_norms import LowerNorms
@@ -41,6 +42,7 @@ def test_approximate_passes_are_never_on_by_default() -> None:
 
 def test_selections() -> None:
     assert select(None) == [
+        FoldConstants(),
         FoldBatchnorm(),
         FoldAffine(),
         LowerChannelNorm(),
