@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from onnxnorm import float64
 from onnxnorm.facts import AnyValue, Facts
 from onnxnorm.module import Node, Value
-from onnxnorm.sizes import Sizes
+from onnxnorm.sizes import Sizes, derived_sizes
 from onnxnorm.storage import Array
 
 Values = NDArray[Any]
@@ -119,7 +119,7 @@ class Constants:
         self._refused: dict[Node, str] = {}
         nodes = list(_in_order(facts))
         if any(n.op in ("Shape", "Size") and not n.domain for n in nodes):
-            self._sizes = Sizes(Facts(facts.module, stated=False))
+            self._sizes = derived_sizes(facts)
         for node in nodes:
             self._visit(node)
 

@@ -36,6 +36,18 @@ def find_sizes(facts: Facts) -> Sizes:
     return found
 
 
+def derived_sizes(facts: Facts) -> Sizes:
+    """The sizes that follow from inputs and weights alone, whatever a file states of the rest.
+
+    A tool that made an input dynamic may have left the shapes of the fixed size behind; what is
+    computed before the model runs must not believe them.
+    """
+    found: Sizes | None = facts.kept.get("derived sizes")
+    if found is None:
+        found = facts.kept["derived sizes"] = Sizes(Facts(facts.module, stated=False))
+    return found
+
+
 class Sizes:
     """The sizes of a graph's values.
 
@@ -164,8 +176,8 @@ class Sizes:
 
     def rest(self, before: Dims, others: Sequence[Dim]) -> Dim:
         """The size that makes both products equal."""
-        total, names = _factors(before)
-        taken, others_named = _factors(others)
+        total, names = factors(before)
+        taken, others_named = factors(others)
         for name in others_named:
             if name not in names:
                 return self._fresh()
@@ -179,7 +191,7 @@ class Sizes:
         return tuple(self._fresh() for _ in range(count))
 
 
-def _factors(dims: Sequence[Dim]) -> tuple[int, list[str]]:
+def factors(dims: Sequence[Dim]) -> tuple[int, list[str]]:
     """A product of sizes as a number and the names in it."""
     number, names = 1, list[str]()
     for dim in dims:
@@ -599,7 +611,7 @@ def _computed(s: Sizes, node: Node) -> Entries | None:
 
 
 def _times(s: Sizes, a: Dim, b: Dim) -> Dim:
-    return _product(*_factors([a, b]))
+    return _product(*factors([a, b]))
 
 
 def _plus(s: Sizes, a: Dim, b: Dim) -> Dim:
@@ -617,7 +629,7 @@ def _minus(s: Sizes, a: Dim, b: Dim) -> Dim:
 def _over(s: Sizes, a: Dim, b: Dim) -> Dim:
     if isinstance(a, int) and isinstance(b, int):
         return abs(a) // abs(b) * (1 if a * b >= 0 else -1)
-    number, names = _factors([a])
+    number, names = factors([a])
     if isinstance(b, int) and b > 0 and number % b == 0:
         return _product(number // b, names)
     return 1 if a == b else s.some(1)[0]
