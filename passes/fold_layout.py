@@ -48,10 +48,10 @@ class FoldLayout(Pass):
                 results = dict.fromkeys(v for n in readers for v in n.outputs if v.name)
                 into = "nothing"
                 yield Plan(
-                    node, (node,), found, inside=tuple(readers), outputs=tuple(results), into=into
+                    node, found.run, found, inside=tuple(readers), outputs=tuple(results), into=into
                 )
             else:
-                yield Plan(node, tuple(found.run), found)
+                yield Plan(node, found.run, found)
 
     def apply(self, plan: Plan, rw: Rewriter) -> None:
         """Let all that reads the last value read the first, or one Transpose of it."""

@@ -12,9 +12,12 @@ from hypothesis import strategies as st
 
 from onnxnorm import passes, registry
 from onnxnorm.errors import UsageError
+from onnxnorm.passes.drop_dead_bias import DropDeadBias
 from onnxnorm.passes.fold_affine import FoldAffine
 from onnxnorm.passes.fold_batchnorm import FoldBatchnorm
 from onnxnorm.passes.fold_constants import FoldConstants
+from onnxnorm.passes.fold_layout import FoldLayout
+from onnxnorm.passes.fold_modulation import FoldModulation
 from onnxnorm.passes.lower_channel_norm import LowerChannelNorm
 from onnxnorm.passes.lower_group_norm import LowerGroupNorm
 from onnxnorm.passes.lower_norms import LowerNorms
@@ -45,6 +48,9 @@ def test_selections() -> None:
         FoldConstants(),
         FoldBatchnorm(),
         FoldAffine(),
+        FoldModulation(),
+        DropDeadBias(),
+        FoldLayout(),
         LowerChannelNorm(),
         StreamFoldMean(),
         LowerSoftmax(),
