@@ -1,10 +1,11 @@
 """Graphs as exporters wrote them, in ONNX's text form, their weights replaced by ranges.
 
-    low <= w < high, drawn anew from a stream that the weight's name seeds
+    low <= |w| < high, a share of them negative, drawn from streams that the weight's name seeds
 
 What a test of an export needs is its nodes, one by one; of a weight it needs the shape, and values
-in the range of those it was exported with. So a graph of a trained or drawn network becomes a text
-that can be read and compared, and a model again anywhere, without the framework that wrote it.
+like those it was exported with: a variance that is positive, a factor that is nowhere near zero. So
+the graph of a network becomes a text that can be read and compared, and a model again anywhere,
+without the framework that wrote it.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ _FLOATS: Final = {"float": TensorProto.FLOAT, "float16": TensorProto.FLOAT16}
 def strip(model: onnx.ModelProto) -> str:
     """A model as text: a line for each large weight, then the graph.
 
-    Metadata and doc strings go, and shapes that are stated of inner values; integers and small
-    tensors stay as they are.
+    Names of nodes, metadata and doc strings go, and shapes that are stated of inner values;
+    integers and small tensors stay as they are.
     """
     model = onnx.ModelProto.FromString(model.SerializeToString())
     lines = []
@@ -40,7 +41,10 @@ def strip(model: onnx.ModelProto) -> str:
             continue
         values = numpy_helper.to_array(tensor).astype(np.float64)
         shape = "x".join(map(str, tensor.dims))
-        lines.append(f"{kind} {shape} {values.min():.6g} {values.max():.6g} {tensor.name}")
+        size, negative = np.abs(values), float((values < 0).mean())
+        lines.append(
+            f"{kind} {shape} {size.min():.3g} {size.max():.3g} {negative:.2g} {tensor.name}"
+        )
     del model.graph.initializer[:]
     for tensor in kept:
         values = numpy_helper.to_array(tensor)
@@ -50,6 +54,7 @@ def strip(model: onnx.ModelProto) -> str:
     for node in model.graph.node:
         del node.metadata_props[:]
         node.ClearField("doc_string")
+        node.ClearField("name")
     for info in [*model.graph.input, *model.graph.output]:
         del info.metadata_props[:]
     for function in model.functions:
@@ -62,9 +67,11 @@ def restore(text: str) -> onnx.ModelProto:
     head, _, body = text.partition("<")
     model = parser.parse_model(f"<{body}")
     for line in head.splitlines():
-        kind, shape, low, high, name = line.split(" ", 4)
+        kind, sizes, low, high, negative, name = line.split(" ", 5)
         dtype = helper.tensor_dtype_to_np_dtype(_FLOATS[kind])
-        values = uniform(name, [int(n) for n in shape.split("x")], float(low), float(high))
+        shape = [int(n) for n in sizes.split("x")]
+        values = uniform(name, shape, float(low), float(high))
+        values *= np.where(uniform(f"{name}/sign", shape, 0.0, 1.0) < float(negative), -1.0, 1.0)
         model.graph.initializer.append(numpy_helper.from_array(values.astype(dtype), name))
     return model
 
