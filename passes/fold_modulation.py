@@ -15,20 +15,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from onnxnorm.facts import AnyValue, Constant, Facts
 from onnxnorm.module import Node
+from onnxnorm.norm_operators import training_reason
 from onnxnorm.norms import Norm, find_norms
-from onnxnorm.passes.fold_affine import Affine, read
-from onnxnorm.port import Port, rounded
+from onnxnorm.port import is_real, rounded
 from onnxnorm.rewrite import Pass, Plan, Refusal, Rewriter
-from onnxnorm.sizes import find_sizes
-from onnxnorm.transfer import Transfer
 
+Vector: TypeAlias = NDArray[np.float64]
+
+_EPSILON: Final = 1e-5  # BatchNormalization's schema default
 _SAME: Final = ("auto_pad", "dilations", "group", "kernel_shape", "pads", "strides")
 
 
@@ -46,24 +47,18 @@ class FoldModulation(Pass):
             if node.op == "Add" and not node.domain and len(node.inputs) == 2:
                 found = _offset(node, facts)
                 if found is not None:
-                    conv = found.port.node
-                    yield Plan(node, (node, conv), found, into=conv.op)
-        transfer = Transfer(facts, find_sizes(facts))
+                    yield Plan(node, (node, found.conv), found, into="Conv")
         for norm in find_norms(facts):
             if norm.kind not in ("batch_norm", "channel_affine") or not norm.recognised:
                 continue
             modulation = _modulated(norm, facts)
             if modulation is None:
                 continue
-            affine = read(norm, transfer)
-            if isinstance(affine, str):
-                yield Refusal(affine, norm.node.label, node=norm.node)
-                continue
-            change = _change(norm, modulation, affine, facts)
+            change = _change(norm, modulation, facts)
             if isinstance(change, Refusal):
                 yield change
             else:
-                nodes = (*norm.nodes, change.factor.node, change.term.node)
+                nodes = (*norm.nodes, change.factor, change.term)
                 inside = (modulation.product, modulation.sum)
                 outputs = (modulation.sum.outputs[0],)
                 yield Plan(norm.node, nodes, change, inside=inside, outputs=outputs, into="Conv")
@@ -72,19 +67,51 @@ class FoldModulation(Pass):
         """Give the convolutions their new constants."""
         found: _Offset | _Change = plan.detail
         if isinstance(found, _Offset):
-            conv = found.port.node
-            rw.replace_like(conv, [*conv.inputs[:2], rw.constant("bias", found.bias)])
+            made = rw.constant("bias", found.bias)
+            rw.replace_like(found.conv, [*found.conv.inputs[:2], made])
             return
-        for port, weight, bias in (
+        for conv, weight, bias in (
             (found.factor, found.factor_weight, found.factor_bias),
             (found.term, found.term_weight, found.term_bias),
         ):
-            name = port.node.outputs[0].name
-            new = rw.constant("weight", weight, at=port.node, name=f"{name}_weight")
-            rw.rewire(port.node, 1, new)
-            made = rw.constant("bias", bias, at=port.node, name=f"{name}_bias")
-            rw.rewire(port.node, 2, made)
+            name = conv.outputs[0].name
+            made = rw.constant("weight", weight, at=conv, name=f"{name}_weight")
+            rw.rewire(conv, 1, made)
+            made = rw.constant("bias", bias, at=conv, name=f"{name}_bias")
+            rw.rewire(conv, 2, made)
         rw.redirect(found.norm.output, found.norm.input)
+
+
+# ** a convolution **
+
+
+@dataclass(frozen=True, eq=False)
+class _Constants:
+    weight: Constant
+    bias: NDArray[np.float64]
+
+    @property
+    def features(self) -> int:
+        return self.weight.shape[0]
+
+
+def _constants(conv: Node, facts: Facts) -> _Constants | str:
+    """The weight and bias of a Conv, or why they cannot be changed."""
+    weight = facts.constant(conv.inputs[1])
+    if weight is None:
+        name = conv.inputs[1].name
+        return f"weight '{name}' is not constant: {facts.why_not_constant(conv.inputs[1])}"
+    if not is_real(weight.dtype) or len(weight.shape) < 3:
+        return f"weight '{weight.name}' is no weight of a Conv that can be changed"
+    if len(conv.inputs) < 3 or not conv.inputs[2].name:
+        return _Constants(weight, np.zeros(weight.shape[0]))
+    bias = facts.constant(conv.inputs[2])
+    if bias is None:
+        name = conv.inputs[2].name
+        return f"bias '{name}' is not constant: {facts.why_not_constant(conv.inputs[2])}"
+    if bias.shape != weight.shape[:1] or not is_real(bias.dtype):
+        return f"bias '{bias.name}' of shape {list(bias.shape)} is not one of this Conv"
+    return _Constants(weight, bias.float64())
 
 
 # ** the 1 **
@@ -92,7 +119,7 @@ class FoldModulation(Pass):
 
 @dataclass(frozen=True, eq=False)
 class _Offset:
-    port: Port
+    conv: Node
     bias: NDArray[Any]
 
 
@@ -108,14 +135,14 @@ def _offset(node: Node, facts: Facts) -> _Offset | None:
             return None
         if not any(u.node.op == "Mul" for u in facts.uses(node.outputs[0])):
             return None
-        port = Port.of(conv, facts)
-        if isinstance(port, str) or constant.dtype != port.weight.dtype:
+        known = _constants(conv, facts)
+        if isinstance(known, str) or constant.dtype != known.weight.dtype:
             return None
-        shift = _per_channel(constant, port.features, len(port.weight.shape))
+        shift = _per_channel(constant, known.features, len(known.weight.shape))
         if shift is None:
             return None
-        bias = port.shifted(np.ones(port.features), shift)
-        return _Offset(port, bias) if np.isfinite(bias.astype(np.float64)).all() else None
+        bias = rounded(known.bias + shift, known.weight.dtype)
+        return _Offset(conv, bias) if np.isfinite(bias.astype(np.float64)).all() else None
     return None
 
 
@@ -144,10 +171,10 @@ class _Modulation:
 @dataclass(frozen=True, eq=False)
 class _Change:
     norm: Norm
-    factor: Port
+    factor: Node
     factor_weight: NDArray[Any]
     factor_bias: NDArray[Any]
-    term: Port
+    term: Node
     term_weight: NDArray[Any]
     term_bias: NDArray[Any]
 
@@ -186,44 +213,77 @@ def _convolution(value: AnyValue, facts: Facts) -> Node | None:
     return made if made is not None and made.op == "Conv" and not made.domain else None
 
 
-def _change(norm: Norm, found: _Modulation, affine: Affine, facts: Facts) -> _Change | Refusal:
+def _map(norm: Norm, facts: Facts, features: int, rank: int) -> tuple[Vector, Vector] | str:
+    """(s, t) of a norm that is s x + t for each channel."""
+    if not norm.operator:
+        parts = []
+        for given, neutral in ((norm.gamma, 1.0), (norm.beta, 0.0)):
+            array = np.asarray(neutral) if given is None else given
+            if not isinstance(array, np.ndarray) or array.ndim > rank:
+                return "its factors are not constant"
+            full = array.reshape((1,) * (rank - array.ndim) + array.shape)
+            if any(n != 1 for a, n in enumerate(full.shape) if a != 1) or full.size not in (
+                1,
+                features,
+            ):
+                return "it does not vary over the channels alone"
+            parts.append(np.broadcast_to(full.astype(np.float64).reshape(-1), (features,)))
+        return parts[0], parts[1]
+    node = norm.node
+    if reason := training_reason(node):
+        return reason
+    if name := node.parameter("epsilon", "spatial"):
+        return f"{name} is a parameter of the function"
+    if node.scope.opsets[""] < 9 and node.attrs.get("spatial", 1) == 0:
+        return "spatial is 0: it has statistics for every position"
+    found = [facts.constant(v) for v in node.inputs[1:5]]
+    known = [c.float64() for c in found if c is not None and c.shape == (features,)]
+    if len(known) != 4:
+        return f"its parameters are not four constants of {features} channels"
+    gamma, beta, mean, variance = known
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):  # the caller looks
+        scale = gamma / np.sqrt(variance + float(node.attrs.get("epsilon", _EPSILON)))
+        return scale, beta - mean * scale
+
+
+def _change(norm: Norm, found: _Modulation, facts: Facts) -> _Change | Refusal:
     def no(reason: str, at: Node) -> Refusal:
         return Refusal(reason, at.label, node=norm.node)
 
-    ports = []
+    known: list[_Constants] = []
     for node in (found.factor, found.term):
-        port = Port.of(node, facts)
-        if isinstance(port, str):
-            return no(port, node)
+        constants = _constants(node, facts)
+        if isinstance(constants, str):
+            return no(constants, node)
         result = node.outputs[0]
         if len(facts.uses(result)) != 1 or facts.pinned(result) is not None:
             return no(f"'{result.name}' has other readers", node)
-        if port.features != affine.scale.size:
-            return no(f"'{node.label}' has {port.features} features", node)
-        ports.append(port)
-    factor, term = ports
-    rank = len(factor.weight.shape)
-    if affine.layout.axes != (1 - rank,):
-        return no("the norm is not over the channels of the convolutions", norm.node)
-    same = found.factor.inputs[0] is found.term.inputs[0] and factor.weight.shape == (
-        term.weight.shape
-    )
+        known.append(constants)
+    factor, term = known
+    same = found.factor.inputs[0] is found.term.inputs[0]
+    same = same and factor.weight.shape == term.weight.shape
     if not same or any(found.factor.attrs.get(a) != found.term.attrs.get(a) for a in _SAME):
         reason = f"'{found.factor.label}' and '{found.term.label}' do not read the same in one way"
         return no(reason, found.term)
-    dtypes = {p.weight.dtype for p in ports}
-    if len(dtypes) != 1:
+    if factor.weight.dtype != term.weight.dtype:
         return no("the convolutions have weights of two types", found.term)
-    (dtype,) = dtypes
-    scale, shift = (v.reshape(-1, *(1,) * (rank - 1)) for v in (affine.scale, affine.shift))
-    weights = [p.weight.float64() for p in ports]
-    biases = [np.zeros(p.features) if p.bias is None else p.bias.float64() for p in ports]
-    made = (
-        rounded(scale * weights[0], dtype),
-        rounded(affine.scale * biases[0], dtype),
-        rounded(weights[1] + shift * weights[0], dtype),
-        rounded(biases[1] + affine.shift * biases[0], dtype),
-    )
+    dtype, rank = factor.weight.dtype, len(factor.weight.shape)
+    ranked = facts.type(norm.input)
+    if ranked is None or ranked.shape is None or len(ranked.shape) != rank:
+        return no(f"the rank of '{norm.input.name}' is not that of the convolutions", norm.node)
+    read = _map(norm, facts, factor.features, rank)
+    if isinstance(read, str):
+        return no(read, norm.node)
+    scale, shift = read
+    wide = (-1, *(1,) * (rank - 1))
+    with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is refused below
+        weights = [c.weight.float64() for c in known]
+        made = (
+            rounded(scale.reshape(wide) * weights[0], dtype),
+            rounded(scale * factor.bias, dtype),
+            rounded(weights[1] + shift.reshape(wide) * weights[0], dtype),
+            rounded(term.bias + shift * factor.bias, dtype),
+        )
     if not all(np.isfinite(a.astype(np.float64)).all() for a in made):
         return no(f"a folded weight is not finite in {dtype}", found.factor)
-    return _Change(norm, factor, made[0], made[1], term, made[2], made[3])
+    return _Change(norm, found.factor, made[0], made[1], found.term, made[2], made[3])

@@ -168,11 +168,11 @@ def test_any_modulation_agrees(model: Any) -> None:
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("weights[1] + shift * weights[0]", "weights[1] + scale * weights[0]"),
-        ("rounded(scale * weights[0], dtype)", "rounded(shift * weights[0], dtype)"),
-        ("biases[1] + affine.shift * biases[0]", "biases[1] + affine.shift"),
-        ("rounded(affine.scale * biases[0], dtype)", "rounded(biases[0], dtype)"),
-        ("port.shifted(np.ones(port.features), shift)", "port.shifted(shift, shift)"),
+        ("shift.reshape(wide) * weights[0], dtype)", "scale.reshape(wide) * weights[0], dtype)"),
+        ("rounded(scale.reshape(wide)", "rounded(shift.reshape(wide)"),
+        ("term.bias + shift * factor.bias", "term.bias + shift"),
+        ("rounded(scale * factor.bias, dtype)", "rounded(factor.bias, dtype)"),
+        ("rounded(known.bias + shift,", "rounded(known.bias * shift,"),
     ],
 )
 def test_a_wrong_constant_would_be_seen(old: str, new: str) -> None:
