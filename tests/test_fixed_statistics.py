@@ -6,6 +6,7 @@ The graphs are those that both torch exporters write (models/exports/), in train
 from __future__ import annotations
 
 import importlib.util
+from collections import Counter
 from functools import cache
 
 import pytest
@@ -36,6 +37,7 @@ WAITING = {
     "repbn_swin": "two maps of one value that are added",
     "ibn_resnet": "through a Split of the channels",
     "graph_transformer": "the diagonal gauge",
+    "noiser": "biases that a norm ignores",
     "nonscaling_vit": "through the mean over tokens into the head",
 }
 
@@ -80,6 +82,18 @@ def test_it_runs_what_the_network_without_it_runs(system: System, exporter: Expo
         for plain in (False, True)
     )
     assert done - bare == bare - done
+
+
+@pytest.mark.parametrize(("system", "exporter"), FREE)
+def test_it_has_no_bias_that_the_network_without_it_lacks(
+    system: System, exporter: Exporter
+) -> None:
+    done, bare = (
+        optimized(file_name(system.name, exporter, plain=plain)).stored.proto.graph
+        for plain in (False, True)
+    )
+    inputs = [Counter((n.op_type, len(n.input)) for n in g.node) for g in (done, bare)]
+    assert inputs[0] == inputs[1]
 
 
 @pytest.mark.parametrize(("system", "exporter"), CASES)

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from onnxnorm import passes, registry
 from onnxnorm.errors import UsageError
-from onnxnorm.passes.drop_dead_bias import DropDeadBias
 from onnxnorm.passes.fold_affine import FoldAffine
 from onnxnorm.passes.fold_batchnorm import FoldBatchnorm
 from onnxnorm.passes.fold_constants import FoldConstants
@@ -49,7 +48,6 @@ def test_selections() -> None:
         FoldBatchnorm(),
         FoldAffine(),
         FoldModulation(),
-        DropDeadBias(),
         FoldLayout(),
         LowerChannelNorm(),
         StreamFoldMean(),
