@@ -21,6 +21,7 @@ from onnxnorm.passes.lower_channel_norm import LowerChannelNorm
 from onnxnorm.passes.lower_group_norm import LowerGroupNorm
 from onnxnorm.passes.lower_norms import LowerNorms
 from onnxnorm.passes.lower_softmax import LowerSoftmax
+from onnxnorm.passes.merge_parallel_norms import MergeParallelNorms
 from onnxnorm.passes.stream_fold_mean import StreamFoldMean
 from onnxnorm.registry import catalogue, default_passes, options, select
 from onnxnorm.rewrite import Pass
@@ -45,6 +46,7 @@ def test_approximate_passes_are_never_on_by_default() -> None:
 def test_selections() -> None:
     assert select(None) == [
         FoldConstants(),
+        MergeParallelNorms(),
         FoldBatchnorm(),
         FoldAffine(),
         FoldModulation(),
