@@ -1,7 +1,8 @@
 """Remove Transposes and Reshapes that take a value to another layout and back.
 
     Transpose(Reshape(Reshape(Transpose(x))))  ->  x                where each undoes another
-                                               ->  Transpose(x)     where that is what they come to
+                                               ->  Transpose(x)     where that is what they come to,
+                                                                    the one that is there, if one is
 
 Norms of channels are written for images, so around one on tokens exporters put a Transpose and a
 Reshape on both sides. Where the norm went into its neighbours these are left, with nothing between.
@@ -39,19 +40,25 @@ class FoldLayout(Pass):
         if not nodes:
             return
         sizes = derived_sizes(facts)
+        place = {n: at for at, n in enumerate(facts.module.nodes())}
         for node in nodes:
             found = _shorter(node, facts, sizes)
+            if found is None or found.order:
+                found = _known(node, found, facts, place) or found
             if found is None:
                 continue
+            # Also what makes the source, so that no other plan of this round takes it away.
+            made = facts.producer(found.source)
+            claimed = found.run if made is None else tuple(dict.fromkeys((*found.run, made)))
             if not found.order:
                 readers = dict.fromkeys(u.node for u in facts.uses(node.outputs[0]))
                 results = dict.fromkeys(v for n in readers for v in n.outputs if v.name)
                 into = "nothing"
                 yield Plan(
-                    node, found.run, found, inside=tuple(readers), outputs=tuple(results), into=into
+                    node, claimed, found, inside=tuple(readers), outputs=tuple(results), into=into
                 )
             else:
-                yield Plan(node, found.run, found)
+                yield Plan(node, claimed, found)
 
     def apply(self, plan: Plan, rw: Rewriter) -> None:
         """Let all that reads the last value read the first, or one Transpose of it."""
@@ -75,6 +82,24 @@ class _Run:
     source: AnyValue
     run: tuple[Node, ...]
     order: tuple[int, ...]
+
+
+def _known(node: Node, found: _Run | None, facts: Facts, place: dict[Node, int]) -> _Run | None:
+    """The result of an earlier Transpose that is the same one of the same value."""
+    if facts.pinned(node.outputs[0]) is not None:
+        return None
+    if found is None:
+        if node.op != "Transpose" or "perm" not in node.attrs:
+            return None
+        found = _Run(node.inputs[0], (node,), tuple(node.attrs["perm"]))
+    for use in facts.uses(found.source):
+        other = use.node
+        if other.op != "Transpose" or other.domain or other.scope is not node.scope:
+            continue
+        same = tuple(other.attrs.get("perm", ())) == found.order and other not in found.run
+        if same and place[other] < place[node]:
+            return _Run(other.outputs[0], found.run, ())
+    return None
 
 
 def _moves(node: Node, facts: Facts) -> bool:

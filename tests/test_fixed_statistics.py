@@ -76,12 +76,14 @@ def test_no_node_is_left_of_the_fixed_part(system: System, exporter: Exporter) -
 
 
 @pytest.mark.parametrize(("system", "exporter"), FREE)
-def test_it_runs_what_the_network_without_it_runs(system: System, exporter: Exporter) -> None:
+def test_it_runs_nothing_that_the_network_without_it_does_not(
+    system: System, exporter: Exporter
+) -> None:
     done, bare = (
         operators(optimized(file_name(system.name, exporter, plain=plain)).stored)
         for plain in (False, True)
     )
-    assert done - bare == bare - done
+    assert done <= bare  # it may be less: a bias behind the norm goes on into its readers
 
 
 @pytest.mark.parametrize(("system", "exporter"), FREE)
@@ -93,7 +95,7 @@ def test_it_has_no_bias_that_the_network_without_it_lacks(
         for plain in (False, True)
     )
     inputs = [Counter((n.op_type, len(n.input)) for n in g.node) for g in (done, bare)]
-    assert inputs[0] == inputs[1]
+    assert inputs[0] <= inputs[1]
 
 
 @pytest.mark.parametrize(("system", "exporter"), CASES)

@@ -66,6 +66,15 @@ def test_what_comes_to_one_transpose() -> None:
     assert_rewrites(graph(body, SHAPES, y="6,N,8"), after, RULE)
 
 
+def test_a_transpose_that_is_there_already_is_read() -> None:
+    body = (
+        "a = Transpose <perm = [0, 2, 1]> (x)\n r = Relu (a)\n t = Transpose <perm = [0, 2, 1]> (x)"
+        "\n b = Reshape (t, image)\n c = Reshape (b, tokens)\n y = Add (r, c)"
+    )
+    after = "a = Transpose <perm = [0, 2, 1]> (x)\n r = Relu (a)\n y = Add (r, a)"
+    assert_rewrites(graph(body, SHAPES, y="N,8,6"), graph(after, y="N,8,6"), RULE)
+
+
 def test_what_others_read_stays_and_the_rest_goes() -> None:
     body = f"{IMAGE}\n z = Abs (b)".replace("y = Relu (d)", "r = Relu (d)")
     body += "\n k = ReduceMax <axes = [2, 3]> (z)\n q = Unsqueeze (k, at)\n y = Add (r, q)"
