@@ -13,6 +13,7 @@ if __name__ != "onnxnorm.passes":  # a second copy would have its own classes
 # name -> "module:class", in the order in which the passes run
 PASSES: Final[dict[str, str]] = {
     "fold-constants": "onnxnorm.passes.fold_constants:FoldConstants",
+    "merge-adapters": "onnxnorm.passes.merge_adapters:MergeAdapters",
     "merge-parallel-norms": "onnxnorm.passes.merge_parallel_norms:MergeParallelNorms",
     "fold-batchnorm": "onnxnorm.passes.fold_batchnorm:FoldBatchnorm",
     "fold-affine": "onnxnorm.passes.fold_affine:FoldAffine",

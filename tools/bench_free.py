@@ -1,6 +1,7 @@
 """What a norm with fixed statistics costs, and that it costs nothing once it is folded.
 
     python tools/bench_free.py [--only NAME] [--exporter torchscript|dynamo] [--pairs N]
+        [--seconds S]
 
 For each network of models/fixed.py, by paired ratios of latency under all of onnxruntime's
 optimizations, each with its interval and the band of the original against itself:
@@ -49,8 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", action="append", choices=[s.name for s in SYSTEMS])
     parser.add_argument("--exporter", action="append", choices=EXPORTERS)
     parser.add_argument("--pairs", type=int, default=8)
+    parser.add_argument("--seconds", type=float, default=10.0, help="for each ratio, roughly")
     options = parser.parse_args(arguments)
-    print("| network | exporter | nodes | same operators | folded/original | plain/original"
+    print("| network | exporter | nodes | no more operators | folded/original | plain/original"
           " | folded/plain |")  # fmt: skip
     print("|---|---|---|---|---|---|---|")
     for system in SYSTEMS:
@@ -58,11 +60,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             continue
         chosen: Sequence[Exporter] = options.exporter or EXPORTERS
         for exporter in chosen:
-            print(row(system.name, exporter, options.pairs), flush=True)
+            print(row(system.name, exporter, options.pairs, options.seconds), flush=True)
     return 0
 
 
-def row(system: str, exporter: Exporter, pairs: int) -> str:
+def row(system: str, exporter: Exporter, pairs: int, seconds: float) -> str:
     """One network out of one exporter."""
     given = skeletons.load(file_name(system, exporter))
     plain = skeletons.load(file_name(system, exporter, plain=True))
@@ -79,11 +81,11 @@ def row(system: str, exporter: Exporter, pairs: int) -> str:
         cells = []
         for one, other in (("original", "folded"), ("original", "plain"), ("plain", "folded")):
             found = measure(
-                paths[one], paths[other], feeds, pairs=pairs, threads=1, budget_seconds=10
+                paths[one], paths[other], feeds, pairs=pairs, threads=1, budget_seconds=seconds
             )
             low, high = found.interval
             cells.append(f"{found.ratio:.3f} ({low:.3f} to {high:.3f})")
-    same = "yes" if operators(done) == operators(bare) else "no"
+    same = "yes" if operators(done) <= operators(bare) else "no"
     nodes = f"{len(given.graph.node)} -> {len(done.proto.graph.node)}"
     return f"| {system} | {exporter} | {nodes} | {same} | {' | '.join(cells)} |"
 
