@@ -608,6 +608,11 @@ def _randomise(module: nn.Module, example: tuple[Tensor, ...], seed: int) -> Non
     randomise_norms(module, example, seed)
     draws = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
+        for part in module.modules():
+            if isinstance(part, SigmaReparamLinear):
+                # A common direction: sigma is far from zero also for vectors that are drawn anew.
+                part.weight.add_(0.1)
+                part.u.abs_()
         for name, tensor in [*module.named_buffers(), *module.named_parameters()]:
             leaf = name.rpartition(".")[2]
             if leaf in ("running_moment", "running_phi", "alpha", "gamma"):
