@@ -158,10 +158,13 @@ class Facts:
 
     Args:
         module: The module; it must not change while these facts are in use.
+        stated: Whether to believe the shapes that the file itself states of inner values. A
+            tool that made an input dynamic may have left those of the fixed size behind.
     """
 
-    def __init__(self, module: Module) -> None:
+    def __init__(self, module: Module, *, stated: bool = True) -> None:
         self.module = module
+        self._stated = stated
         self.kept: dict[str, Any] = {}  # what analyses beyond this class found, by their name
 
     # ** users and producers **
@@ -396,6 +399,8 @@ class Facts:
     def types(self) -> dict[tuple[str, str], Type]:
         """Inferred types by (scope path, value name), for the main graph and all bodies."""
         model = self.module.export().small()
+        if not self._stated:
+            _unstate(model.graph)
         untyped = Facts(self.module)  # what is constant may depend on types, which are to come
         untyped.__dict__["types"] = {}
         _show_constants(model.graph, self.module.main, untyped)
@@ -516,6 +521,18 @@ def _bodies(graph: onnx.GraphProto, scope: Scope) -> Iterator[tuple[onnx.GraphPr
             for attribute in proto.attribute:
                 if attribute.name == name:
                     yield attribute.g if index < 0 else attribute.graphs[index], body
+
+
+def _unstate(graph: onnx.GraphProto) -> None:
+    """Take the shapes out of a graph that are stated of other values than its inputs."""
+    del graph.value_info[:]
+    for output in graph.output:
+        if output.type.HasField("tensor_type"):
+            output.type.tensor_type.ClearField("shape")
+    for node in graph.node:
+        for attribute in node.attribute:
+            for body in [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]:
+                _unstate(body)
 
 
 def _show_constants(graph: onnx.GraphProto, scope: Scope, untyped: Facts) -> None:

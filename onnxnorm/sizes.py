@@ -42,6 +42,18 @@ def find_sizes(facts: Facts) -> Sizes:
     return found
 
 
+def derived_sizes(facts: Facts) -> Sizes:
+    """The sizes that follow from inputs and weights alone, whatever a file states of the rest.
+
+    A tool that made an input dynamic may have left the shapes of the fixed size behind; what is
+    computed before the model runs must not believe them.
+    """
+    found: Sizes | None = facts.kept.get("derived sizes")
+    if found is None:
+        found = facts.kept["derived sizes"] = Sizes(Facts(facts.module, stated=False))
+    return found
+
+
 class Sizes:
     """The sizes of a graph's values.
 

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxnorm import float64
+from onnxnorm.constants import most_elements
 from onnxnorm.facts import AnyValue, Facts
 from onnxnorm.layout import Dim, Dims
 from onnxnorm.module import Node
@@ -183,6 +184,8 @@ class Statics:
         constants = [self._facts.constant(v) for v in node.inputs]
         if any(c is not None and c.dtype.kind in "iu" for c in constants[:1]) and node.op == "Div":
             return  # integers divide otherwise
+        if most_elements(node, given) > LIMIT:
+            return
         self._arrays[out] = evaluate(node, given)
 
 

@@ -9,6 +9,7 @@ Models are written in ONNX's text form (onnx.parser). Public, because authors of
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,9 +17,11 @@ import onnx
 from onnx import parser, printer
 
 from onnxnorm import staging, storage, verifier
-from onnxnorm.module import SITE_KEY
+from onnxnorm.facts import Facts
+from onnxnorm.module import SITE_KEY, Module
 from onnxnorm.pipeline import Pipeline, Run
 from onnxnorm.rewrite import Pass
+from onnxnorm.sizes import find_sizes
 from onnxnorm.storage import Stored
 
 
@@ -106,6 +109,24 @@ def assert_parity(
         with ParityChecker(first, seed=seed, shapes=shapes) as checker:
             result = checker.check(second)
     assert result.passed, result.to_json()
+
+
+def operators(stored: Stored) -> Counter[tuple[str, tuple[int | None, ...] | None]]:
+    """What a model runs: how often each operator gives a result of each shape.
+
+    Sizes that differ from run to run are None, as is a shape whose rank is not known. Constants and
+    what only moves constants do not count. Two models with equal counts do the same work.
+    """
+    facts = Facts(Module(stored))
+    sizes = find_sizes(facts)
+    found: Counter[tuple[str, tuple[int | None, ...] | None]] = Counter()
+    for node in facts.module.nodes():
+        if all(facts.constant(v) is not None for v in node.outputs if v.name):
+            continue
+        dims = sizes.of(node.outputs[0])
+        shape = None if dims is None else tuple(d if isinstance(d, int) else None for d in dims)
+        found[node.op, shape] += 1
+    return found
 
 
 def text(stored: Stored) -> str:

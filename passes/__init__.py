@@ -13,10 +13,15 @@ if __name__ != "onnxnorm.passes":  # a second copy would have its own classes
 # name -> "module:class", in the order in which the passes run
 PASSES: Final[dict[str, str]] = {
     "raise-skip-norm": "onnxnorm.passes.raise_skip_norm:RaiseSkipNorm",
+    "fold-constants": "onnxnorm.passes.fold_constants:FoldConstants",
+    "merge-adapters": "onnxnorm.passes.merge_adapters:MergeAdapters",
+    "merge-parallel-norms": "onnxnorm.passes.merge_parallel_norms:MergeParallelNorms",
     "fold-batchnorm": "onnxnorm.passes.fold_batchnorm:FoldBatchnorm",
     "fold-affine": "onnxnorm.passes.fold_affine:FoldAffine",
+    "fold-modulation": "onnxnorm.passes.fold_modulation:FoldModulation",
     "prune-dead-channels": "onnxnorm.passes.prune_dead_channels:PruneDeadChannels",
     "stream-fold-affine": "onnxnorm.passes.stream_fold_affine:StreamFoldAffine",
+    "fold-layout": "onnxnorm.passes.fold_layout:FoldLayout",
     "lower-channel-norm": "onnxnorm.passes.lower_channel_norm:LowerChannelNorm",
     "stream-fold-mean": "onnxnorm.passes.stream_fold_mean:StreamFoldMean",
     "fold-norm-affine": "onnxnorm.passes.fold_norm_affine:FoldNormAffine",
@@ -30,10 +35,14 @@ PASSES: Final[dict[str, str]] = {
 # What `optimize` runs when it is not told otherwise: passes that are equal over the reals.
 # Those that write calls of our own operators do nothing unless --ops asks for them.
 DEFAULT: Final[tuple[str, ...]] = (
+    "fold-constants",
+    "merge-parallel-norms",
     "fold-batchnorm",
     "fold-affine",
+    "fold-modulation",
     "prune-dead-channels",
     "stream-fold-affine",
+    "fold-layout",
     "lower-channel-norm",
     "stream-fold-mean",
     "lower-softmax",

@@ -14,10 +14,14 @@ from onnxnorm import passes, registry
 from onnxnorm.errors import UsageError
 from onnxnorm.passes.fold_affine import FoldAffine
 from onnxnorm.passes.fold_batchnorm import FoldBatchnorm
+from onnxnorm.passes.fold_constants import FoldConstants
+from onnxnorm.passes.fold_layout import FoldLayout
+from onnxnorm.passes.fold_modulation import FoldModulation
 from onnxnorm.passes.lower_channel_norm import LowerChannelNorm
 from onnxnorm.passes.lower_group_norm import LowerGroupNorm
 from onnxnorm.passes.lower_norms import LowerNorms
 from onnxnorm.passes.lower_softmax import LowerSoftmax
+from onnxnorm.passes.merge_parallel_norms import MergeParallelNorms
 from onnxnorm.passes.prune_dead_channels import PruneDeadChannels
 from onnxnorm.passes.stream_fold_affine import StreamFoldAffine
 from onnxnorm.passes.stream_fold_mean import StreamFoldMean
@@ -43,10 +47,14 @@ def test_approximate_passes_are_never_on_by_default() -> None:
 
 def test_selections() -> None:
     assert select(None) == [
+        FoldConstants(),
+        MergeParallelNorms(),
         FoldBatchnorm(),
         FoldAffine(),
+        FoldModulation(),
         PruneDeadChannels(),
         StreamFoldAffine(),
+        FoldLayout(),
         LowerChannelNorm(),
         StreamFoldMean(),
         LowerSoftmax(),

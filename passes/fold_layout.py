@@ -1,0 +1,138 @@
+"""Remove Transposes and Reshapes that take a value to another layout and back.
+
+    Transpose(Reshape(Reshape(Transpose(x))))  ->  x                where each undoes another
+                                               ->  Transpose(x)     where that is what they come to,
+                                                                    the one that is there, if one is
+
+Norms of channels are written for images, so around one on tokens exporters put a Transpose and a
+Reshape on both sides. Where the norm went into its neighbours these are left, with nothing between.
+That they undo each other is proven on the factors of the axes, with the sizes that follow from the
+graph's inputs and weights; what a file states of values in between does not count. Exact. Source:
+the definitions of these operators in the ONNX operator specification.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Final
+
+from onnxnorm.facts import AnyValue, Facts
+from onnxnorm.module import Node
+from onnxnorm.rearrange import MOVES, permutation
+from onnxnorm.rewrite import Pass, Plan, Refusal, Rewriter
+from onnxnorm.sizes import Sizes, derived_sizes
+
+_LONGEST: Final = 16  # nodes in a row
+
+
+@dataclass(frozen=True)
+class FoldLayout(Pass):
+    """Remove moves in a row that undo each other."""
+
+    name: ClassVar = "fold-layout"
+    summary: ClassVar = "Transposes and Reshapes that undo each other"
+    equation: ClassVar = "Transpose(Reshape(Reshape(Transpose(x)))) -> x"
+
+    def plan(self, facts: Facts) -> Iterator[Plan | Refusal]:
+        """Every value that moves in a row bring back to what they began with."""
+        nodes = [n for n in facts.module.nodes() if _moves(n, facts)]
+        if not nodes:
+            return
+        sizes = derived_sizes(facts)
+        place = {n: at for at, n in enumerate(facts.module.nodes())}
+        for node in nodes:
+            found = _shorter(node, facts, sizes)
+            if found is None or found.order:
+                found = _known(node, found, facts, place) or found
+            if found is None:
+                continue
+            # Also what makes the source, so that no other plan of this round takes it away.
+            made = facts.producer(found.source)
+            claimed = found.run if made is None else tuple(dict.fromkeys((*found.run, made)))
+            if not found.order:
+                readers = dict.fromkeys(u.node for u in facts.uses(node.outputs[0]))
+                results = dict.fromkeys(v for n in readers for v in n.outputs if v.name)
+                into = "nothing"
+                yield Plan(
+                    node, claimed, found, inside=tuple(readers), outputs=tuple(results), into=into
+                )
+            else:
+                yield Plan(node, claimed, found)
+
+    def apply(self, plan: Plan, rw: Rewriter) -> None:
+        """Let all that reads the last value read the first, or one Transpose of it."""
+        found: _Run = plan.detail
+        if found.order:
+            rw.replace("Transpose", [found.source], attrs={"perm": list(found.order)})
+        else:
+            rw.redirect(plan.root.outputs[0], found.source)
+
+
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """Moves in a row that come to a permutation.
+
+    Attributes:
+        source: What the first reads.
+        run: The moves.
+        order: The permutation; empty for none.
+    """
+
+    source: AnyValue
+    run: tuple[Node, ...]
+    order: tuple[int, ...]
+
+
+def _known(node: Node, found: _Run | None, facts: Facts, place: dict[Node, int]) -> _Run | None:
+    """The result of an earlier Transpose that is the same one of the same value."""
+    if facts.pinned(node.outputs[0]) is not None:
+        return None
+    if found is None:
+        if node.op != "Transpose" or "perm" not in node.attrs:
+            return None
+        found = _Run(node.inputs[0], (node,), tuple(node.attrs["perm"]))
+    for use in facts.uses(found.source):
+        other = use.node
+        if other.op != "Transpose" or other.domain or other.scope is not node.scope:
+            continue
+        same = tuple(other.attrs.get("perm", ())) == found.order and other not in found.run
+        if same and place[other] < place[node]:
+            return _Run(other.outputs[0], found.run, ())
+    return None
+
+
+def _moves(node: Node, facts: Facts) -> bool:
+    return (
+        node.op in MOVES
+        and node.op != "Identity"
+        and not node.domain
+        and bool(node.outputs and node.inputs)
+        and not any(a.ref_attr_name for a in node.proto.attribute)
+        and bool(facts.uses(node.outputs[0]) or facts.pinned(node.outputs[0]))
+        and facts.constant(node.outputs[0]) is None
+    )
+
+
+def _shorter(node: Node, facts: Facts, sizes: Sizes) -> _Run | None:
+    """The longest run of moves that ends here and comes to no move, or to one."""
+    run = [node]
+    undone: _Run | None = None
+    merged: _Run | None = None
+    private = True  # whether the moves before the last are read by nobody else
+    while True:
+        source = run[0].inputs[0]
+        if source.scope is not node.scope:
+            break
+        order = permutation(source, run, sizes)
+        if order is not None and order == tuple(range(len(order))):
+            undone = _Run(source, tuple(run), ())
+        elif order is not None and len(run) > 1 and private:
+            merged = _Run(source, tuple(run), order)
+        before = facts.producer(source)
+        if before is None or len(run) == _LONGEST or not _moves(before, facts):
+            break
+        private = private and len(facts.uses(source)) == 1 and facts.pinned(source) is None
+        run.insert(0, before)
+    pinned = facts.pinned(node.outputs[0]) is not None
+    return merged if undone is None or pinned else undone
