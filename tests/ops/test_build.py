@@ -136,11 +136,16 @@ def has_sanitizers(folder: Path) -> bool:
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
-def fuzz(folder: Path, instruction_sets: Sequence[str], rounds: int) -> None:
+def fuzz(
+    folder: Path,
+    instruction_sets: Sequence[str],
+    rounds: int,
+    kind: build.Kind = build.Kind.CPU,
+) -> None:
     source = Path(__file__).with_name("fuzz.cc")
     if not has_sanitizers(folder):
         pytest.skip("the compiler has no sanitizers")
-    build.build_program(source, folder / "fuzz", only=instruction_sets)
+    build.build_program(source, folder / "fuzz", only=instruction_sets, kind=kind)
     done = subprocess.run(
         [str(folder / "fuzz"), "1", str(rounds)], capture_output=True, text=True, check=False
     )

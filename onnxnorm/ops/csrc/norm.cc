@@ -163,7 +163,7 @@ void run_columns(Plan plan, const Parallel& parallel) {
 
 }  // namespace
 
-void run(const NormCall& call, const Parallel& parallel) {
+NormLayout layout_of(const NormCall& call) {
   const Shape& shape = call.x.shape;
   std::vector<Dim> dims(shape.size());
   for (std::size_t i = 0; i < dims.size(); ++i) dims[i] = {shape[i], {}, false};
@@ -175,12 +175,19 @@ void run(const NormCall& call, const Parallel& parallel) {
   add_strides(dims, kX, shape, shape, "X");
   add_strides(dims, kScale, call.scale.shape, shape, "scale");
   if (call.bias != nullptr) add_strides(dims, kBias, call.bias->shape, shape, "bias");
-  if (count(shape) == 0) return;
-
+  const std::int64_t elements = count(shape);
+  if (elements == 0) return {0, {}, {}, {}, false};
   const std::vector<Dim> all = merged(dims, kOperands);
-  Plan plan{&kernels().norm[call.type], call, select(all, false), select(all, true)};
-  if (!all.empty() && all.back().axis) {
-    run_segments(std::move(plan), select(merged(dims, 1), true), parallel);
+  return {elements, select(all, false), select(all, true), select(merged(dims, 1), true),
+          !all.empty() && all.back().axis};
+}
+
+void run(const NormCall& call, const Parallel& parallel) {
+  NormLayout layout = layout_of(call);
+  if (layout.elements == 0) return;
+  Plan plan{&kernels().norm[call.type], call, std::move(layout.kept), std::move(layout.reduced)};
+  if (layout.innermost) {
+    run_segments(std::move(plan), std::move(layout.reduced_of_x), parallel);
   } else {
     run_columns(std::move(plan), parallel);
   }

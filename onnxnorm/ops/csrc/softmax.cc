@@ -173,12 +173,12 @@ void run_tiles(const Plan& plan, const Parallel& parallel) {
 
 }  // namespace
 
-void run(const SoftmaxCall& call, const Parallel& parallel) {
+SoftmaxLayout layout_of(const SoftmaxCall& call) {
   const Shape shape =
       call.mask == nullptr ? call.x.shape : broadcast(call.x.shape, call.mask->shape);
   const std::size_t axis = resolve_axis(call.axis, shape.size());
-  const std::int64_t elements = count(shape);
-  if (elements == 0) return;
+  SoftmaxLayout layout{count(shape), {}, Dim{1, {}, true}, false};
+  if (layout.elements == 0) return layout;
 
   std::vector<Dim> dims(shape.size());
   for (std::size_t i = 0; i < dims.size(); ++i) dims[i] = {shape[i], {}, i == axis};
@@ -186,27 +186,37 @@ void run(const SoftmaxCall& call, const Parallel& parallel) {
   if (call.mask != nullptr) add_strides(dims, kMask, call.mask->shape, shape, "mask");
   add_strides(dims, kY, shape, shape, "Y");
 
-  Plan plan{};
-  plan.kernels = &kernels().softmax[call.type];
-  plan.call = call;
-  // A row that fits with its output is read three times in cache, where one exponential an element
-  // is cheaper than two; a longer one is read twice.
-  plan.cached = 2 * shape[axis] * kBytes[call.type] <= private_cache();
-  plan.stream = elements * kBytes[call.type] >= kStreamBytes;
   dims = merged(dims, kOperands);
   const auto found =
       std::find_if(dims.begin(), dims.end(), [](const Dim& dim) { return dim.axis; });
   // An axis of size 1 was dropped: every row is one element, and all columns are neighbours.
-  plan.axis = found == dims.end() ? Dim{1, {}, true} : *found;
-  if (found != dims.end() && found + 1 == dims.end()) {
-    plan.outer.assign(dims.begin(), found);
+  if (found != dims.end()) {
+    layout.axis = *found;
+    layout.innermost = found + 1 == dims.end();
+    dims.erase(found);
+  }
+  layout.items = std::move(dims);
+  return layout;
+}
+
+void run(const SoftmaxCall& call, const Parallel& parallel) {
+  SoftmaxLayout layout = layout_of(call);
+  if (layout.elements == 0) return;
+  Plan plan{};
+  plan.kernels = &kernels().softmax[call.type];
+  plan.call = call;
+  plan.axis = layout.axis;
+  plan.outer = std::move(layout.items);
+  // A row that fits with its output is read three times in cache, where one exponential an element
+  // is cheaper than two; a longer one is read twice.
+  plan.cached = 2 * layout.axis.size * kBytes[call.type] <= private_cache();
+  plan.stream = layout.elements * kBytes[call.type] >= kStreamBytes;
+  if (layout.innermost) {
     run_rows(plan, parallel);
     return;
   }
-  if (found != dims.end()) dims.erase(found);
-  plan.inner = dims.empty() ? Dim{1, {}, false} : dims.back();
-  if (!dims.empty()) dims.pop_back();
-  plan.outer = dims;
+  plan.inner = plan.outer.empty() ? Dim{1, {}, false} : plan.outer.back();
+  if (!plan.outer.empty()) plan.outer.pop_back();
   run_tiles(plan, parallel);
 }
 
