@@ -136,6 +136,15 @@ void run_columns(Plan plan, const Parallel& parallel) {
   const std::int64_t blocks = ceil_div(inner.size, width);
   const std::int64_t items = product(plan.kept) * blocks;
   const std::int64_t each = std::max<std::int64_t>(1, kGrain / (n * std::min(width, inner.size)));
+  const auto as_offsets = [](const Offset& offset) {
+    return Offsets{static_cast<std::ptrdiff_t>(offset[kX]),
+                   static_cast<std::ptrdiff_t>(offset[kScale]),
+                   static_cast<std::ptrdiff_t>(offset[kBias])};
+  };
+  // Every tile walks the same way from its own start, so few steps are taken once for all.
+  std::vector<Offsets> table(n <= kTableEntries ? static_cast<std::size_t>(n) : 0);
+  Odometer origin(plan.reduced, {});
+  for (Offsets& entry : table) entry = as_offsets(origin.next());
   parallel(static_cast<std::size_t>(ceil_div(items, each)), [&](std::size_t task) {
     const std::int64_t first = static_cast<std::int64_t>(task) * each;
     for (std::int64_t item = first; item < std::min(items, first + each); ++item) {
@@ -150,7 +159,10 @@ void run_columns(Plan plan, const Parallel& parallel) {
                                        static_cast<std::ptrdiff_t>(now[kScale]),
                                        static_cast<std::ptrdiff_t>(now[kBias])};
                       },
-                      &odometer, static_cast<std::ptrdiff_t>(n)};
+                      &odometer,
+                      static_cast<std::ptrdiff_t>(n),
+                      table.empty() ? nullptr : table.data(),
+                      as_offsets(start)};
       plan.kernels->columns({call.x.data, call.y, call.scale.data, plan.bias(0),
                              static_cast<std::ptrdiff_t>(inner.stride[kScale]),
                              static_cast<std::ptrdiff_t>(inner.stride[kBias]),

@@ -99,18 +99,16 @@ void run_rows(const Plan& plan, const Parallel& parallel) {
     parallel(static_cast<std::size_t>(ceil_div(rows, each)), [&](std::size_t task) {
       const std::int64_t first = static_cast<std::int64_t>(task) * each;
       const std::int64_t last = std::min(rows, first + each);
-      if (plan.outer.size() <= 1) {
-        RowStep step{};
-        if (!plan.outer.empty()) {
-          const auto& stride = plan.outer.front().stride;
-          step = {static_cast<std::ptrdiff_t>(stride[kX]),
-                  static_cast<std::ptrdiff_t>(stride[kMask]),
-                  static_cast<std::ptrdiff_t>(stride[kY])};
-        }
-        plan.kernels->rows(plan.row(first), static_cast<std::ptrdiff_t>(last - first), step);
-        return;
+      // Runs of rows that lie one step apart: where each begins takes divisions to find.
+      const Dim inner = plan.outer.empty() ? Dim{1, {}, false} : plan.outer.back();
+      const RowStep step{static_cast<std::ptrdiff_t>(inner.stride[kX]),
+                         static_cast<std::ptrdiff_t>(inner.stride[kMask]),
+                         static_cast<std::ptrdiff_t>(inner.stride[kY])};
+      for (std::int64_t r = first; r < last;) {
+        const std::int64_t run = std::min(last - r, inner.size - r % inner.size);
+        plan.kernels->rows(plan.row(r), static_cast<std::ptrdiff_t>(run), step);
+        r += run;
       }
-      for (std::int64_t r = first; r < last; ++r) plan.kernels->rows(plan.row(r), 1, {});
     });
     return;
   }
