@@ -31,6 +31,8 @@ Array = NDArray[Any]
 _LAMBDA: Final = 7.0
 _RUN: Final = 1024  # terms that a kernel of ours adds in one go
 _EXP: Final = 5.0
+_FIRST: Final = 0.1  # an error of an exponent that the first order no longer describes
+_LOWEST: Final = -745.0  # e^d is 0 below, in float64 too
 
 _FLOAT16: Final = np.dtype(np.float16)
 _BFLOAT16: Final = np.dtype(ml_dtypes.bfloat16)
@@ -82,6 +84,10 @@ def softmax_tolerance(
     sum is off relatively, by the exponent's error, and by roundings of log(sum) and of itself; a
     kernel that does not subtract the maximum forms max + log(sum) by three roundings in float64.
 
+    Where a value is so large that its roundings move an exponent by a tenth or more, as where a
+    mask of -1e9 covers a whole row, any share is possible, and a logarithm is off by the largest of
+    them.
+
     Args:
         values: scale * x + mask, in float64.
         axis: Of the softmax.
@@ -99,7 +105,9 @@ def softmax_tolerance(
         d = values - values.max(axis, keepdims=True)
         p = softmax(values, axis)
         off = np.abs(d) + 2 * np.broadcast_to(formed, values.shape)
+        lost = u * np.where(d + 2 * u * off > _LOWEST, off, 0).max(axis, keepdims=True) > _FIRST
         of_sum = np.where(p > 0, p * off, 0).sum(axis, keepdims=True)
+        of_sum = np.where(lost, np.where(np.isfinite(off), off, 0).max(axis, keepdims=True), of_sum)
         of_sum = of_sum + _EXP + _LAMBDA * math.sqrt(min(run, values.shape[axis]))
         if log:
             truth = softmax(values, axis, log=True)
@@ -110,6 +118,7 @@ def softmax_tolerance(
         else:
             truth = p
             tolerance = u * np.where(p > 0, p * (off + _EXP + of_sum + 3), 0)
+            tolerance = np.where(lost, 1.0, tolerance)
     return _stored(tolerance, truth, result_type, inside)
 
 
