@@ -30,7 +30,8 @@ docs/operators.md.
         1x32x8x8 1.13   2x64x16x16 with SiLU 1.3   1x64x128x128 with SiLU 2.7   1x320x64x64 2.8
 
 A size that is not known counts as 1 where a small one loses, and as large where an image lies
-behind the axis, so that two or more dims have to be small for a loss.
+behind the axis, so that two or more dims have to be small for a loss; where the model has flattened
+them, shape inference writes a product, `H*W`.
 """
 
 from __future__ import annotations
@@ -122,7 +123,9 @@ def _at_least(dims: Dims) -> int:
 
 
 def _is_image(dims: Dims) -> bool:
-    return sum(not isinstance(d, int) for d in dims) >= 2
+    """Whether two sizes or more are not known; one that is called a product, `H*W`, is two."""
+    unknown = [d or "" for d in dims if not isinstance(d, int)]
+    return len(unknown) + sum("*" in name for name in unknown) >= 2
 
 
 def _said(dim: int | str | None) -> str:

@@ -124,7 +124,9 @@ def test_a_group_norm_that_was_not_measured_stays(shape: tuple[int | str, ...]) 
 
 def test_unknown_sizes_count_as_one_unless_an_image_lies_behind() -> None:
     assert costs.softmax(("N", 3, "H", "W"), 1, log=False) is None
+    assert costs.softmax(("N", 16, 4, "floor(H/8)*floor(W/8)"), 1, log=False) is None
     assert costs.softmax(("N", 3, None), 1, log=False) is not None
+    assert costs.softmax(("N", 3, "L"), 1, log=False) is not None
     assert costs.softmax((3, "V"), 1, log=False) is not None
     assert costs.masked_softmax(("B", 12, "T", "T"), 3, masked=True, hides=True) is not None
     assert costs.channel_norm((1, 64, "H", "W"), 1) is not None
