@@ -29,7 +29,8 @@ from typing import Any, Final
 HERE: Final = Path(__file__).resolve().parent
 SOURCES: Final = HERE / "csrc"
 BUILT: Final = HERE / "built"  # no package: Python would take the library for a module of it
-_SUFFIX: Final = "dylib" if sys.platform == "darwin" else "so"
+_WINDOWS: Final = os.name == "nt"
+_SUFFIX: Final = "dll" if _WINDOWS else "dylib" if sys.platform == "darwin" else "so"
 LIBRARY: Final = f"libonnxnorm_ops.{_SUFFIX}"
 _PROGRAM: Final = "program"
 RECORD: Final = "build.json"  # what was built, or why nothing was
@@ -114,6 +115,16 @@ def compiler() -> list[str] | None:
     return None
 
 
+def _is_clang(command: Sequence[str]) -> bool:
+    done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False)
+    return "clang" in done.stdout
+
+
+def _flags() -> tuple[str, ...]:
+    # Code for Windows can always be moved, and compilers warn of the flag.
+    return tuple(flag for flag in _FLAGS if not (_WINDOWS and flag == "-fPIC"))
+
+
 def nvcc() -> Path | None:
     """The CUDA compiler: $NVCC, that of $CUDA_HOME or the PATH, or /usr/local/cuda's; or None."""
     home = os.environ.get("CUDA_HOME", "")
@@ -155,17 +166,18 @@ def build(folder: Path, kind: Kind = Kind.CPU) -> Built:
     library, record = folder / kind.library, folder / kind.record
     sets = _INSTRUCTION_SETS.get(_machine(), {"baseline": ()})
     command = compiler()
-    if os.name == "nt" or command is None:
-        reason = (
-            "there is no build for Windows yet"
-            if os.name == "nt"
-            else "no C++ compiler was found (c++, g++ or clang++, or what CXX names)"
-        )
+    if command is None:
+        reason = "no C++ compiler was found (c++, g++ or clang++, or what CXX names)"
         return _leave(record, library, (reason,))
+    if _WINDOWS and kind is not Kind.CPU:
+        return _leave(record, library, ("the kernels for GPUs are built on Linux only",))
+    if _WINDOWS and not _is_clang(command):
+        # GCC keeps a stack aligned to 16 bytes there, and spills wider vectors as if to 64.
+        sets = {"baseline": ()}
     if kind is Kind.CUDA and nvcc() is None:
         reason = "no nvcc was found (on the PATH, below CUDA_HOME, or what NVCC names)"
         return _leave(record, library, (reason,))
-    flags = (*_FLAGS, "-O1" if kind is Kind.EMULATED else "-O3")
+    flags = (*_flags(), "-O1" if kind is Kind.EMULATED else "-O3")
     if kind is Kind.EMULATED:
         sets = {"baseline": ()}  # its CPU kernels are not used
     digest = _digest(command, flags, sets, kind)
@@ -205,7 +217,7 @@ def build_program(
     sets = _INSTRUCTION_SETS.get(_machine(), {"baseline": ()})
     sets = {name: flags for name, flags in sets.items() if not only or name in only}
     with tempfile.TemporaryDirectory() as scratch:
-        flags = (*_FLAGS, *SANITIZE, "-Werror", f"-I{SOURCES}")
+        flags = (*_flags(), *SANITIZE, "-Werror", f"-I{SOURCES}")
         missing = _compile(command, flags, sets, Path(scratch), program=source, kind=kind)
         shutil.copy2(Path(scratch) / _PROGRAM, target)
     if missing:
@@ -270,6 +282,9 @@ def _compile(
     linker, link = [*command], ["-shared", "-o", str(scratch / kind.library)]
     if program is not None:
         link = ["-o", str(scratch / _PROGRAM), *SANITIZE, "-pthread"]
+    elif _WINDOWS:
+        # MinGW's runtime inside; what is exported says so itself. Clang links Microsoft's.
+        link += [] if _is_clang(command) else ["-static"]
     elif sys.platform.startswith("linux"):
         # The C++ runtime inside: onnxruntime may bring another version into the same process.
         link += ["-Wl,-z,defs", "-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL"]
