@@ -71,6 +71,7 @@ def test_an_up_to_date_library_is_copied_and_not_built(
     assert build.build(tmp_path / "new").library == tmp_path / "new" / build.LIBRARY
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which(MINGW) is None, reason="no compiler for Windows")
 def test_the_library_can_be_built_for_windows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
