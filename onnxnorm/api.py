@@ -47,6 +47,7 @@ _WITHOUT_LIBRARY: Final = (
     "The model calls operators of onnxnorm, whose library was not there: all runs have their bodies"
     " in standard ONNX."
 )
+_CUDA_NOT_RUN: Final = "The models ran on the CPU, so the kernels for GPUs were not tried."
 _UNCHANGED: Final = "the output is the input, byte for byte"
 
 
@@ -85,6 +86,7 @@ def optimize(
     passes: str | Iterable[str | Pass] | None = None,
     target: Target = "onnx",
     ops: bool = False,
+    cuda_kernels: bool = False,
     provider: str = "auto",
     threads: int | None = None,
     inputs: str | Path | None = None,
@@ -115,6 +117,8 @@ def optimize(
         target: What the model is for: "onnx" is any runtime and writes standard operators,
             "ort-cpu" and "ort-cuda" are onnxruntime and may write its own.
         ops: Whether a model for "ort-cpu" may call the operators of onnxnorm, with their bodies.
+        cuda_kernels: Let a model for "ort-cuda" call them too, and run it with their kernels for
+            GPUs, which have not run on one yet.
         provider: "cpu", "cuda" or "auto", for parity and latency.
         threads: Intra-op threads for latency; None is onnxruntime's own choice.
         inputs: The user's own inputs, an .npz file.
@@ -139,13 +143,13 @@ def optimize(
         ParityError: The outputs do not agree, or onnxruntime cannot run the model.
     """
     say = progress or _silent
-    chosen = _aimed(select(passes), target, ops=ops)
+    chosen = _aimed(select(passes), target, ops=ops, cuda_kernels=cuda_kernels)
     with ExitStack() as stack:
         stored = stack.enter_context(_taken(model))
         place = _target(stored, output, in_place=in_place)
         bench = Workbench(stack, stored, threads, inputs, input_shapes, seed, time_budget, progress)
         if (parity or latency) and not dry_run:
-            bench.resolve(provider)
+            bench.resolve(provider, cuda_kernels=cuda_kernels)
         say("passes", None)
         found: list[Outline] = []
         pipeline = Pipeline(chosen, tuple(only), tuple(skip), after_pass)
@@ -170,7 +174,7 @@ def optimize(
                 told.parity_skipped = "--no-parity was given"
                 told.warnings.append("The outputs were not compared with those of the original.")
             _time(bench, told, run, candidate, asked=latency, proven=parity)
-            told.notes += _told_of_operators(bench, run.stored)
+            told.notes += _told_of_operators(bench, run.stored, cuda_kernels=cuda_kernels)
         files: tuple[Path, ...] = ()
         if place is not None and not dry_run:
             say("writing", None)
@@ -195,6 +199,7 @@ def optimize(
                 "passes": [p.name for p in chosen],
                 "target": target,
                 "ops": ops,
+                "cuda_kernels": cuda_kernels,
                 "provider": bench.provider or provider,
                 "seed": seed,
                 "only": list(only),
@@ -215,6 +220,7 @@ def inspect(
     passes: str | Iterable[str | Pass] | None = None,
     target: Target = "onnx",
     ops: bool = False,
+    cuda_kernels: bool = False,
 ) -> Report:
     """List every normalization of a model, what would be done with it, and what is in the way.
 
@@ -224,7 +230,7 @@ def inspect(
         ModelError: The model cannot be read or is broken.
         UsageError: `passes` names what does not exist, or `ops` is for another target.
     """
-    chosen = _aimed(select(passes), target, ops=ops)
+    chosen = _aimed(select(passes), target, ops=ops, cuda_kernels=cuda_kernels)
     with _taken(model) as stored:
         found: list[Outline] = []
         run = Pipeline(chosen, before=lambda facts: found.extend(outlines(facts))).run(stored)
@@ -248,6 +254,7 @@ def compare(
     original: Model,
     candidate: Model,
     *,
+    cuda_kernels: bool = False,
     provider: str = "auto",
     threads: int | None = None,
     inputs: str | Path | None = None,
@@ -267,14 +274,15 @@ def compare(
         first = stack.enter_context(_taken(original))
         second = stack.enter_context(_taken(candidate))
         bench = Workbench(stack, first, threads, inputs, input_shapes, seed, time_budget, progress)
-        bench.resolve(provider)
+        bench.resolve(provider, cuda_kernels=cuda_kernels)
         before, after = (sum(1 for _ in Module(s).nodes()) for s in (first, second))
         told = _Told(
             parity_skipped=None if parity else "--no-parity was given",
             latency_skipped=None if latency else "--no-latency was given",
         )
         path = bench.on_disk(second)
-        told.notes += _told_of_operators(bench, second) or _told_of_operators(bench, first)
+        for each in (second, first):
+            told.notes = told.notes or _told_of_operators(bench, each, cuda_kernels=cuda_kernels)
         if parity:
             told.parity = bench.checker().check(path).to_json()
         if latency:
@@ -290,12 +298,21 @@ def compare(
         )
 
 
-def _aimed(passes: list[Pass], target: Target, *, ops: bool) -> list[Pass]:
+def _aimed(
+    passes: list[Pass], target: Target, *, ops: bool, cuda_kernels: bool = False
+) -> list[Pass]:
     """Passes that depend on the target, told of it; what the user gave them stays."""
-    if ops and target != "ort-cpu":
+    if cuda_kernels and not (ops and target == "ort-cuda"):
+        raise UsageError(
+            "--cuda-kernels was given without --target ort-cuda --ops",
+            "Give all three, or leave it out.",
+        )
+    if ops and target != "ort-cpu" and not cuda_kernels:
+        also = "" if target == "onnx" else " Those for CUDA are behind --cuda-kernels."
         raise UsageError(
             f"--ops was given for the target {target}",
-            "Add --target ort-cpu: the operators of onnxnorm have kernels for onnxruntime's CPU.",
+            "Add --target ort-cpu: the operators of onnxnorm have kernels for onnxruntime's CPU."
+            + also,
         )
     aimed = []
     for each in passes:
@@ -304,17 +321,22 @@ def _aimed(passes: list[Pass], target: Target, *, ops: bool) -> list[Pass]:
             given["target"] = target
         if ops and hasattr(each, "ops"):
             given["ops"] = True
+        if cuda_kernels and hasattr(each, "cuda_kernels"):
+            given["cuda_kernels"] = True
         aimed.append(replace(each, **given) if given else each)  # type: ignore[type-var]
     return aimed
 
 
-def _told_of_operators(bench: Workbench, stored: Stored) -> list[str]:
+def _told_of_operators(bench: Workbench, stored: Stored, *, cuda_kernels: bool) -> list[str]:
     """How our operators were run, if the model calls any."""
     functions = stored.proto.functions
     if bench.provider is None or all(each.domain != bodies.DOMAIN for each in functions):
         return []
-    there = library.describe().path is not None and bench.provider == "cpu"
-    return [_WITH_LIBRARY if there else _WITHOUT_LIBRARY]
+    there = bool(bench.libraries) or (
+        library.describe().path is not None and bench.provider == "cpu"
+    )
+    unrun = [_CUDA_NOT_RUN] if cuda_kernels and not bench.libraries else []
+    return [_WITH_LIBRARY if there else _WITHOUT_LIBRARY, *unrun]
 
 
 # ** proving and measuring **

@@ -131,6 +131,11 @@ _TARGET = _options(
         is_flag=True,
         help="With --target ort-cpu: call the operators of onnxnorm where they are faster.",
     ),
+    click.option(
+        "--cuda-kernels",
+        is_flag=True,
+        help="With --target ort-cuda --ops: the same, for kernels that no GPU has run yet.",
+    ),
 )
 
 
@@ -208,6 +213,7 @@ def inspect(
     passes: str | None,
     target: Target,
     ops: bool,
+    cuda_kernels: bool,
     reports: Sequence[Path],
     *,
     as_json: bool,
@@ -218,13 +224,16 @@ def inspect(
     from onnxnorm import api
 
     _check_reports(reports, source)
-    report = api.inspect(source, passes=passes, target=target, ops=ops)
+    report = api.inspect(source, passes=passes, target=target, ops=ops, cuda_kernels=cuda_kernels)
     _show(report, reports, as_json=as_json, verbose=verbose, quiet=quiet)
 
 
 @cli.command()
 @click.argument("first", metavar="A.onnx", type=_MODEL)
 @click.argument("second", metavar="B.onnx", type=_MODEL)
+@click.option(
+    "--cuda-kernels", is_flag=True, help="Run calls of onnxnorm's operators by its CUDA kernels."
+)
 @_measuring
 @_output
 def compare(
@@ -290,15 +299,15 @@ def passes(*, as_json: bool) -> None:
 
 @cli.command()
 @click.option("--path", is_flag=True, help="Print the library's path and nothing else.")
-def ops(*, path: bool) -> None:
+@click.option("--cuda-kernels", is_flag=True, help="With --path: the one with CUDA kernels.")
+def ops(*, path: bool, cuda_kernels: bool) -> None:
     """Show the operator library: kernels, instruction set in use, and what is missing."""
-    from onnxnorm.errors import ProviderError
     from onnxnorm.ops import library
 
-    found = library.describe()
-    if path and found.path is None:
-        raise ProviderError(f"no operator library: {'; '.join(found.missing)}", library.HINT)
-    for line in [str(found.path)] if path else library.summary(found):
+    if path:
+        click.echo(library.required(cuda_kernels=cuda_kernels))
+        return
+    for line in library.summary(library.describe()):
         click.echo(line)
 
 

@@ -32,14 +32,17 @@ class KernelPass(Pass):
     Attributes:
         target: `onnx`, `ort-cpu` or `ort-cuda`; given by --target.
         ops: Whether calls are wanted; given by --ops.
+        cuda_kernels: Whether they are wanted for `ort-cuda` too; given by --cuda-kernels.
     """
 
     target: str = "onnx"
     ops: bool = False
+    cuda_kernels: bool = False
 
     def plan(self, facts: Facts) -> Iterator[Plan | Refusal]:
         """Every norm of the pass's kinds, where calls are wanted."""
-        if not self.ops or self.target != "ort-cpu":
+        cuda = self.target == "ort-cuda" and self.cuda_kernels
+        if not self.ops or not (cuda or self.target == "ort-cpu"):
             return
         for norm in find_norms(facts):
             if norm.recognised and not norm.obstacle and norm.node.domain != bodies.DOMAIN:
@@ -47,16 +50,16 @@ class KernelPass(Pass):
                 if isinstance(decided, str):
                     yield Refusal(decided, norm.node.label, node=norm.node, kept=True)
                 elif isinstance(decided, Plan):
-                    yield _confirmed(decided, norm, facts)
+                    yield _confirmed(decided, norm, facts, cuda=cuda)
 
     @abstractmethod
     def decide(self, norm: Norm, site: Site, facts: Facts) -> Plan | str | None:
         """A plan for a norm, why there is none, or None where the norm is none of this pass's."""
 
 
-def _confirmed(plan: Plan, norm: Norm, facts: Facts) -> Plan | Refusal:
+def _confirmed(plan: Plan, norm: Norm, facts: Facts, *, cuda: bool) -> Plan | Refusal:
     """The plan, if the norm's nodes compute it on random inputs and the model can have the call."""
-    reason = lack(plan.into, norm.node, facts.module)
+    reason = lack(plan.into, norm.node, facts.module, cuda=cuda)
     untried = None if reason is not None or norm.operator else confirm(norm, facts)
     if untried is not None:
         reason = f"it could not be confirmed on random inputs: {untried}"
@@ -65,9 +68,12 @@ def _confirmed(plan: Plan, norm: Norm, facts: Facts) -> Plan | Refusal:
     return Refusal(reason, norm.node.label, node=norm.node)
 
 
-def lack(name: str, node: Node, module: Module) -> str | None:
-    """Why the operator `name` cannot be called in a node's place; None where it can."""
-    there = library.describe()
+def lack(name: str, node: Node, module: Module, *, cuda: bool = False) -> str | None:
+    """Why the operator `name` cannot be called in a node's place; None where it can.
+
+    With `cuda` the kernels in question are those for GPUs.
+    """
+    there = library.describe_cuda() if cuda else library.describe()
     if there.path is None or name not in there.operators:
         missing = "; ".join(there.missing) or f"it has no kernel for {name}"
         return f"the operator library is not there: {missing}"

@@ -414,6 +414,7 @@ class ParityChecker:
         inputs: Path | None = None,
         count: int = 8,
         provider: str = "cpu",
+        libraries: Sequence[Path] = (),
         budget_seconds: float = DEFAULT_BUDGET_SECONDS,
         memory_bytes: int | None = None,
         progress: Progress | None = None,
@@ -427,6 +428,8 @@ class ParityChecker:
             inputs: The user's own inputs, an .npz file.
             count: Samples.
             provider: Where candidates and original run.
+            libraries: Custom operators for runs with optimizations on; empty is what a session
+                takes by itself.
             budget_seconds: Time that one check may take, preparation included. Fewer samples are
                 taken rather than more time, and a model that is too large is checked by regions.
             memory_bytes: Memory the truth may use; half of what is free by default.
@@ -438,6 +441,7 @@ class ParityChecker:
         self._inputs = inputs
         self._count = count
         self._provider = provider
+        self._libraries = tuple(libraries)
         self._seconds = budget_seconds
         self._memory = _free_memory() // 2 if memory_bytes is None else memory_bytes
         self._progress = progress
@@ -944,7 +948,10 @@ class ParityChecker:
     def _run(self, path: Path, feeds: Sequence[Feed], *, optimize: bool) -> Outputs:
         """Run a model on every feed; values it has no input for are left out."""
         outputs = []
-        with open_session(path, provider=self._provider, optimize=optimize) as session:
+        own = self._libraries if optimize and self._libraries else None
+        with open_session(
+            path, provider=self._provider, optimize=optimize, libraries=own
+        ) as session:
             wanted = {value.name for value in session.inputs}
             for feed in feeds:
                 values = {n: v for n, v in feed.values.items() if n in wanted}

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from onnxnorm.ops.library import required
 from onnxnorm.staging import Staged
 from onnxnorm.storage import Stored
 
@@ -32,6 +33,7 @@ class Workbench:
         budget: Seconds for parity; latency takes half as many.
         progress: Called with what is going on.
         provider: Where models run; None until `resolve`.
+        libraries: Custom operators for runs with optimizations on, if not those of a session.
     """
 
     stack: ExitStack
@@ -43,11 +45,12 @@ class Workbench:
     budget: float
     progress: Progress | None
     provider: str | None = None
+    libraries: tuple[Path, ...] = ()
     _checker: ParityChecker | None = None
     _original: Path | None = None
 
-    def resolve(self, wanted: str) -> None:
-        """Decide where models run: "cpu", "cuda" or "auto".
+    def resolve(self, wanted: str, *, cuda_kernels: bool = False) -> None:
+        """Decide where models run: "cpu", "cuda" or "auto"; there with our kernels for GPUs.
 
         Raises:
             ProviderError: It is not usable.
@@ -55,6 +58,8 @@ class Workbench:
         from onnxnorm.session import resolve_provider  # brings onnxruntime, which takes time
 
         self.provider = resolve_provider(wanted)
+        if cuda_kernels and self.provider == "cuda":
+            self.libraries = (required(cuda_kernels=True),)
 
     def on_disk(self, stored: Stored) -> Path:
         """A file that holds this model; a temporary one where it came from memory."""
@@ -80,6 +85,7 @@ class Workbench:
                     seed=self.seed,
                     inputs=None if self.inputs is None else Path(self.inputs),
                     provider=self.provider or "cpu",
+                    libraries=self.libraries,
                     budget_seconds=self.budget,
                     progress=self.progress,
                 )
@@ -101,6 +107,7 @@ class Workbench:
             self.feed(),
             provider=self.provider or "cpu",
             threads=self.threads,
+            libraries=self.libraries,
             seed=self.seed,
             budget_seconds=self.budget / 2,
             progress=self.progress,

@@ -62,7 +62,9 @@ class LowerSoftmax(KernelPass):
         front = _front(norm, facts)
         reason = "there is no scale or mask in front"
         if front.nodes:
-            reason = costs.masked_softmax(site.shape, axis, hides=_hides(front.mask, facts)) or ""
+            masked, hides = front.mask is not None, _hides(front.mask, facts)
+            slow = costs.masked_softmax(site.shape, axis, masked=masked, hides=hides)
+            reason = slow or ""
             if not reason:
                 nodes = (*norm.nodes, *front.nodes)
                 into = f"TwoPassMasked{log}Softmax"

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from onnxnorm import passes, registry
 from onnxnorm.errors import UsageError
+from onnxnorm.passes.eliminate_softmax import EliminateSoftmax
 from onnxnorm.passes.fold_affine import FoldAffine
 from onnxnorm.passes.fold_batchnorm import FoldBatchnorm
 from onnxnorm.passes.fold_constants import FoldConstants
@@ -57,6 +58,7 @@ def test_selections() -> None:
         FoldLayout(),
         LowerChannelNorm(),
         StreamFoldMean(),
+        EliminateSoftmax(),
         LowerSoftmax(),
         LowerGroupNorm(),
         LowerNorms(),

@@ -70,9 +70,10 @@ def softmax(shape: tuple[int, ...], axis: int, *wanted: float, log: bool = False
     return Row(f"{kind} axis={axis} {spell(shape)}", wanted, shape, ours, theirs, {})
 
 
-def masked(shape: tuple[int, ...], *wanted: float) -> Row:
-    """Softmax(scale * X + mask) with a causal mask over the last two axes."""
+def masked(shape: tuple[int, ...], *wanted: float, hides: bool = True) -> Row:
+    """Softmax(scale * X + mask) with a mask over the last two axes: causal, or of zeros."""
     mask = np.triu(np.full(shape[-2:], np.finfo(np.float32).min, np.float32), 1)
+    mask = mask if hides else np.zeros_like(mask)
     constants = {"scale": np.array(0.125, np.float32), "mask": mask}
     ours = [bodies.node("TwoPassMaskedSoftmax", ["X", "scale", "mask"], "Y", axis=-1)]
     theirs = [
@@ -80,7 +81,8 @@ def masked(shape: tuple[int, ...], *wanted: float) -> Row:
         helper.make_node("Add", ["scaled", "mask"], ["masked"]),
         helper.make_node("Softmax", ["masked"], ["Y"], axis=-1),
     ]
-    return Row(f"Softmax(scale*X+mask) {spell(shape)}", wanted, shape, ours, theirs, constants)
+    name = f"Softmax(scale*X+{'mask' if hides else '0'}) {spell(shape)}"
+    return Row(name, wanted, shape, ours, theirs, constants)
 
 
 def channel(shape: tuple[int, ...], wanted: float, *, transposed: bool) -> Row:
@@ -155,6 +157,9 @@ def table() -> list[Row]:
         softmax((32, 256_000), -1, 0.95),
         masked((12, 512, 512), 1.3),
         masked((32, 2048, 2048), 1.3),
+        masked((12, 197, 197), 1.3),
+        masked((12, 64, 64), 1, hides=False),
+        masked((12, 197, 197), 1, hides=False),
         *(softmax((2**20 // n, n), -1, 0.95) for n in (64, 128, 256, 512, 1024, 2048, 4096, 8192)),
         channel(image, 8, transposed=False),
         channel(image, 4, transposed=True),

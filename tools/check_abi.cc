@@ -71,6 +71,7 @@ API(ReleaseStatus);
 API(ReleaseTensorTypeAndShapeInfo);
 API(ReleaseCustomOpDomain);
 API(KernelInfoGetAttributeArray_int64);
+API(KernelContext_GetGPUComputeStream);
 API(ShapeInferContext_GetInputTypeShape);
 API(ShapeInferContext_SetOutputTypeShape);
 API(SetSymbolicDimensions);

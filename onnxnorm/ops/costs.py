@@ -6,25 +6,32 @@ with one thread; ratios are those of medians, above 1 where ours is faster. The 
 docs/operators.md.
 
     softmax over an inner axis, by the columns behind it
-        64x32x8 0.46   2x5x40x3 0.55   8x1024x16 1.06   1x4x8x8 1.5   4x2000x64 1.5   1x19x16x16 5.8
+        64x32x8 0.81   2x5x40x3 4.5   8x1024x16 1.20   1x4x8x8 2.0   4x2000x64 1.5   1x19x16x16 9.7
     softmax over the last axis
         rows of 64 to 8192 0.94 to 1.15   32x128000 1.25   1x16777216 1.34
     log softmax over the last axis
         16x512 0.93   16x4096 1.17   16x32000 1.30   32x128000 1.68   32x256000 1.58
     scale or mask in front of a softmax over the last axis
-        a mask that hides half of the entries: 12x8x8 0.87   12x64x64 2.5   12x197x197 2.9
-        scale alone, or a mask that hides nothing: 12x64x64 0.9, 1.2   12x197x197 0.86, 0.83
-        the same beyond the cache: 12x512x512 1.5, 1.7
+        a mask that hides half of the entries: 12x8x8 1.35   12x16x16 2.7   12x32x32 4.1
+        12x64x64 6.0   12x197x197 6.2
+        a mask that hides nothing: 12x8x8 0.57   12x32x32 0.87   12x50x50 1.09   12x64x64 1.27
+        12x50x77 1.45   12x96x96 1.43   12x197x197 2.1   12x384x384 2.3   12x1x512 1.42
+        1x1x128 1.09
+        scale alone: 12x8x8 0.50   12x32x32 0.80   12x64x64 1.00   12x96x96 1.16   12x128x128 1.16
+        12x197x197 1.53   4x256x256 1.33   12x384x384 1.8   12x1x512 1.20   1x1x128 0.98
     layer norm over channels, against the operator between Transposes
-        1x8x8x8 1.3   1x768x7x7 0.50   1x384x14x14 0.94   1x768x16x16 0.88   1x1024x16x16 1.0
-        1x384x16x16 1.27   1x32x16x16 1.8   1x192x28x28 1.6   1x512x28x28 1.7
-        1x96x56x56 2.4   1x64x128x128 4.9
-        RMS: 1x384x16x16 1.13   1x32x16x16 1.6   1x96x56x56 2.0
+        1x8x8x8 1.42   1x384x7x7 1.25   1x768x7x7 1.04   1x384x14x14 1.69   1x768x14x14 1.28
+        1x768x16x16 1.52   1x1024x16x16 1.59   1x384x16x16 2.0   1x32x16x16 2.3   1x192x28x28 2.2
+        1x512x28x28 2.6   1x96x56x56 3.1   1x64x128x128 6.0
+    RMS norm over channels, likewise
+        1x8x8x8 1.43   1x384x7x7 0.96   1x768x7x7 0.83   1x384x14x14 1.33   1x768x14x14 1.03
+        1x1024x16x16 1.50   1x384x16x16 1.63   1x32x16x16 2.1   1x96x56x56 2.7
     group norm, against InstanceNormalization between Reshapes
         1x32x8x8 1.13   2x64x16x16 with SiLU 1.3   1x64x128x128 with SiLU 2.7   1x320x64x64 2.8
 
 A size that is not known counts as 1 where a small one loses, and as large where an image lies
-behind the axis, so that two or more dims have to be small for a loss.
+behind the axis, so that two or more dims have to be small for a loss; where the model has flattened
+them, shape inference writes a product, `H*W`.
 """
 
 from __future__ import annotations
@@ -38,9 +45,12 @@ Dims: TypeAlias = "Sequence[int | str | None]"
 COLUMNS: Final = 64  # behind the axis of a softmax
 LONG_ROW: Final = 128_000  # of a softmax over the last axis
 LONG_LOG_ROW: Final = 32_000  # of a log softmax
-JOINED: Final = 12 * 512 * 512  # elements, from which on a scale or a mask in front is worth it
-HIDDEN_ROW: Final = 64  # the same where a constant mask hides entries, by the row
-CHANNELS: Final = ((384, 256), (512, 784))  # at most so many channels, at least so many columns
+HIDDEN_ROW: Final = 16  # under a constant mask that hides entries
+MASKED_ROW: Final = 64  # under any mask
+SCALED_ROW: Final = 128  # behind a scale alone
+SCALED: Final = 12 * 512  # and so many elements
+JOINED: Final = 12 * 512 * 512  # elements, from which on the length of a row need not be known
+CHANNELS: Final = ((384, 196), (1024, 256))  # at most so many channels, at least so many columns
 GROUPED: Final = 32 * 8 * 8  # elements of one item in a group norm
 
 
@@ -63,22 +73,27 @@ def softmax(dims: Dims, axis: int, *, log: bool) -> str | None:
     return f"fewer than {COLUMNS} columns behind the axis are not shown to be faster"
 
 
-def masked_softmax(dims: Dims, axis: int, *, hides: bool) -> str | None:
+def masked_softmax(dims: Dims, axis: int, *, masked: bool, hides: bool) -> str | None:
     """Why a scale or a mask in front does not join a softmax; None where it does.
 
     Args:
         dims: Of the softmax's input.
         axis: Non-negative.
+        masked: Whether there is a mask, and not a scale alone.
         hides: Whether the mask is a constant that hides a fourth of the entries or more.
     """
     row = dims[axis]
     if axis != len(dims) - 1:
         return "a scale or mask was measured over the last axis only"
-    if hides and isinstance(row, int) and row >= HIDDEN_ROW:
-        return None
     if _at_least(dims) >= JOINED:
         return None
-    return f"a scale or mask is not shown to be faster with fewer than {JOINED} elements"
+    least = HIDDEN_ROW if hides else MASKED_ROW if masked else SCALED_ROW
+    what = "a mask" if masked else "a scale"
+    if not isinstance(row, int) or row < least:
+        return f"{what} before rows of {_said(row)} is not shown to be faster, only from {least} on"
+    if not masked and _at_least(dims) < SCALED:
+        return f"a scale is not shown to be faster with fewer than {SCALED} elements"
+    return None
 
 
 def channel_norm(dims: Dims, axis: int) -> str | None:
@@ -108,7 +123,9 @@ def _at_least(dims: Dims) -> int:
 
 
 def _is_image(dims: Dims) -> bool:
-    return sum(not isinstance(d, int) for d in dims) >= 2
+    """Whether two sizes or more are not known; one that is called a product, `H*W`, is two."""
+    unknown = [d or "" for d in dims if not isinstance(d, int)]
+    return len(unknown) + sum("*" in name for name in unknown) >= 2
 
 
 def _said(dim: int | str | None) -> str:

@@ -2,6 +2,9 @@
 
     onnxnorm.register_ops(session_options)
 
+A second file has kernels for NVIDIA GPUs too. It is built and registered only where it is asked for
+(`cuda_kernels`), as long as `gpu_evidence.json` has no run of them on a GPU.
+
 onnxruntime is not imported here: it loads the file itself when its session options are told to, and
 `describe` asks the file through ctypes.
 """
@@ -22,6 +25,8 @@ HINT: Final = (
     "Install a C++ compiler and run `python -m onnxnorm.ops.build`; or go without the library: "
     "models carry the bodies of their operators and run on standard ones."
 )
+CUDA_HINT: Final = "Install CUDA's compiler nvcc and run `python -m onnxnorm.ops.build --cuda`."
+EVIDENCE: Final = build.HERE / "gpu_evidence.json"  # written by tools/gpu_check.py
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,7 @@ class Library:
         built: The instruction sets that were built, the best first.
         usable: Those that this processor has.
         missing: One line for each thing that is missing.
+        architectures: The GPU architectures that it has kernels for: `sm_80`; empty for the CPU's.
     """
 
     path: Path | None
@@ -45,27 +51,46 @@ class Library:
     built: tuple[str, ...] = ()
     usable: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
+    architectures: tuple[str, ...] = ()
 
 
-def library_path() -> Path | None:
-    """Where the library is; None where it was not built."""
-    path = build.BUILT / build.LIBRARY
-    return path if path.is_file() else None
-
-
-def register_ops(session_options: Any) -> None:
+def register_ops(session_options: Any, *, cuda_kernels: bool = False) -> None:
     """Give an onnxruntime session our kernels: they replace the bodies that a model carries.
 
     Args:
         session_options: `onnxruntime.SessionOptions`.
+        cuda_kernels: Register those for the CUDA provider too.
 
     Raises:
         ProviderError: The library was not built or does not load; the second line says what to do.
     """
-    library = describe()
+    session_options.register_custom_ops_library(str(required(cuda_kernels=cuda_kernels)))
+
+
+def required(*, cuda_kernels: bool = False) -> Path:
+    """The library's file.
+
+    Raises:
+        ProviderError: The library was not built or does not load; the second line says what to do.
+    """
+    library = describe_cuda() if cuda_kernels else describe()
     if library.path is None:
-        raise ProviderError(f"no operator library: {'; '.join(library.missing)}", HINT)
-    session_options.register_custom_ops_library(str(library.path))
+        what = "operator library with CUDA kernels" if cuda_kernels else "operator library"
+        raise ProviderError(
+            f"no {what}: {'; '.join(library.missing)}", CUDA_HINT if cuda_kernels else HINT
+        )
+    return library.path
+
+
+def gpu_evidence() -> str:
+    """Where the kernels for GPUs are known to have run, in words."""
+    try:
+        found = json.loads(EVIDENCE.read_text("utf-8"))
+        said = f"ran on {found['device']} on {found['date']}"
+        same = found["sources"] == build.device_digest()
+    except (OSError, ValueError, KeyError, TypeError):
+        return "never run on a GPU"
+    return said if same else f"{said}, and changed since"
 
 
 def summary(library: Library) -> list[str]:
@@ -82,7 +107,15 @@ def summary(library: Library) -> list[str]:
     lines += [f"missing: {line}" for line in library.missing]
     if library.path is None:
         lines.append(HINT)
-    return lines
+    return lines + _cuda_summary(describe_cuda())
+
+
+def _cuda_summary(library: Library) -> list[str]:
+    if library.path is None:
+        return [f"CUDA kernels: not built ({'; '.join(library.missing)})"]
+    code = ", ".join(library.architectures)
+    state = f"{gpu_evidence()}; off unless --cuda-kernels asks for them"
+    return [f"CUDA kernels: {library.path} ({code}); {state}"]
 
 
 def _sets(library: Library) -> str:
@@ -94,10 +127,20 @@ def _sets(library: Library) -> str:
 @cache
 def describe() -> Library:
     """What the library of this installation is and has. Never fails: what is missing is said."""
-    path = library_path()
-    recorded = tuple(map(str, build.read_record().get("missing", ())))
-    if path is None:
-        return Library(None, missing=recorded or ("the library was not built",))
+    return _describe(build.Kind.CPU, "the library was not built")
+
+
+@cache
+def describe_cuda() -> Library:
+    """The same of the library that has kernels for GPUs too."""
+    return _describe(build.Kind.CUDA, "it is built by `python -m onnxnorm.ops.build --cuda`")
+
+
+def _describe(kind: build.Kind, otherwise: str) -> Library:
+    path = build.BUILT / kind.library
+    recorded = tuple(map(str, build.read_record(build.BUILT / kind.record).get("missing", ())))
+    if not path.is_file():
+        return Library(None, missing=recorded or (otherwise,))
     try:
         native = ctypes.CDLL(str(path))
     except OSError as error:
@@ -112,4 +155,5 @@ def describe() -> Library:
         built=tuple(found["built"]),
         usable=tuple(found["usable"]),
         missing=recorded,
+        architectures=tuple(found["architectures"]),
     )

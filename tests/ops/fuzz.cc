@@ -13,6 +13,9 @@
 
 #include "dispatch.h"
 #include "operators.h"
+#if defined(ONNXNORM_EMULATED)
+#include "cuda.h"
+#endif
 
 using namespace onnxnorm;
 
@@ -96,7 +99,8 @@ Shape broadcastable(const Shape& shape) {
   return out;
 }
 
-const Parallel threaded = [](std::size_t n, const std::function<void(std::size_t)>& work) {
+[[maybe_unused]] const Parallel threaded = [](std::size_t n,
+                                              const std::function<void(std::size_t)>& work) {
   std::vector<std::thread> threads;
   for (std::size_t t = 0; t < 2; ++t) {
     threads.emplace_back([&, t] {
@@ -105,6 +109,16 @@ const Parallel threaded = [](std::size_t n, const std::function<void(std::size_t
   }
   for (auto& thread : threads) thread.join();
 };
+
+// The kernels for a GPU where they are emulated, else those for the CPU.
+template <class Call>
+void run(const Call& call) {
+#if defined(ONNXNORM_EMULATED)
+  cuda::run(call, nullptr);
+#else
+  run(call, threaded);
+#endif
+}
 
 void fail(const char* what, double found, double wanted) {
   std::printf("%s: %g and not %g (%s)\n", what, found, wanted, kernels().name);
@@ -135,8 +149,7 @@ void one_softmax() {
   const std::int64_t rank = static_cast<std::int64_t>(shape.size());
   const std::int64_t axis = below(2 * rank) - rank;
   const double scale = with_mask ? 0.5 : 1;
-  run(SoftmaxCall{type, {x.data, shape}, with_mask ? &mask : nullptr, scale, axis, log, y.data},
-      threaded);
+  run(SoftmaxCall{type, {x.data, shape}, with_mask ? &mask : nullptr, scale, axis, log, y.data});
   if (special || elements == 0) return;  // the sanitizers have judged
   const std::size_t a = resolve_axis(axis, shape.size());
   std::int64_t inner = 1;
@@ -189,8 +202,7 @@ void one_norm() {
                1e-5,
                centered,
                below(3) == 0,
-               y.data},
-      threaded);
+               y.data});
 }
 
 void refusals() {
@@ -204,12 +216,10 @@ void refusals() {
       ++refused;
     }
   };
-  expect([&] { run(SoftmaxCall{kF32, {data, {2, 2}}, nullptr, 1, 2, false, data}, threaded); });
-  expect([&] { run(SoftmaxCall{kF32, {data, {2, 2}}, &wrong, 1, 1, false, data}, threaded); });
-  expect([&] { run(SoftmaxCall{kF32, {data, {-1, 2}}, nullptr, 1, 1, false, data}, threaded); });
-  expect([&] {
-    run(SoftmaxCall{kF32, {data, {INT64_MAX / 2, 4}}, nullptr, 1, 1, false, data}, threaded);
-  });
+  expect([&] { run(SoftmaxCall{kF32, {data, {2, 2}}, nullptr, 1, 2, false, data}); });
+  expect([&] { run(SoftmaxCall{kF32, {data, {2, 2}}, &wrong, 1, 1, false, data}); });
+  expect([&] { run(SoftmaxCall{kF32, {data, {-1, 2}}, nullptr, 1, 1, false, data}); });
+  expect([&] { run(SoftmaxCall{kF32, {data, {INT64_MAX / 2, 4}}, nullptr, 1, 1, false, data}); });
   expect([&] { count({INT64_MAX, INT64_MAX}); });
   if (refused != 5) fail("refusals", refused, 5);
   if (count({INT64_MAX, INT64_MAX, 0}) != 0) fail("an empty tensor", 1, 0);

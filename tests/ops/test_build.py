@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -19,9 +18,8 @@ from onnxnorm.ops import bodies, build, library
 from tests.ops.calls import needs_library
 from tools import check_abi
 
-needs_compiler = pytest.mark.skipif(
-    build.compiler() is None or os.name == "nt", reason="no C++ compiler"
-)
+needs_compiler = pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler")
+MINGW = "x86_64-w64-mingw32-g++-posix"
 
 
 @needs_compiler
@@ -71,6 +69,26 @@ def test_an_up_to_date_library_is_copied_and_not_built(
 ) -> None:
     monkeypatch.setattr(build, "_compile", lambda *_, **__: pytest.fail("it was compiled"))
     assert build.build(tmp_path / "new").library == tmp_path / "new" / build.LIBRARY
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which(MINGW) is None, reason="no compiler for Windows")
+def test_the_library_can_be_built_for_windows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", MINGW)
+    monkeypatch.setattr(build, "_WINDOWS", True)
+    monkeypatch.setattr(build, "BUILT", tmp_path)
+    built = build.build(tmp_path)
+    assert built.library is not None, built.missing
+    assert built.missing == ()
+    command = ["x86_64-w64-mingw32-objdump", "-p", str(built.library)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    for name in ("RegisterCustomOps", "onnxnorm_ops_describe", "onnxnorm_ops_select"):
+        assert f" {name}\n" in said
+    needed = {line.split()[-1].lower() for line in said.splitlines() if "DLL Name" in line}
+    assert needed <= {"kernel32.dll", "msvcrt.dll"}
+    assert build.build(tmp_path, build.Kind.CUDA).library is None
 
 
 def without_library(monkeypatch: pytest.MonkeyPatch, *missing: str) -> None:
@@ -136,11 +154,16 @@ def has_sanitizers(folder: Path) -> bool:
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
-def fuzz(folder: Path, instruction_sets: Sequence[str], rounds: int) -> None:
+def fuzz(
+    folder: Path,
+    instruction_sets: Sequence[str],
+    rounds: int,
+    kind: build.Kind = build.Kind.CPU,
+) -> None:
     source = Path(__file__).with_name("fuzz.cc")
     if not has_sanitizers(folder):
         pytest.skip("the compiler has no sanitizers")
-    build.build_program(source, folder / "fuzz", only=instruction_sets)
+    build.build_program(source, folder / "fuzz", only=instruction_sets, kind=kind)
     done = subprocess.run(
         [str(folder / "fuzz"), "1", str(rounds)], capture_output=True, text=True, check=False
     )

@@ -12,36 +12,18 @@ from hypothesis import strategies as st
 
 from tests.ops.calls import (
     FLOAT32,
-    INSIDE,
     INSTRUCTION_SETS,
-    STORED,
     TYPES,
     Array,
-    assert_close,
+    assert_expected,
     instruction_set,
     model_of,
     needs_library,
-    normalize,
     run,
 )
 
 pytestmark = needs_library
 EPSILON = 1e-5
-
-
-def tolerance(values: Array, truth: Array, scale: Array, dtype: Any) -> Array:
-    """How far a norm computed in `dtype` may be from the truth.
-
-    Subtracting the mean loses what the mean's size is above the deviation; the rest is a fixed
-    number of roundings of a result of the size |scale| * |normalized| and of its terms.
-    """
-    finite = np.abs(values.astype(np.float64))
-    deviation = np.sqrt(values.astype(np.float64).var() + EPSILON) if values.size else 1.0
-    lost = float(finite.max(initial=0)) / float(deviation)
-    size = np.abs(truth) + np.abs(scale.astype(np.float64)).max(initial=0) * 4
-    inside = INSIDE[np.dtype(dtype)] * (32 + 4 * lost) * size
-    result: Array = inside + STORED[np.dtype(dtype)] * (np.abs(truth) + 1e-6)
-    return result
 
 
 @st.composite
@@ -79,11 +61,7 @@ def test_any_axes_type_scale_and_bias(isa: str, centered: bool, tmp_path: Path) 
         found = run(
             model_of(name, inputs, axes=axes, epsilon=EPSILON), inputs, tmp_path, threads=threads
         )
-        normalized = normalize(values, axes, float(np.float32(EPSILON)), centered=centered)
-        truth = normalized * scale.astype(np.float64)
-        if centered:
-            truth = truth + bias.astype(np.float64)
-        assert_close(found, truth, tolerance(values, truth, scale, values.dtype))
+        assert_expected(found, name, inputs, {"axes": axes, "epsilon": EPSILON})
 
     with instruction_set(isa):
         check()
@@ -115,9 +93,8 @@ def test_the_ways_through_memory(
     with instruction_set(isa):
         model = model_of("ChannelLayerNormalization", inputs, axes=axes, epsilon=EPSILON)
         found = run(model, inputs, tmp_path, threads=2)
-    truth = normalize(values, axes, float(np.float32(EPSILON)), centered=True)
-    truth = truth * scale.astype(np.float64) + bias.astype(np.float64)
-    assert_close(found, truth, tolerance(values, truth, scale, dtype))
+    attributes = {"axes": axes, "epsilon": EPSILON}
+    assert_expected(found, "ChannelLayerNormalization", inputs, attributes)
 
 
 @pytest.mark.parametrize("axis", [1, 2])
@@ -127,9 +104,8 @@ def test_a_large_common_mean_costs_no_more_than_its_own_rounding(axis: int, tmp_
     inputs: list[Array] = [values, np.ones(1, np.float32), np.zeros(1, np.float32)]
     model = model_of("ChannelLayerNormalization", inputs, axes=[axis], epsilon=EPSILON)
     found = run(model, inputs, tmp_path)
-    truth = normalize(values, [axis], float(np.float32(EPSILON)), centered=True)
-    # The values are exact; the difference to the mean is too, and only then is it rounded.
-    assert_close(found, truth, 1e-5)
+    attributes = {"axes": [axis], "epsilon": EPSILON}
+    assert_expected(found, "ChannelLayerNormalization", inputs, attributes)
 
 
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
@@ -150,20 +126,14 @@ def test_group_norm(
     with instruction_set(isa):
         model = model_of(name, inputs, num_groups=groups, epsilon=EPSILON)
         found = run(model, inputs, tmp_path, threads=2)
-    grouped = values.reshape(shape[0], groups, int(np.prod(shape[1:])) // groups)
-    normalized = normalize(grouped, [2], float(np.float32(EPSILON)), centered=True).reshape(shape)
-    wide = (shape[1],) + (1,) * (len(shape) - 2)
-    truth = normalized * scale.astype(float).reshape(wide) + bias.astype(float).reshape(wide)
-    if silu:
-        truth = truth / (1 + np.exp(-truth))
-    assert_close(found, truth, tolerance(values, truth, scale, dtype))
+    assert_expected(found, name, inputs, {"num_groups": groups, "epsilon": EPSILON})
 
 
 def test_silu_of_large_values_does_not_overflow(tmp_path: Path) -> None:
     values = np.array([[[-1.0, 1.0]]], np.float32)
     inputs = [values, np.array([1000.0], np.float32), np.zeros(1, np.float32)]
     found = run(model_of("GroupNormalizationSilu", inputs, num_groups=1), inputs, tmp_path)
-    np.testing.assert_allclose(found, [[[0.0, 1000.0]]], rtol=1e-4, atol=1e-30)
+    assert_expected(found, "GroupNormalizationSilu", inputs, {"num_groups": 1})
 
 
 def test_nan_stays_in_its_row(tmp_path: Path) -> None:

@@ -95,8 +95,17 @@ void put(T* y, const L* values, ptrdiff_t n) {
 // -- three sweeps, for rows in cache: one exponential an element
 // -----------------------------------
 
+// A row's last values, where they fill no vector. In a buffer of ours with room up to a whole
+// vector
+// (`padded`) all of it is read and written: a masked access to what was just written has to wait.
+template <class L, bool padded>
+ONNXNORM_INLINE Vec<L> load_last(const L* p, ptrdiff_t count, L fill) {
+  if constexpr (padded) return first_or<L>(load<L>(p), count, fill);
+  return load_some<L>(p, count, fill);
+}
+
 // The largest value; NaN are passed over (they make the sum a NaN).
-template <class L>
+template <class L, bool padded = false>
 L max_of(const L* v, ptrdiff_t n, L least) {
   constexpr int W = Lane<L>::kWidth;
   Vec<L> top[kUnroll];
@@ -107,13 +116,13 @@ L max_of(const L* v, ptrdiff_t n, L least) {
     for (int u = 0; u < kUnroll; ++u) top[u] = max_or_second(load<L>(v + i + u * W), top[u]);
   }
   for (; i + W <= n; i += W) top[0] = max_or_second(load<L>(v + i), top[0]);
-  if (i < n) top[0] = max_or_second(load_some<L>(v + i, n - i, -kInfinity<L>), top[0]);
+  if (i < n) top[0] = max_or_second(load_last<L, padded>(v + i, n - i, -kInfinity<L>), top[0]);
   return highest(max_or_second(max_or_second(top[0], top[1]), max_or_second(top[2], top[3])));
 }
 
 // e[i] = exp(v[i] - max), and the sum of them. A null e: only the sum. Sums in the lane's type over
 // kSegment values, in float64 beyond.
-template <class L>
+template <class L, bool padded = false>
 double exp_sum(const L* v, L* e, ptrdiff_t n, L max) {
   constexpr int W = Lane<L>::kWidth;
   double sum = 0;
@@ -135,17 +144,21 @@ double exp_sum(const L* v, L* e, ptrdiff_t n, L max) {
       sums[0] += term;
     }
     if (i < stop) {
-      const Vec<L> term = exp_nonpositive<L>(load_some<L>(v + i, stop - i, -kInfinity<L>) - max);
-      if (e != nullptr) store_some<L>(e + i, term, stop - i);
-      // Summed one by one: where max is -infinity, the lanes that are no values hold NaN too.
-      for (ptrdiff_t j = 0; j < stop - i; ++j) sum += term[j];
+      const Vec<L> last = load_last<L, padded>(v + i, stop - i, -kInfinity<L>);
+      const Vec<L> term = exp_nonpositive<L>(last - max);
+      if (padded)
+        store<L>(e + i, term);
+      else if (e != nullptr)
+        store_some<L>(e + i, term, stop - i);
+      // Where max is -infinity, the lanes that are no values hold NaN too.
+      sums[1] += first_or<L>(term, stop - i, 0);
     }
     sum += total((sums[0] + sums[1]) + (sums[2] + sums[3]));
   }
   return sum;
 }
 
-template <class T, class L = typename LaneOf<T>::Type>
+template <class T, bool padded = false, class L = typename LaneOf<T>::Type>
 void scale_into(const L* e, T* y, ptrdiff_t n, L factor) {
   constexpr int W = Lane<L>::kWidth;
   ptrdiff_t i = 0;
@@ -154,7 +167,16 @@ void scale_into(const L* e, T* y, ptrdiff_t n, L factor) {
     for (int u = 0; u < kUnroll; ++u) store_as<T>(y + i + u * W, load<L>(e + i + u * W) * factor);
   }
   for (; i + W <= n; i += W) store_as<T>(y + i, load<L>(e + i) * factor);
-  if (i < n) store_some_as<T>(y + i, load_some<L>(e + i, n - i, 0) * factor, n - i);
+  if (i < n) store_some_as<T>(y + i, load_last<L, padded>(e + i, n - i, 0) * factor, n - i);
+}
+
+// A row staged in `buffer`, which has room up to a whole vector.
+template <class T, class L = typename LaneOf<T>::Type>
+ONNXNORM_INLINE void softmax_in_buffer(const Source& in, T* y, ptrdiff_t n, L* buffer) {
+  stage<T>(in, 0, n, buffer);
+  const L max = max_of<L, true>(buffer, n, -kInfinity<L>);
+  const double sum = exp_sum<L, true>(buffer, buffer, n, max);
+  scale_into<T, true>(buffer, y, n, static_cast<L>(1 / sum));
 }
 
 // -- two sweeps: sums as pairs m * 2^e
@@ -357,6 +379,11 @@ ONNXNORM_INLINE void softmax_row(const Row& row) {
   T* y = static_cast<T*>(row.y);
   if (!row.log) {
     if constexpr (sizeof(T) > 2) {
+      if (row.n <= kSegment && !is_plain<T>(row.in)) {
+        alignas(64) L buffer[kSegment];
+        softmax_in_buffer<T>(row.in, y, row.n, buffer);
+        return;
+      }
       if (row.cached) {
         const L* v = static_cast<const L*>(row.in.x);
         if (!is_plain<T>(row.in)) {
@@ -377,10 +404,7 @@ ONNXNORM_INLINE void softmax_row(const Row& row) {
       }
     } else if (row.n * ptrdiff_t{sizeof(L)} <= kScratchBytes) {
       alignas(64) L buffer[kScratchBytes / sizeof(L)];
-      stage<T>(row.in, 0, row.n, buffer);
-      const L max = max_of<L>(buffer, row.n, -kInfinity<L>);
-      const double sum = exp_sum<L>(buffer, buffer, row.n, max);
-      scale_into<T>(buffer, y, row.n, static_cast<L>(1 / sum));
+      softmax_in_buffer<T>(row.in, y, row.n, buffer);
       return;
     }
   }
@@ -790,6 +814,97 @@ void flush(ColumnSums<L>& sums, ptrdiff_t padded) {
   }
 }
 
+// What the columns of a tile are normalized with: ((x - center) - rest) * inverse.
+template <class L>
+struct ColumnStatistics {
+  alignas(64) L center[kTileWidth];
+  alignas(64) L rest[kTileWidth];
+  alignas(64) L inverse[kTileWidth];
+};
+
+// The moments down `unroll` vectors of columns in scratch memory, and what follows from them.
+// `s.center` holds the sums.
+template <class L, int unroll>
+ONNXNORM_INLINE void column_statistics(const L* column, ptrdiff_t padded, ptrdiff_t n,
+                                       const Columns& c, ColumnStatistics<L>& s, ptrdiff_t j) {
+  constexpr int W = Lane<L>::kWidth;
+  const L share = static_cast<L>(1 / static_cast<double>(n));
+  Vec<L> center[unroll], first[unroll], second[unroll];
+  for (int u = 0; u < unroll; ++u) {
+    center[u] = c.centered ? load<L>(s.center + j + u * W) * share : splat<L>(0);
+    first[u] = second[u] = splat<L>(0);
+  }
+  for (ptrdiff_t k = 0; k < n; ++k) {
+    for (int u = 0; u < unroll; ++u) {
+      const Vec<L> d = load<L>(column + k * padded + u * W) - center[u];
+      first[u] += d;
+      second[u] += d * d;
+    }
+  }
+  for (int u = 0; u < unroll; ++u) {
+    first[u] = c.centered ? first[u] * share : splat<L>(0);  // what the center is off by
+    const Vec<L> variance = second[u] * share - first[u] * first[u];
+    // Not max: a NaN has to stay one.
+    const Vec<L> guarded = (variance < 0 ? Vec<L>{} : variance) + static_cast<L>(c.epsilon);
+    store<L>(s.center + j + u * W, center[u]);
+    store<L>(s.rest + j + u * W, first[u]);
+    store<L>(s.inverse + j + u * W, 1 / square_root(guarded));
+  }
+}
+
+// A scale and a bias along a row of columns.
+template <class T>
+struct RowFactors {
+  using L = typename LaneOf<T>::Type;
+  const T* scale;  // null: `one_scale` for all
+  const T* bias;
+  L one_scale;
+  L one_bias;
+};
+
+// One row of the output: neighbours in memory, so that no more pages are in use than rows.
+template <class T, bool vectors, bool silu>
+ONNXNORM_INLINE void columns_row(const typename LaneOf<T>::Type* row, T* y, ptrdiff_t width,
+                                 const ColumnStatistics<typename LaneOf<T>::Type>& s,
+                                 const RowFactors<T>& f) {
+  using L = typename LaneOf<T>::Type;
+  constexpr int W = Lane<L>::kWidth;
+  const auto value = [&](ptrdiff_t j, Vec<L> g, Vec<L> b) __attribute__((always_inline)) {
+    const Vec<L> d = (load<L>(row + j) - load<L>(s.center + j)) - load<L>(s.rest + j);
+    Vec<L> out = d * load<L>(s.inverse + j) * g + b;
+    if constexpr (silu) out = silu_of<L>(out);
+    return out;
+  };
+  Vec<L> g = splat<L>(f.one_scale);
+  Vec<L> b = splat<L>(f.one_bias);
+  ptrdiff_t j = 0;
+#pragma GCC unroll 4
+  for (; j + W <= width; j += W) {
+    if constexpr (vectors) {
+      if (f.scale != nullptr) g = load_as<T>(f.scale + j);
+      if (f.bias != nullptr) b = load_as<T>(f.bias + j);
+    }
+    put_vector<T>(y + j, value(j, g, b), W, false);
+  }
+  if (j < width) {
+    if constexpr (vectors) {
+      if (f.scale != nullptr) g = load_some_as<T>(f.scale + j, width - j, 0);
+      if (f.bias != nullptr) b = load_some_as<T>(f.bias + j, width - j, 0);
+    }
+    store_some_as<T>(y + j, value(j, g, b), width - j);
+  }
+}
+
+template <class T, bool vectors>
+ONNXNORM_INLINE void columns_row(const typename LaneOf<T>::Type* row, T* y, const Columns& c,
+                                 const ColumnStatistics<typename LaneOf<T>::Type>& s,
+                                 const RowFactors<T>& f) {
+  if (c.silu)
+    columns_row<T, vectors, true>(row, y, c.width, s, f);
+  else
+    columns_row<T, vectors, false>(row, y, c.width, s, f);
+}
+
 // The columns fit the scratch memory: x is read once, and the rest happens in cache. Sums over the
 // axes are in the lane's type, of at most kScratchBytes / 64 entries.
 template <class T>
@@ -797,79 +912,51 @@ void columns_in_scratch(const Columns& c, const Walk& walk, ptrdiff_t padded) {
   using L = typename LaneOf<T>::Type;
   constexpr int W = Lane<L>::kWidth;
   constexpr int U = 4;
-  constexpr ptrdiff_t kMost = kScratchBytes / 16 / ptrdiff_t{sizeof(L)};  // 16 columns at least
   const ptrdiff_t n = walk.entries;
   alignas(64) L scratch[kScratchBytes / sizeof(L)];
-  Offsets at[kMost];
-  L scale_of[kMost];
-  L bias_of[kMost];
-  const T* x = static_cast<const T*>(c.x);
-  const T* scale = static_cast<const T*>(c.scale);
-  const T* bias = static_cast<const T*>(c.bias);
-  T* y = static_cast<T*>(c.y);
-  walk.first(walk.self);
-  for (ptrdiff_t k = 0; k < n; ++k) at[k] = walk.next(walk.self);
+  ColumnStatistics<L> s;
+  const T* x = static_cast<const T*>(c.x) + walk.start.x;
+  T* y = static_cast<T*>(c.y) + walk.start.x;
+  for (ptrdiff_t i = 0; i < padded; i += W) store<L>(s.center + i, splat<L>(0));
   for (ptrdiff_t k = 0; k < n; ++k) {
-    stage<T>(Source{x + at[k].x, nullptr, 1, 0, 1.0}, 0, c.width, scratch + k * padded);
-    // The columns to come, while these are treated: the processor foresees neighbours, and they lie
-    // behind a jump to another entry.
+    const ptrdiff_t at = walk.table[k].x;
+    L* row = scratch + k * padded;
+    const auto keep = [&](ptrdiff_t j, Vec<L> v) __attribute__((always_inline)) {
+      store<L>(row + j, v);
+      store<L>(s.center + j, load<L>(s.center + j) + v);
+    };
+    ptrdiff_t j = 0;
+#pragma GCC unroll 4
+    for (; j + W <= c.width; j += W) keep(j, load_as<T>(x + at + j));
+    if (j < c.width) keep(j, load_some_as<T>(x + at + j, c.width - j, 0));
     for (ptrdiff_t i = 0; i < c.width; i += 64 / ptrdiff_t{sizeof(T)}) {
-      __builtin_prefetch(x + at[k].x + c.width + i, 0, 2);
-      __builtin_prefetch(y + at[k].x + c.width + i, 1, 2);
+      __builtin_prefetch(y + at + i, 1, 2);
     }
-    scale_of[k] = load_one<T>(scale, at[k].scale);
-    bias_of[k] = bias == nullptr ? L(0) : load_one<T>(bias, at[k].bias);
   }
-  const L share = static_cast<L>(1 / static_cast<double>(n));
-  const bool vectors = c.scale_step == 1 || (bias != nullptr && c.bias_step == 1);
-  const auto block = [&](ptrdiff_t j, auto unrolled) __attribute__((always_inline)) {
-    constexpr int unroll = decltype(unrolled)::value;
-    const L* column = scratch + j;
-    Vec<L> center[unroll], first[unroll], second[unroll];
-    for (int u = 0; u < unroll; ++u) center[u] = first[u] = second[u] = splat<L>(0);
-    if (c.centered) {
-      for (ptrdiff_t k = 0; k < n; ++k) {
-        for (int u = 0; u < unroll; ++u) center[u] += load<L>(column + k * padded + u * W);
-      }
-      for (int u = 0; u < unroll; ++u) center[u] *= share;
-    }
-    for (ptrdiff_t k = 0; k < n; ++k) {
-      for (int u = 0; u < unroll; ++u) {
-        const Vec<L> d = load<L>(column + k * padded + u * W) - center[u];
-        first[u] += d;
-        second[u] += d * d;
-      }
-    }
-    for (int u = 0; u < unroll; ++u) {
-      first[u] = c.centered ? first[u] * share : splat<L>(0);  // what the center is off by
-      const Vec<L> variance = second[u] * share - first[u] * first[u];
-      // Not max: a NaN has to stay one.
-      const Vec<L> guarded = (variance < 0 ? Vec<L>{} : variance) + static_cast<L>(c.epsilon);
-      second[u] = 1 / square_root(guarded);
-    }
-    for (ptrdiff_t k = 0; k < n; ++k) {
-      for (int u = 0; u < unroll; ++u) {
-        const ptrdiff_t rest = c.width - j - u * W;
-        Vec<L> g = splat<L>(scale_of[k]);
-        Vec<L> b = splat<L>(bias_of[k]);
-        if (__builtin_expect(vectors, 0)) {
-          const ptrdiff_t count = rest < W ? rest : W;
-          const ptrdiff_t shift = j + u * W;
-          if (c.scale_step == 1) g = load_some_as<T>(scale + at[k].scale + shift, count, 0);
-          if (bias != nullptr && c.bias_step == 1) {
-            b = load_some_as<T>(bias + at[k].bias + shift, count, 0);
-          }
-        }
-        const Vec<L> d = (load<L>(column + k * padded + u * W) - center[u]) - first[u];
-        Vec<L> out = d * second[u] * g + b;
-        if (c.silu) out = silu_of<L>(out);
-        put_vector<T>(y + at[k].x + j + u * W, out, rest, false);
-      }
-    }
-  };
   ptrdiff_t j = 0;
-  for (; j + U * W <= c.width; j += U * W) block(j, Count<U>{});
-  for (; j < c.width; j += W) block(j, Count<1>{});
+  for (; j + U * W <= c.width; j += U * W) {
+    column_statistics<L, U>(scratch + j, padded, n, c, s, j);
+  }
+  for (; j < c.width; j += W) column_statistics<L, 1>(scratch + j, padded, n, c, s, j);
+  const bool scales = c.scale_step == 1;
+  const bool biases = c.bias != nullptr && c.bias_step == 1;
+  for (ptrdiff_t k = 0; k < n; ++k) {
+    const Offsets& entry = walk.table[k];
+    const T* scale = static_cast<const T*>(c.scale) + walk.start.scale + entry.scale;
+    const T* bias = nullptr;
+    if (c.bias != nullptr) bias = static_cast<const T*>(c.bias) + walk.start.bias + entry.bias;
+    const RowFactors<T> factors{scales ? scale : nullptr, biases ? bias : nullptr,
+                                scales ? L(0) : load_one<T>(scale, 0),
+                                biases || bias == nullptr ? L(0) : load_one<T>(bias, 0)};
+    for (ptrdiff_t i = 0; i < c.width; i += 64 / ptrdiff_t{sizeof(T)}) {
+      __builtin_prefetch(x + entry.x + c.width + i, 0, 2);
+    }
+    const L* row = scratch + k * padded;
+    if (__builtin_expect(scales || biases, 0))
+      columns_row<T, true>(row, y + entry.x, c, s, factors);
+    else
+      columns_row<T, false>(row, y + entry.x, c, s, factors);
+  }
 }
 
 // The columns do not fit: x is read once a sweep.
@@ -952,7 +1039,7 @@ void norm_columns(const Columns& c, const Walk& walk) {
   const ptrdiff_t padded = (c.width + W - 1) / W * W;
   // Never fewer than 16 columns, so that the entries are bounded too.
   const ptrdiff_t counted = padded < 16 ? 16 : padded;
-  if (walk.entries <= kScratchBytes / ptrdiff_t{sizeof(L)} / counted) {
+  if (walk.table != nullptr && walk.entries <= kScratchBytes / ptrdiff_t{sizeof(L)} / counted) {
     columns_in_scratch<T>(c, walk, padded);
   } else {
     columns_by_sweeps<T>(c, walk, padded);

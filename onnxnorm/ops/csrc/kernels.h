@@ -104,7 +104,12 @@ struct Walk {
   Offsets (*next)(void* self);
   void* self;
   ptrdiff_t entries;
+  const Offsets* table;  // the same from `start` on, where the entries are few; or null
+  Offsets start;
 };
+
+// A walk of at most so many entries has a table: all that fit the scratch memory in 16 columns.
+constexpr ptrdiff_t kTableEntries = 1024;
 
 struct Columns {
   const void* x;

@@ -8,11 +8,25 @@
 
 #include "dispatch.h"
 #include "runtime.h"
+#if defined(ONNXNORM_CUDA) || defined(ONNXNORM_EMULATED)
+#include "cuda.h"
+#endif
 
 namespace onnxnorm {
 namespace {
 
 constexpr const char* kDomain = "onnxnorm";
+
+// The kernels of a library: those for the CPU, with -DONNXNORM_CUDA those for a GPU too, and with
+// -DONNXNORM_EMULATED the latter alone, run by the CPU (device.h).
+enum class Place { kCpu, kCuda, kEmulated };
+#if defined(ONNXNORM_EMULATED)
+constexpr Place kPlaces[] = {Place::kEmulated};
+#elif defined(ONNXNORM_CUDA)
+constexpr Place kPlaces[] = {Place::kCpu, Place::kCuda};
+#else
+constexpr Place kPlaces[] = {Place::kCpu};
+#endif
 constexpr ort::ElementType kElement[kTypes] = {ort::kFloat, ort::kFloat16, ort::kBFloat16,
                                                ort::kDouble};
 
@@ -42,11 +56,36 @@ Shape shape_of(const ort::Api* api, const ort::TensorInfo* info) {
   return shape;
 }
 
+class CpuEngine final : public Engine {
+ public:
+  explicit CpuEngine(Parallel parallel) : parallel_(std::move(parallel)) {}
+  void run(const SoftmaxCall& call) const override { onnxnorm::run(call, parallel_); }
+  void run(const NormCall& call) const override { onnxnorm::run(call, parallel_); }
+  bool is_device() const override { return false; }
+
+ private:
+  Parallel parallel_;
+};
+
+#if defined(ONNXNORM_CUDA) || defined(ONNXNORM_EMULATED)
+class CudaEngine final : public Engine {
+ public:
+  explicit CudaEngine(void* stream) : stream_(stream) {}
+  void run(const SoftmaxCall& call) const override { cuda::run(call, stream_); }
+  void run(const NormCall& call) const override { cuda::run(call, stream_); }
+  bool is_device() const override { return true; }
+
+ private:
+  void* stream_;
+};
+#endif
+
 struct Kernel {
   const ort::Api* api;
   const Operator* op;
   Type type;
   Attributes attributes;
+  Place place;
 
   void compute(ort::KernelContext* context) const {
     std::vector<Tensor> inputs(op->inputs);
@@ -57,7 +96,16 @@ struct Kernel {
     check(api->KernelContext_GetOutput(context, 0, shape.data(), shape.size(), &output));
     void* data = nullptr;
     check(api->GetTensorMutableData(output, &data));
-    op->compute({type, attributes, std::move(inputs), data}, threads_of(context));
+    const Invocation invocation{type, attributes, std::move(inputs), data};
+#if defined(ONNXNORM_CUDA) || defined(ONNXNORM_EMULATED)
+    if (place != Place::kCpu) {
+      void* stream = nullptr;
+      if (place == Place::kCuda) check(api->KernelContext_GetGPUComputeStream(context, &stream));
+      op->compute(invocation, CudaEngine(stream));
+      return;
+    }
+#endif
+    op->compute(invocation, CpuEngine(threads_of(context)));
   }
 
  private:
@@ -108,6 +156,7 @@ struct Registered : ort::CustomOp {
   const Operator* op;
   Type type;
   const ort::Api* api;
+  Place place;
 };
 
 const Registered& self(const ort::CustomOp* op) { return *static_cast<const Registered*>(op); }
@@ -182,14 +231,17 @@ void infer(const Registered& me, ort::ShapeInferContext* context) {
   check(api->ShapeInferContext_SetOutputTypeShape(context, 0, raw));
 }
 
-Registered registered(const Operator& op, Type type, const ort::Api* api) {
+Registered registered(const Operator& op, Type type, const ort::Api* api, Place place) {
   Registered made{};
   made.op = &op;
   made.type = type;
   made.api = api;
+  made.place = place;
   made.version = ort::kApiVersion;
   made.GetName = [](const ort::CustomOp* me) { return self(me).op->name; };
-  made.GetExecutionProviderType = [](const ort::CustomOp*) -> const char* { return nullptr; };
+  made.GetExecutionProviderType = [](const ort::CustomOp* me) -> const char* {
+    return self(me).place == Place::kCuda ? "CUDAExecutionProvider" : nullptr;  // null: the CPU's
+  };
   made.GetInputType = [](const ort::CustomOp* me, std::size_t) { return kElement[self(me).type]; };
   made.GetInputTypeCount = [](const ort::CustomOp* me) { return self(me).op->inputs; };
   made.GetOutputType = [](const ort::CustomOp* me, std::size_t) { return kElement[self(me).type]; };
@@ -206,7 +258,9 @@ Registered registered(const Operator& op, Type type, const ort::Api* api) {
     return guarded(used, self(me).op->name, [&] {
       const Operator& row = *self(me).op;
       const Attributes attributes = row.read(AttributeReader(used, info), self(me).type);
-      *kernel = std::make_unique<Kernel>(Kernel{used, &row, self(me).type, attributes}).release();
+      *kernel =
+          std::make_unique<Kernel>(Kernel{used, &row, self(me).type, attributes, self(me).place})
+              .release();
     });
   };
   made.KernelComputeV2 = [](void* kernel, ort::KernelContext* context) {
@@ -220,6 +274,15 @@ Registered registered(const Operator& op, Type type, const ort::Api* api) {
   made.GetStartVersion = [](const ort::CustomOp*) { return 1; };
   made.GetEndVersion = [](const ort::CustomOp*) { return 1; };
   return made;
+}
+
+// The GPU architectures that the kernels were compiled for.
+std::vector<std::string> architectures() {
+#if defined(ONNXNORM_CUDA)
+  return {ONNXNORM_CUDA};
+#else
+  return {};
+#endif
 }
 
 // onnxruntime keeps pointers to the domain and its operators as long as a session lives, so they
@@ -243,8 +306,10 @@ ort::CustomOpDomain* domain_for(const ort::Api* api) {
     check(api->CreateCustomOpDomain(kDomain, &made.domain));
     for (const Operator& op : operators()) {
       for (int type = 0; type < kTypes; ++type) {
-        made.ops.push_back(registered(op, static_cast<Type>(type), api));
-        check(api->CustomOpDomain_Add(made.domain, &made.ops.back()));
+        for (const Place place : kPlaces) {
+          made.ops.push_back(registered(op, static_cast<Type>(type), api, place));
+          check(api->CustomOpDomain_Add(made.domain, &made.ops.back()));
+        }
       }
     }
   } catch (...) {
@@ -324,6 +389,7 @@ ONNXNORM_EXPORT const char* onnxnorm_ops_describe() {
   text = "{\"instruction_set\": \"" + std::string(onnxnorm::kernels().name) +
          "\", \"built\": " + list(onnxnorm::built_kernels()) + ", \"usable\": " + list(usable) +
          ", \"operators\": " + list(names) +
+         ", \"architectures\": " + list(onnxnorm::architectures()) +
          ", \"types\": [\"float\", \"float16\", \"bfloat16\", \"double\"]}";
   return text.c_str();
 }

@@ -136,6 +136,15 @@ void run_columns(Plan plan, const Parallel& parallel) {
   const std::int64_t blocks = ceil_div(inner.size, width);
   const std::int64_t items = product(plan.kept) * blocks;
   const std::int64_t each = std::max<std::int64_t>(1, kGrain / (n * std::min(width, inner.size)));
+  const auto as_offsets = [](const Offset& offset) {
+    return Offsets{static_cast<std::ptrdiff_t>(offset[kX]),
+                   static_cast<std::ptrdiff_t>(offset[kScale]),
+                   static_cast<std::ptrdiff_t>(offset[kBias])};
+  };
+  // Every tile walks the same way from its own start, so few steps are taken once for all.
+  std::vector<Offsets> table(n <= kTableEntries ? static_cast<std::size_t>(n) : 0);
+  Odometer origin(plan.reduced, {});
+  for (Offsets& entry : table) entry = as_offsets(origin.next());
   parallel(static_cast<std::size_t>(ceil_div(items, each)), [&](std::size_t task) {
     const std::int64_t first = static_cast<std::int64_t>(task) * each;
     for (std::int64_t item = first; item < std::min(items, first + each); ++item) {
@@ -150,7 +159,10 @@ void run_columns(Plan plan, const Parallel& parallel) {
                                        static_cast<std::ptrdiff_t>(now[kScale]),
                                        static_cast<std::ptrdiff_t>(now[kBias])};
                       },
-                      &odometer, static_cast<std::ptrdiff_t>(n)};
+                      &odometer,
+                      static_cast<std::ptrdiff_t>(n),
+                      table.empty() ? nullptr : table.data(),
+                      as_offsets(start)};
       plan.kernels->columns({call.x.data, call.y, call.scale.data, plan.bias(0),
                              static_cast<std::ptrdiff_t>(inner.stride[kScale]),
                              static_cast<std::ptrdiff_t>(inner.stride[kBias]),
@@ -163,7 +175,7 @@ void run_columns(Plan plan, const Parallel& parallel) {
 
 }  // namespace
 
-void run(const NormCall& call, const Parallel& parallel) {
+NormLayout layout_of(const NormCall& call) {
   const Shape& shape = call.x.shape;
   std::vector<Dim> dims(shape.size());
   for (std::size_t i = 0; i < dims.size(); ++i) dims[i] = {shape[i], {}, false};
@@ -175,12 +187,19 @@ void run(const NormCall& call, const Parallel& parallel) {
   add_strides(dims, kX, shape, shape, "X");
   add_strides(dims, kScale, call.scale.shape, shape, "scale");
   if (call.bias != nullptr) add_strides(dims, kBias, call.bias->shape, shape, "bias");
-  if (count(shape) == 0) return;
-
+  const std::int64_t elements = count(shape);
+  if (elements == 0) return {0, {}, {}, {}, false};
   const std::vector<Dim> all = merged(dims, kOperands);
-  Plan plan{&kernels().norm[call.type], call, select(all, false), select(all, true)};
-  if (!all.empty() && all.back().axis) {
-    run_segments(std::move(plan), select(merged(dims, 1), true), parallel);
+  return {elements, select(all, false), select(all, true), select(merged(dims, 1), true),
+          !all.empty() && all.back().axis};
+}
+
+void run(const NormCall& call, const Parallel& parallel) {
+  NormLayout layout = layout_of(call);
+  if (layout.elements == 0) return;
+  Plan plan{&kernels().norm[call.type], call, std::move(layout.kept), std::move(layout.reduced)};
+  if (layout.innermost) {
+    run_segments(std::move(plan), std::move(layout.reduced_of_x), parallel);
   } else {
     run_columns(std::move(plan), parallel);
   }

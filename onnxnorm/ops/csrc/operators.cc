@@ -16,15 +16,11 @@ Attributes read_softmax(const AttributeReader& reader, Type) {
 }
 
 template <bool log>
-void softmax(const Invocation& it, const Parallel& parallel) {
-  run(SoftmaxCall{it.type, it.inputs[0], nullptr, 1, it.attributes.axis, log, it.output}, parallel);
+void softmax(const Invocation& it, const Engine& engine) {
+  engine.run(SoftmaxCall{it.type, it.inputs[0], nullptr, 1, it.attributes.axis, log, it.output});
 }
 
-double scalar(Type type, const Tensor& tensor, const char* name) {
-  if (tensor.shape.size() > 1 || count(tensor.shape) != 1) {
-    throw Refusal(std::string(name) + " has the shape " + spell(tensor.shape) +
-                  " and has to be one number");
-  }
+double scalar(Type type, const Tensor& tensor) {
   if (type == kF64) return *static_cast<const double*>(tensor.data);
   if (type == kF32) return static_cast<double>(*static_cast<const float*>(tensor.data));
   const std::uint16_t bits = *static_cast<const std::uint16_t*>(tensor.data);
@@ -47,10 +43,14 @@ Shape masked_shape(const Attributes&, const std::vector<Tensor>& inputs) {
 }
 
 template <bool log>
-void masked_softmax(const Invocation& it, const Parallel& parallel) {
-  const double scale = scalar(it.type, it.inputs[1], "scale");
-  run(SoftmaxCall{it.type, it.inputs[0], &it.inputs[2], scale, it.attributes.axis, log, it.output},
-      parallel);
+void masked_softmax(const Invocation& it, const Engine& engine) {
+  const Tensor& scale = it.inputs[1];
+  if (scale.shape.size() > 1 || count(scale.shape) != 1) {
+    throw Refusal("scale has the shape " + spell(scale.shape) + " and has to be one number");
+  }
+  const bool device = engine.is_device();
+  engine.run(SoftmaxCall{it.type, it.inputs[0], &it.inputs[2], device ? 1 : scalar(it.type, scale),
+                         it.attributes.axis, log, it.output, device ? scale.data : nullptr});
 }
 
 // -- normalization
@@ -74,16 +74,14 @@ Attributes read_axes(const AttributeReader& reader, Type type) {
   return attributes;
 }
 
-void channel_layer_norm(const Invocation& it, const Parallel& parallel) {
-  run(NormCall{it.type, it.inputs[0], it.inputs[1], &it.inputs[2], it.attributes.axes,
-               it.attributes.epsilon, true, false, it.output},
-      parallel);
+void channel_layer_norm(const Invocation& it, const Engine& engine) {
+  engine.run(NormCall{it.type, it.inputs[0], it.inputs[1], &it.inputs[2], it.attributes.axes,
+                      it.attributes.epsilon, true, false, it.output});
 }
 
-void channel_rms_norm(const Invocation& it, const Parallel& parallel) {
-  run(NormCall{it.type, it.inputs[0], it.inputs[1], nullptr, it.attributes.axes,
-               it.attributes.epsilon, false, false, it.output},
-      parallel);
+void channel_rms_norm(const Invocation& it, const Engine& engine) {
+  engine.run(NormCall{it.type, it.inputs[0], it.inputs[1], nullptr, it.attributes.axes,
+                      it.attributes.epsilon, false, false, it.output});
 }
 
 Attributes read_groups(const AttributeReader& reader, Type type) {
@@ -100,7 +98,7 @@ Attributes read_groups(const AttributeReader& reader, Type type) {
 
 // A group norm is a layer norm over axes 2 and 3 of [N, groups, C / groups, the rest].
 template <bool silu>
-void group_norm(const Invocation& it, const Parallel& parallel) {
+void group_norm(const Invocation& it, const Engine& engine) {
   const Shape& shape = it.inputs[0].shape;
   const std::int64_t groups = it.attributes.groups;
   if (shape.size() < 2 || shape[1] % groups != 0) {
@@ -121,16 +119,15 @@ void group_norm(const Invocation& it, const Parallel& parallel) {
     return Tensor{tensor.data, {groups, width, 1}};
   };
   const Tensor bias = per_channel(it.inputs[2], "bias");
-  run(NormCall{it.type,
-               {it.inputs[0].data, {shape[0], groups, width, empty ? 0 : rest}},
-               per_channel(it.inputs[1], "scale"),
-               &bias,
-               {2, 3},
-               it.attributes.epsilon,
-               true,
-               silu,
-               it.output},
-      parallel);
+  engine.run(NormCall{it.type,
+                      {it.inputs[0].data, {shape[0], groups, width, empty ? 0 : rest}},
+                      per_channel(it.inputs[1], "scale"),
+                      &bias,
+                      {2, 3},
+                      it.attributes.epsilon,
+                      true,
+                      silu,
+                      it.output});
 }
 
 }  // namespace

@@ -89,7 +89,10 @@ struct Api {
   Status*(ONNXNORM_CALL* KernelInfoGetAttributeArray_int64)(const KernelInfo* info,
                                                             const char* name, std::int64_t* out,
                                                             std::size_t* count);
-  Unused<164, 268> unused_164;
+  Unused<164, 193> unused_164;
+  Status*(ONNXNORM_CALL* KernelContext_GetGPUComputeStream)(const KernelContext* context,
+                                                            void** out);
+  Unused<194, 268> unused_194;
   Status*(ONNXNORM_CALL* ShapeInferContext_GetInputTypeShape)(const ShapeInferContext* context,
                                                               std::size_t index, TensorInfo** out);
   Unused<269, 270> unused_269;
@@ -152,6 +155,7 @@ ONNXNORM_AT(ReleaseStatus, 93);
 ONNXNORM_AT(ReleaseTensorTypeAndShapeInfo, 99);
 ONNXNORM_AT(ReleaseCustomOpDomain, 101);
 ONNXNORM_AT(KernelInfoGetAttributeArray_int64, 163);
+ONNXNORM_AT(KernelContext_GetGPUComputeStream, 193);
 ONNXNORM_AT(ShapeInferContext_GetInputTypeShape, 268);
 ONNXNORM_AT(SetSymbolicDimensions, 271);
 ONNXNORM_AT(KernelContext_ParallelFor, 274);

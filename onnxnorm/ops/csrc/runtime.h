@@ -60,7 +60,7 @@ struct Operator {
   Attributes (*read)(const AttributeReader& reader, Type type);
   // The output's shape, given those of the inputs.
   Shape (*shape)(const Attributes& attributes, const std::vector<Tensor>& inputs);
-  void (*compute)(const Invocation& invocation, const Parallel& parallel);
+  void (*compute)(const Invocation& invocation, const Engine& engine);
   // Does the output take its shape from the first input alone? Else all inputs but the second, a
   // scalar, broadcast.
   bool shape_of_first;

@@ -112,9 +112,41 @@ ONNXNORM_INLINE Vec<L> splat(L s) {
   return s - Vec<L>{};
 }
 
+#if defined(__AVX512F__)
+// The first `count` lanes, at most all of them.
+template <class Mask>
+ONNXNORM_INLINE Mask first_lanes(ptrdiff_t count) {
+  return static_cast<Mask>((1u << count) - 1);
+}
+#elif defined(__AVX2__)
+// The same as a vector, all bits set in those lanes.
+template <class L>
+ONNXNORM_INLINE typename Lane<L>::I first_lanes(ptrdiff_t count) {
+  typedef typename Lane<L>::I I;
+  I index;
+  for (int i = 0; i < Lane<L>::kWidth; ++i) index[i] = i;
+  return (I)(index < (I{} + static_cast<__typeof__(+index[0])>(count)));
+}
+#endif
+
 // The first `count` lanes from memory, `fill` in the others.
 template <class L>
 ONNXNORM_INLINE Vec<L> load_some(const L* p, ptrdiff_t count, L fill) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(L) == 4)
+    return (Vec<L>)_mm512_mask_loadu_ps((__m512)splat<L>(fill), first_lanes<__mmask16>(count), p);
+  else
+    return (Vec<L>)_mm512_mask_loadu_pd((__m512d)splat<L>(fill), first_lanes<__mmask8>(count), p);
+#elif defined(__AVX2__)
+  const auto lanes = first_lanes<L>(count);
+  if constexpr (sizeof(L) == 4) {
+    const __m256 some = _mm256_maskload_ps(p, (__m256i)lanes);
+    return (Vec<L>)_mm256_blendv_ps((__m256)splat<L>(fill), some, (__m256)lanes);
+  } else {
+    const __m256d some = _mm256_maskload_pd(p, (__m256i)lanes);
+    return (Vec<L>)_mm256_blendv_pd((__m256d)splat<L>(fill), some, (__m256d)lanes);
+  }
+#endif
   L buffer[Lane<L>::kWidth];
   for (int i = 0; i < Lane<L>::kWidth; ++i) buffer[i] = i < count ? p[i] : fill;
   return load<L>(buffer);
@@ -122,9 +154,42 @@ ONNXNORM_INLINE Vec<L> load_some(const L* p, ptrdiff_t count, L fill) {
 
 template <class L>
 ONNXNORM_INLINE void store_some(L* p, Vec<L> v, ptrdiff_t count) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(L) == 4)
+    return _mm512_mask_storeu_ps(p, first_lanes<__mmask16>(count), (__m512)v);
+  else
+    return _mm512_mask_storeu_pd(p, first_lanes<__mmask8>(count), (__m512d)v);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(L) == 4)
+    return _mm256_maskstore_ps(p, (__m256i)first_lanes<L>(count), (__m256)v);
+  else
+    return _mm256_maskstore_pd(p, (__m256i)first_lanes<L>(count), (__m256d)v);
+#endif
   L buffer[Lane<L>::kWidth];
   store<L>(buffer, v);
   for (ptrdiff_t i = 0; i < count; ++i) p[i] = buffer[i];
+}
+
+// The first `count` lanes, `fill` in the others whatever they hold.
+template <class L>
+ONNXNORM_INLINE Vec<L> first_or(Vec<L> v, ptrdiff_t count, L fill) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(L) == 4) {
+    const auto lanes = first_lanes<__mmask16>(count);
+    return (Vec<L>)_mm512_mask_mov_ps((__m512)splat<L>(fill), lanes, (__m512)v);
+  } else {
+    const auto lanes = first_lanes<__mmask8>(count);
+    return (Vec<L>)_mm512_mask_mov_pd((__m512d)splat<L>(fill), lanes, (__m512d)v);
+  }
+#elif defined(__AVX2__)
+  const auto lanes = first_lanes<L>(count);
+  if constexpr (sizeof(L) == 4)
+    return (Vec<L>)_mm256_blendv_ps((__m256)splat<L>(fill), (__m256)v, (__m256)lanes);
+  else
+    return (Vec<L>)_mm256_blendv_pd((__m256d)splat<L>(fill), (__m256d)v, (__m256d)lanes);
+#endif
+  for (int i = static_cast<int>(count); i < Lane<L>::kWidth; ++i) v[i] = fill;
+  return v;
 }
 
 // a > b ? a : b, lane by lane: where either is NaN, the result is b.
@@ -485,6 +550,7 @@ template <class T>
 ONNXNORM_INLINE Vec<typename LaneOf<T>::Type> load_some_as(const T* p, ptrdiff_t count,
                                                            typename LaneOf<T>::Type fill) {
   using L = typename LaneOf<T>::Type;
+  if constexpr (sizeof(T) > 2) return load_some<L>(p, count, fill);
   T buffer[Lane<L>::kWidth] = {};
   for (ptrdiff_t i = 0; i < count; ++i) buffer[i] = p[i];
   L lanes[Lane<L>::kWidth];
@@ -494,6 +560,7 @@ ONNXNORM_INLINE Vec<typename LaneOf<T>::Type> load_some_as(const T* p, ptrdiff_t
 
 template <class T>
 ONNXNORM_INLINE void store_some_as(T* p, Vec<typename LaneOf<T>::Type> v, ptrdiff_t count) {
+  if constexpr (sizeof(T) > 2) return store_some<T>(p, v, count);
   T buffer[Lane<typename LaneOf<T>::Type>::kWidth];
   store_as<T>(buffer, v);
   for (ptrdiff_t i = 0; i < count; ++i) p[i] = buffer[i];
@@ -501,6 +568,7 @@ ONNXNORM_INLINE void store_some_as(T* p, Vec<typename LaneOf<T>::Type> v, ptrdif
 
 template <class T>
 ONNXNORM_INLINE typename LaneOf<T>::Type load_one(const void* p, ptrdiff_t index) {
+  if constexpr (sizeof(T) > 2) return static_cast<const T*>(p)[index];
   return load_some_as<T>(static_cast<const T*>(p) + index, 1, 0)[0];
 }
 

@@ -99,18 +99,16 @@ void run_rows(const Plan& plan, const Parallel& parallel) {
     parallel(static_cast<std::size_t>(ceil_div(rows, each)), [&](std::size_t task) {
       const std::int64_t first = static_cast<std::int64_t>(task) * each;
       const std::int64_t last = std::min(rows, first + each);
-      if (plan.outer.size() <= 1) {
-        RowStep step{};
-        if (!plan.outer.empty()) {
-          const auto& stride = plan.outer.front().stride;
-          step = {static_cast<std::ptrdiff_t>(stride[kX]),
-                  static_cast<std::ptrdiff_t>(stride[kMask]),
-                  static_cast<std::ptrdiff_t>(stride[kY])};
-        }
-        plan.kernels->rows(plan.row(first), static_cast<std::ptrdiff_t>(last - first), step);
-        return;
+      // Runs of rows that lie one step apart: where each begins takes divisions to find.
+      const Dim inner = plan.outer.empty() ? Dim{1, {}, false} : plan.outer.back();
+      const RowStep step{static_cast<std::ptrdiff_t>(inner.stride[kX]),
+                         static_cast<std::ptrdiff_t>(inner.stride[kMask]),
+                         static_cast<std::ptrdiff_t>(inner.stride[kY])};
+      for (std::int64_t r = first; r < last;) {
+        const std::int64_t run = std::min(last - r, inner.size - r % inner.size);
+        plan.kernels->rows(plan.row(r), static_cast<std::ptrdiff_t>(run), step);
+        r += run;
       }
-      for (std::int64_t r = first; r < last; ++r) plan.kernels->rows(plan.row(r), 1, {});
     });
     return;
   }
@@ -173,12 +171,12 @@ void run_tiles(const Plan& plan, const Parallel& parallel) {
 
 }  // namespace
 
-void run(const SoftmaxCall& call, const Parallel& parallel) {
+SoftmaxLayout layout_of(const SoftmaxCall& call) {
   const Shape shape =
       call.mask == nullptr ? call.x.shape : broadcast(call.x.shape, call.mask->shape);
   const std::size_t axis = resolve_axis(call.axis, shape.size());
-  const std::int64_t elements = count(shape);
-  if (elements == 0) return;
+  SoftmaxLayout layout{count(shape), {}, Dim{1, {}, true}, false};
+  if (layout.elements == 0) return layout;
 
   std::vector<Dim> dims(shape.size());
   for (std::size_t i = 0; i < dims.size(); ++i) dims[i] = {shape[i], {}, i == axis};
@@ -186,27 +184,37 @@ void run(const SoftmaxCall& call, const Parallel& parallel) {
   if (call.mask != nullptr) add_strides(dims, kMask, call.mask->shape, shape, "mask");
   add_strides(dims, kY, shape, shape, "Y");
 
-  Plan plan{};
-  plan.kernels = &kernels().softmax[call.type];
-  plan.call = call;
-  // A row that fits with its output is read three times in cache, where one exponential an element
-  // is cheaper than two; a longer one is read twice.
-  plan.cached = 2 * shape[axis] * kBytes[call.type] <= private_cache();
-  plan.stream = elements * kBytes[call.type] >= kStreamBytes;
   dims = merged(dims, kOperands);
   const auto found =
       std::find_if(dims.begin(), dims.end(), [](const Dim& dim) { return dim.axis; });
   // An axis of size 1 was dropped: every row is one element, and all columns are neighbours.
-  plan.axis = found == dims.end() ? Dim{1, {}, true} : *found;
-  if (found != dims.end() && found + 1 == dims.end()) {
-    plan.outer.assign(dims.begin(), found);
+  if (found != dims.end()) {
+    layout.axis = *found;
+    layout.innermost = found + 1 == dims.end();
+    dims.erase(found);
+  }
+  layout.items = std::move(dims);
+  return layout;
+}
+
+void run(const SoftmaxCall& call, const Parallel& parallel) {
+  SoftmaxLayout layout = layout_of(call);
+  if (layout.elements == 0) return;
+  Plan plan{};
+  plan.kernels = &kernels().softmax[call.type];
+  plan.call = call;
+  plan.axis = layout.axis;
+  plan.outer = std::move(layout.items);
+  // A row that fits with its output is read three times in cache, where one exponential an element
+  // is cheaper than two; a longer one is read twice.
+  plan.cached = 2 * layout.axis.size * kBytes[call.type] <= private_cache();
+  plan.stream = layout.elements * kBytes[call.type] >= kStreamBytes;
+  if (layout.innermost) {
     run_rows(plan, parallel);
     return;
   }
-  if (found != dims.end()) dims.erase(found);
-  plan.inner = dims.empty() ? Dim{1, {}, false} : dims.back();
-  if (!dims.empty()) dims.pop_back();
-  plan.outer = dims;
+  plan.inner = plan.outer.empty() ? Dim{1, {}, false} : plan.outer.back();
+  if (!plan.outer.empty()) plan.outer.pop_back();
   run_tiles(plan, parallel);
 }
 
