@@ -130,6 +130,8 @@ class FoldAffine(Pass):
             flow = flow_forth(node.outputs[0], Affine.of(1.0, bias), transfer)
             if isinstance(flow, Stop) or flow.changes or flow.retunes or flow.additions:
                 return
+            if not flow.results:  # nothing reads it
+                return
             nodes = (node, *flow.nodes)
             results = tuple(flow.results)
             ended = next(iter(flow.results))

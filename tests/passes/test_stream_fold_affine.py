@@ -511,7 +511,8 @@ def test_residual_networks_agree(bound: int, **options: Any) -> None:
 def test_types_agree(dtype: Any, style: Style, bias: bool, seed: int) -> None:
     model = post_norm_transformer(dtype=dtype, style=style, bias=bias, seed=seed)
     done = run(model, RULE)
-    assert remaining(done, "BatchNormalization", "Mul") == 2  # the scores of attention
+    lost = {r.reason for r in done.remarks if r.reason and "too small for float16" in r.reason}
+    assert bool(lost) == (remaining(done, "BatchNormalization", "Mul") > 2)  # 2 are of attention
     kinds = {t.data_type for t in done.stored.complete().graph.initializer} - {7}
     assert kinds == {onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))}
     assert_sound(model, done, RULE)
