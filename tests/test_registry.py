@@ -17,6 +17,7 @@ from onnxnorm.passes.fold_batchnorm import FoldBatchnorm
 from onnxnorm.passes.lower_channel_norm import LowerChannelNorm
 from onnxnorm.passes.lower_group_norm import LowerGroupNorm
 from onnxnorm.passes.lower_norms import LowerNorms
+from onnxnorm.passes.lower_skip_norm import LowerSkipNorm
 from onnxnorm.passes.lower_softmax import LowerSoftmax
 from onnxnorm.passes.stream_fold_mean import StreamFoldMean
 from onnxnorm.registry import catalogue, default_passes, options, select
@@ -48,6 +49,7 @@ def test_selections() -> None:
         LowerSoftmax(),
         LowerGroupNorm(),
         LowerNorms(),
+        LowerSkipNorm(),
     ]
     assert select("default") == select(None)
     assert select("none") == select("") == []
