@@ -51,6 +51,7 @@ ORT: Final = ("ort-cpu", "ort-cuda")
 OLDEST_RUNTIME: Final = "1.23"  # the oldest onnxruntime that this package runs with
 KEEP: Final = "its own nodes"  # what a choice names that leaves a norm as it is
 NEWEST_OPSET: Final[dict[Version, int]] = {  # by onnxruntime, as it loads them
+    (1, 17): 20,
     (1, 18): 21,
     (1, 21): 22,
     (1, 23): 23,
@@ -418,9 +419,10 @@ RESIDUAL: Final[tuple[Form, ...]] = (
         ("layer_norm",),
         targets=("ort-cuda",),
         written_by="lower-skip-norm",
+        since=(1, 16),
         measured=_LOSES,
-        defects="a skip of fewer dims or with a 1 needs onnxruntime 1.16; CUDA kernels of some"
-        " versions had their sums in float16",
+        defects="onnxruntime 1.15 runs it, but not with a skip that is repeated over the batch;"
+        f" {_HALF_SUMS}",
     ),
     Form(
         "SkipSimplifiedLayerNormalization",
@@ -453,7 +455,7 @@ def newest_opset(runtime: Version) -> int:
     >>> newest_opset((1, 24))
     25
     """
-    return max((o for v, o in NEWEST_OPSET.items() if v <= runtime), default=20)
+    return max((o for v, o in NEWEST_OPSET.items() if v <= runtime), default=19)
 
 
 def residual(kind: str, target: str, runtime: Version) -> Form | str:
