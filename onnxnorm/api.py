@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+import logging
+from collections.abc import Callable, Collection, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -13,15 +12,15 @@ from typing import Any, Final, Literal, TypeAlias
 
 import onnx
 
-from onnxnorm import staging, storage, verifier
+from onnxnorm import staging, verifier
 from onnxnorm.copying import HeadStart
 from onnxnorm.errors import (
-    ModelError,
     ParityError,
     RuntimeRejection,
     UsageError,
     VerificationError,
 )
+from onnxnorm.intake import Model, given_back, taken
 from onnxnorm.module import Module
 from onnxnorm.ops import bodies, library
 from onnxnorm.pipeline import Pipeline, Run
@@ -36,7 +35,8 @@ from onnxnorm.stream_rows import Outline, outlines, stream_rows
 from onnxnorm.workbench import Progress, Shapes, Workbench
 
 Target: TypeAlias = Literal["onnx", "ort-cpu", "ort-cuda"]
-Model: TypeAlias = Any  # path, ModelProto, onnx_ir.Model, or what torch.onnx.export returns
+
+_log: Final = logging.getLogger("onnxnorm")
 
 TIME_BUDGET: Final = 60.0  # seconds for parity; latency takes half as many
 _WITH_LIBRARY: Final = (
@@ -58,15 +58,29 @@ class Result:
         report: What was found and done, parity, latency.
         stored: The optimized model, its weights still on disk.
         files: The files that were written, the model first; empty without an output path.
+        given: What was optimized.
     """
 
     report: Report
     stored: Stored = field(repr=False)
     files: tuple[Path, ...] = ()
+    given: Model = field(default=None, repr=False)
 
     @property
-    def model(self) -> onnx.ModelProto:
-        """The whole optimized model in memory; each access builds it anew."""
+    def model(self) -> Any:
+        """The whole optimized model in memory, of the kind that was given; built anew each time.
+
+        An onnx.ModelProto for a path or an onnx.ModelProto, an onnx_ir.Model for an onnx_ir.Model,
+        an ONNXProgram for an ONNXProgram.
+
+        Raises:
+            ModelError: It is larger than 2 GB; `save` writes it.
+        """
+        return given_back(self.stored, self.given)
+
+    @property
+    def proto(self) -> onnx.ModelProto:
+        """The whole optimized model as a message, whatever kind was given."""
         return self.stored.complete()
 
     def save(self, path: str | Path) -> tuple[Path, ...]:
@@ -138,12 +152,12 @@ def optimize(
         ProviderError: The provider is not usable.
         ParityError: The outputs do not agree, or onnxruntime cannot run the model.
     """
-    say = progress or _silent
+    say = _heard(progress)
     chosen = _aimed(select(passes), target, ops=ops)
     with ExitStack() as stack:
-        stored = stack.enter_context(_taken(model))
+        stored = stack.enter_context(taken(model))
         place = _target(stored, output, in_place=in_place)
-        bench = Workbench(stack, stored, threads, inputs, input_shapes, seed, time_budget, progress)
+        bench = Workbench(stack, stored, threads, inputs, input_shapes, seed, time_budget, say)
         if (parity or latency) and not dry_run:
             bench.resolve(provider)
         say("passes", None)
@@ -180,6 +194,7 @@ def optimize(
                 told.notes.append("Nothing was changed, so nothing was written.")
             else:
                 files = staging.save(run.stored, place, ahead)
+        _logged(run, told)
         streams = stream_rows(found, run.remarks)
         report = Report(
             command="optimize",
@@ -206,7 +221,7 @@ def optimize(
             dry_run=dry_run,
             **vars(told),
         )
-        return Result(report, run.stored, files)
+        return Result(report, run.stored, files, model)
 
 
 def inspect(
@@ -225,7 +240,7 @@ def inspect(
         UsageError: `passes` names what does not exist, or `ops` is for another target.
     """
     chosen = _aimed(select(passes), target, ops=ops)
-    with _taken(model) as stored:
+    with taken(model) as stored:
         found: list[Outline] = []
         run = Pipeline(chosen, before=lambda facts: found.extend(outlines(facts))).run(stored)
         return Report(
@@ -264,8 +279,8 @@ def compare(
     raise nothing.
     """
     with ExitStack() as stack:
-        first = stack.enter_context(_taken(original))
-        second = stack.enter_context(_taken(candidate))
+        first = stack.enter_context(taken(original))
+        second = stack.enter_context(taken(candidate))
         bench = Workbench(stack, first, threads, inputs, input_shapes, seed, time_budget, progress)
         bench.resolve(provider)
         before, after = (sum(1 for _ in Module(s).nodes()) for s in (first, second))
@@ -371,49 +386,6 @@ def _time(
             told.warnings.append(f"Latency was not measured: {error.what}.")
 
 
-# ** taking a model **
-
-
-@contextmanager
-def _taken(model: Model) -> Iterator[Stored]:
-    """A model in any of the forms we take."""
-    if isinstance(model, str | Path):
-        yield storage.load(model)
-    elif isinstance(model, onnx.ModelProto):
-        yield storage.from_proto(model)
-    elif callable(getattr(model, "save", None)):  # torch's ONNXProgram writes itself
-        with _saved(lambda path: model.save(str(path)), model) as stored:
-            yield stored
-    elif type(model).__module__.partition(".")[0] == "onnx_ir":
-        import onnx_ir  # here already, since the caller made the model with it
-
-        with _saved(lambda path: onnx_ir.save(model, path), model) as stored:
-            yield stored
-    else:
-        raise UsageError(
-            f"an object of type {type(model).__name__} is not a model",
-            "Pass a path, an onnx.ModelProto, an onnx_ir.Model or torch's ONNXProgram.",
-        )
-
-
-@contextmanager
-def _saved(write: Callable[[Path], object], model: Model) -> Iterator[Stored]:
-    folder = Path(tempfile.mkdtemp(prefix="onnxnorm-"))
-    try:
-        path = folder / "model.onnx"
-        try:
-            write(path)
-        except (OSError, ValueError) as error:
-            raise ModelError(
-                f"the {type(model).__name__} cannot be written: {error}",
-                "Save it to a file yourself and pass the path.",
-            ) from error
-        # The file goes when the result is made; the descriptors that we hold keep its bytes.
-        yield replace(storage.load(path))
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def _target(stored: Stored, output: str | Path | None, *, in_place: bool) -> Path | None:
     """Where to write, checked before any work is done."""
     if output is None:
@@ -459,5 +431,25 @@ def _environment(measured: bool, threads: int | None) -> dict[str, Any]:
     return environment(threads)
 
 
-def _silent(what: str, share: float | None) -> None:
-    pass
+def _heard(progress: Progress | None) -> Progress:
+    """Progress that is also logged."""
+
+    def say(what: str, share: float | None) -> None:
+        _log.debug("%s%s", what, "" if share is None else f" ({share:.0%})")
+        if progress is not None:
+            progress(what, share)
+
+    return say
+
+
+def _logged(run: Run, told: _Told) -> None:
+    """One line of the log for each pass, parity and latency."""
+    for each in run.statistics:
+        places = f"{each.applied} place{'' if each.applied == 1 else 's'}"
+        _log.info("%s: applied at %s, refused at %d", each.name, places, each.refused)
+    if told.parity is not None:
+        _log.info("parity: %s", "passed" if told.parity["passed"] else "failed")
+    if told.latency is not None:
+        _log.info("latency: %s", told.latency["summary"])
+    for warning in told.warnings:
+        _log.warning("%s", warning)

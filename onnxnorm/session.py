@@ -477,8 +477,17 @@ def usable_cores() -> int:
 # -- onnxruntime, without its noise ------------------------------------------------------------
 
 
-@functools.cache
+_importing: Final = threading.Lock()
+
+
 def _onnxruntime() -> Any:
+    """The module onnxruntime; threads wait for the one that imports it first."""
+    with _importing:
+        return _imported()
+
+
+@functools.cache
+def _imported() -> Any:
     """Import onnxruntime without its C++ log of that moment and without its telemetry."""
     try:
         with contextlib.ExitStack() as stack:
