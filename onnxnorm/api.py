@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Collection, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -21,6 +22,7 @@ from onnxnorm.errors import (
     VerificationError,
 )
 from onnxnorm.intake import Model, given_back, taken
+from onnxnorm.lowering import NOT_MEASURED
 from onnxnorm.module import Module
 from onnxnorm.ops import bodies, library
 from onnxnorm.pipeline import Pipeline, Run
@@ -98,6 +100,7 @@ def optimize(
     *,
     passes: str | Iterable[str | Pass] | None = None,
     target: Target = "onnx",
+    runtime_version: str | None = None,
     ops: bool = False,
     provider: str = "auto",
     threads: int | None = None,
@@ -128,6 +131,8 @@ def optimize(
         passes: Pass names as in `onnxnorm.registry`, or passes; None is the default list.
         target: What the model is for: "onnx" is any runtime and writes standard operators,
             "ort-cpu" and "ort-cuda" are onnxruntime and may write its own.
+        runtime_version: The oldest onnxruntime that has to load a model for "ort-cpu" or
+            "ort-cuda"; None is the oldest that this package runs with.
         ops: Whether a model for "ort-cpu" may call the operators of onnxnorm, with their bodies.
         provider: "cpu", "cuda" or "auto", for parity and latency.
         threads: Intra-op threads for latency; None is onnxruntime's own choice.
@@ -153,7 +158,7 @@ def optimize(
         ParityError: The outputs do not agree, or onnxruntime cannot run the model.
     """
     say = _heard(progress)
-    chosen = _aimed(select(passes), target, ops=ops)
+    chosen = _aimed(select(passes), target, ops=ops, runtime=runtime_version)
     with ExitStack() as stack:
         stored = stack.enter_context(taken(model))
         place = _target(stored, output, in_place=in_place)
@@ -167,7 +172,7 @@ def optimize(
         run = pipeline.run(stored)
         pipeline.before = None  # the search for what fails runs it again
         _check_valid(stored, run)
-        told = _Told()
+        told = _Told(notes=_told_of_target(target))
         candidate: Staged | None = None
         if dry_run:
             told.parity_skipped = told.latency_skipped = "it was a dry run"
@@ -229,34 +234,84 @@ def inspect(
     *,
     passes: str | Iterable[str | Pass] | None = None,
     target: Target = "onnx",
+    runtime_version: str | None = None,
     ops: bool = False,
+    runtime: bool = False,
+    provider: str = "auto",
 ) -> Report:
     """List every normalization of a model, what would be done with it, and what is in the way.
 
-    Nothing is run and nothing is written.
+    Nothing is written, and nothing is run but for `runtime`.
+
+    Args:
+        model: As for `optimize`.
+        passes: As for `optimize`.
+        target: As for `optimize`.
+        runtime_version: As for `optimize`.
+        ops: As for `optimize`.
+        runtime: Let onnxruntime load the model as given and as it would be, and say for each norm
+            which operators it really runs.
+        provider: Where it would run them.
 
     Raises:
         ModelError: The model cannot be read or is broken.
         UsageError: `passes` names what does not exist, or `ops` is for another target.
+        ProviderError: With `runtime`, the provider is not usable.
+        RuntimeRejection: With `runtime`, onnxruntime cannot load a model.
     """
-    chosen = _aimed(select(passes), target, ops=ops)
-    with taken(model) as stored:
+    chosen = _aimed(select(passes), target, ops=ops, runtime=runtime_version)
+    with ExitStack() as stack:
+        stored = stack.enter_context(taken(model))
         found: list[Outline] = []
         run = Pipeline(chosen, before=lambda facts: found.extend(outlines(facts))).run(stored)
+        rows, notes = norm_rows(run.norms, run.remarks), _told_of_target(target)
+        ran = None
+        if runtime:
+            rows, told, ran = _shown(stored, run, rows, provider, stack)
+            notes.append(told)
         return Report(
             command="inspect",
             version=version("onnxnorm"),
             model=model_facts(stored, None, None),
             nodes={"before": run.nodes[0], "after": run.nodes[1]},
-            norms=norm_rows(run.norms, run.remarks),
+            norms=rows,
             streams=stream_rows(found, run.remarks),
             passes=[vars(s) for s in run.statistics],
             sites=site_rows(run.remarks),
             parity_skipped="inspect runs nothing",
             latency_skipped="inspect runs nothing",
-            options={"passes": [p.name for p in chosen]},
-            environment=_environment(False, None),
+            options={
+                "passes": [p.name for p in chosen],
+                "target": target,
+                **({"provider": ran} if ran else {}),
+            },
+            environment=_environment(ran is not None, None),
+            notes=notes,
         )
+
+
+def _shown(
+    stored: Stored, run: Run, rows: list[dict[str, Any]], provider: str, stack: ExitStack
+) -> tuple[list[dict[str, Any]], str, str]:
+    """The rows of norms with what onnxruntime runs for them, a sentence on it, and where."""
+    from onnxnorm.runtime_view import RuntimeGraph, runtime_note, runtime_rows
+    from onnxnorm.session import optimized_graph, resolve_provider, runtime_version
+
+    chosen = resolve_provider(provider)
+    path = stored.path or stack.enter_context(Staged(stored, None)).model
+    before = after = RuntimeGraph(optimized_graph(path, provider=chosen))
+    if run.applied:
+        made = stack.enter_context(Staged(run.stored, None)).model
+        after = RuntimeGraph(optimized_graph(made, provider=chosen))
+    rows = runtime_rows(rows, before, after)
+    return rows, runtime_note(rows, runtime_version()), chosen
+
+
+def _told_of_target(target: Target) -> list[str]:
+    """What a report on a model for a target has to say of what was measured for it."""
+    if target != "ort-cuda":
+        return []
+    return [f"Forms for ort-cuda are chosen by rule: {NOT_MEASURED} (docs/targets.md)."]
 
 
 def compare(
@@ -305,8 +360,12 @@ def compare(
         )
 
 
-def _aimed(passes: list[Pass], target: Target, *, ops: bool) -> list[Pass]:
+def _aimed(passes: list[Pass], target: Target, *, ops: bool, runtime: str | None) -> list[Pass]:
     """Passes that depend on the target, told of it; what the user gave them stays."""
+    if runtime is not None and re.fullmatch(r"\d+\.\d+(\.\w+)*", runtime) is None:
+        raise UsageError(
+            f"'{runtime}' is not a version of onnxruntime", "Write it as --runtime-version 1.23."
+        )
     if ops and target != "ort-cpu":
         raise UsageError(
             f"--ops was given for the target {target}",
@@ -319,6 +378,8 @@ def _aimed(passes: list[Pass], target: Target, *, ops: bool) -> list[Pass]:
             given["target"] = target
         if ops and hasattr(each, "ops"):
             given["ops"] = True
+        if runtime is not None and hasattr(each, "runtime"):
+            given["runtime"] = runtime
         aimed.append(replace(each, **given) if given else each)  # type: ignore[type-var]
     return aimed
 
