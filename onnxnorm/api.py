@@ -22,7 +22,8 @@ from onnxnorm.errors import (
     VerificationError,
 )
 from onnxnorm.intake import Model, given_back, taken
-from onnxnorm.lowering import NOT_MEASURED
+from onnxnorm.lowering import NOT_MEASURED, OLDEST_RUNTIME
+from onnxnorm.lowering import version as parsed
 from onnxnorm.module import Module
 from onnxnorm.ops import bodies, library
 from onnxnorm.pipeline import Pipeline, Run
@@ -101,6 +102,7 @@ def optimize(
     passes: str | Iterable[str | Pass] | None = None,
     target: Target = "onnx",
     runtime_version: str | None = None,
+    opset: int | None = None,
     ops: bool = False,
     provider: str = "auto",
     threads: int | None = None,
@@ -133,6 +135,7 @@ def optimize(
             "ort-cpu" and "ort-cuda" are onnxruntime and may write its own.
         runtime_version: The oldest onnxruntime that has to load a model for "ort-cpu" or
             "ort-cuda"; None is the oldest that this package runs with.
+        opset: Convert the model to this opset before the passes; None leaves it as it is.
         ops: Whether a model for "ort-cpu" may call the operators of onnxnorm, with their bodies.
         provider: "cpu", "cuda" or "auto", for parity and latency.
         threads: Intra-op threads for latency; None is onnxruntime's own choice.
@@ -169,18 +172,20 @@ def optimize(
         found: list[Outline] = []
         pipeline = Pipeline(chosen, tuple(only), tuple(skip), after_pass)
         pipeline.before = lambda facts: found.extend(outlines(facts))
-        run = pipeline.run(stored)
-        pipeline.before = None  # the search for what fails runs it again
-        _check_valid(stored, run)
         told = _Told(notes=_told_of_target(target))
+        source = _in_opset(stored, opset, target, runtime_version, told)
+        run = pipeline.run(source)
+        pipeline.before = None  # the search for what fails runs it again
+        changed = bool(run.applied) or source is not stored
+        _check_valid(stored, run, changed=changed)
         candidate: Staged | None = None
         if dry_run:
             told.parity_skipped = told.latency_skipped = "it was a dry run"
-        elif not run.applied:
+        elif not changed:
             _leave(bench, told, parity=parity)
         else:
             if parity:
-                proof = prove(bench, pipeline, run, place, stack)
+                proof = prove(bench, pipeline, source, run, place, stack)
                 run, candidate = proof.run, proof.candidate
                 told.parity = proof.result.to_json()
                 told.warnings += [f"{r.site} was taken back: {r.reason}." for r in proof.taken_back]
@@ -188,12 +193,13 @@ def optimize(
                 candidate = stack.enter_context(Staged(run.stored, place, ahead))
                 told.parity_skipped = "--no-parity was given"
                 told.warnings.append("The outputs were not compared with those of the original.")
-            _time(bench, told, run, candidate, asked=latency, proven=parity)
+            changed = bool(run.applied) or source is not stored
+            _time(bench, told, candidate, asked=latency, proven=parity, changed=changed)
             told.notes += _told_of_operators(bench, run.stored)
         files: tuple[Path, ...] = ()
         if place is not None and not dry_run:
             say("writing", None)
-            if run.applied and candidate is not None:
+            if changed and candidate is not None:
                 files = candidate.commit()
             elif in_place:
                 told.notes.append("Nothing was changed, so nothing was written.")
@@ -214,6 +220,7 @@ def optimize(
             options={
                 "passes": [p.name for p in chosen],
                 "target": target,
+                "opset": opset,
                 "ops": ops,
                 "provider": bench.provider or provider,
                 "seed": seed,
@@ -430,11 +437,17 @@ def _leave(bench: Workbench, told: _Told, *, parity: bool) -> None:
 
 
 def _time(
-    bench: Workbench, told: _Told, run: Run, candidate: Staged, *, asked: bool, proven: bool
+    bench: Workbench,
+    told: _Told,
+    candidate: Staged,
+    *,
+    asked: bool,
+    proven: bool,
+    changed: bool,
 ) -> None:
     if not asked:
         told.latency_skipped = "--no-latency was given"
-    elif not run.applied:
+    elif not changed:
         told.latency_skipped = "nothing was changed"
     else:
         try:
@@ -473,9 +486,24 @@ def _target(stored: Stored, output: str | Path | None, *, in_place: bool) -> Pat
     return target
 
 
-def _check_valid(before: Stored, run: Run) -> None:
+def _in_opset(
+    stored: Stored, opset: int | None, target: Target, runtime: str | None, told: _Told
+) -> Stored:
+    """The model in the opset that was asked for; itself where it is in that, or none was."""
+    if opset is None or any(
+        o.version == opset for o in stored.proto.opset_import if o.domain in ("", "ai.onnx")
+    ):
+        return stored
+    from onnxnorm.opset import convert
+
+    converted = convert(stored, opset, target, parsed(runtime or OLDEST_RUNTIME))
+    told.notes.append(converted.note)
+    return converted.stored
+
+
+def _check_valid(before: Stored, run: Run, *, changed: bool) -> None:
     """onnx.checker must not find in the output what it did not find in the input."""
-    complaint = verifier.checker_complaint(run.stored) if run.applied else None
+    complaint = verifier.checker_complaint(run.stored) if changed else None
     if complaint is not None and verifier.checker_complaint(before) is None:
         raise VerificationError(
             f"onnx.checker rejects the result: {complaint}",

@@ -147,6 +147,7 @@ _TARGET = _options(
     help="What to run, in order; 'none' runs nothing.  [the default list]",
 )
 @_TARGET
+@click.option("--opset", type=click.IntRange(1), help="Convert the model to this opset.")
 @click.option("--only", multiple=True, metavar="SITE", help="Restrict the passes to this site.")
 @click.option("--skip", multiple=True, metavar="SITE", help="Leave this site as it is.")
 @click.option("--in-place", is_flag=True, help="Replace the input.")
