@@ -8,6 +8,7 @@ True
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = ["OnnxNormError", "Report", "Result", "compare", "inspect", "optimize", "register_ops"]
+
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # silent unless it is asked for
 
 
 def __getattr__(name: str) -> Any:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+import logging
+import re
+from collections.abc import Callable, Collection, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -13,15 +13,17 @@ from typing import Any, Final, Literal, TypeAlias
 
 import onnx
 
-from onnxnorm import staging, storage, verifier
+from onnxnorm import staging, verifier
 from onnxnorm.copying import HeadStart
 from onnxnorm.errors import (
-    ModelError,
     ParityError,
     RuntimeRejection,
     UsageError,
     VerificationError,
 )
+from onnxnorm.intake import Model, given_back, taken
+from onnxnorm.lowering import NOT_MEASURED, OLDEST_RUNTIME
+from onnxnorm.lowering import version as parsed
 from onnxnorm.module import Module
 from onnxnorm.ops import bodies, library
 from onnxnorm.pipeline import Pipeline, Run
@@ -36,7 +38,8 @@ from onnxnorm.stream_rows import Outline, outlines, stream_rows
 from onnxnorm.workbench import Progress, Shapes, Workbench
 
 Target: TypeAlias = Literal["onnx", "ort-cpu", "ort-cuda"]
-Model: TypeAlias = Any  # path, ModelProto, onnx_ir.Model, or what torch.onnx.export returns
+
+_log: Final = logging.getLogger("onnxnorm")
 
 TIME_BUDGET: Final = 60.0  # seconds for parity; latency takes half as many
 _WITH_LIBRARY: Final = (
@@ -59,15 +62,29 @@ class Result:
         report: What was found and done, parity, latency.
         stored: The optimized model, its weights still on disk.
         files: The files that were written, the model first; empty without an output path.
+        given: What was optimized.
     """
 
     report: Report
     stored: Stored = field(repr=False)
     files: tuple[Path, ...] = ()
+    given: Model = field(default=None, repr=False)
 
     @property
-    def model(self) -> onnx.ModelProto:
-        """The whole optimized model in memory; each access builds it anew."""
+    def model(self) -> Any:
+        """The whole optimized model in memory, of the kind that was given; built anew each time.
+
+        An onnx.ModelProto for a path or an onnx.ModelProto, an onnx_ir.Model for an onnx_ir.Model,
+        an ONNXProgram for an ONNXProgram.
+
+        Raises:
+            ModelError: It is larger than 2 GB; `save` writes it.
+        """
+        return given_back(self.stored, self.given)
+
+    @property
+    def proto(self) -> onnx.ModelProto:
+        """The whole optimized model as a message, whatever kind was given."""
         return self.stored.complete()
 
     def save(self, path: str | Path) -> tuple[Path, ...]:
@@ -85,6 +102,8 @@ def optimize(
     *,
     passes: str | Iterable[str | Pass] | None = None,
     target: Target = "onnx",
+    runtime_version: str | None = None,
+    opset: int | None = None,
     ops: bool = False,
     cuda_kernels: bool = False,
     provider: str = "auto",
@@ -116,6 +135,9 @@ def optimize(
         passes: Pass names as in `onnxnorm.registry`, or passes; None is the default list.
         target: What the model is for: "onnx" is any runtime and writes standard operators,
             "ort-cpu" and "ort-cuda" are onnxruntime and may write its own.
+        runtime_version: The oldest onnxruntime that has to load a model for "ort-cpu" or
+            "ort-cuda"; None is the oldest that this package runs with.
+        opset: Convert the model to this opset before the passes; None leaves it as it is.
         ops: Whether a model for "ort-cpu" may call the operators of onnxnorm, with their bodies.
         cuda_kernels: Let a model for "ort-cuda" call them too, and run it with their kernels for
             GPUs, which have not run on one yet.
@@ -142,30 +164,34 @@ def optimize(
         ProviderError: The provider is not usable.
         ParityError: The outputs do not agree, or onnxruntime cannot run the model.
     """
-    say = progress or _silent
-    chosen = _aimed(select(passes), target, ops=ops, cuda_kernels=cuda_kernels)
+    say = _heard(progress)
+    chosen = _aimed(
+        select(passes), target, ops=ops, cuda_kernels=cuda_kernels, runtime=runtime_version
+    )
     with ExitStack() as stack:
-        stored = stack.enter_context(_taken(model))
+        stored = stack.enter_context(taken(model))
         place = _target(stored, output, in_place=in_place)
-        bench = Workbench(stack, stored, threads, inputs, input_shapes, seed, time_budget, progress)
+        bench = Workbench(stack, stored, threads, inputs, input_shapes, seed, time_budget, say)
         if (parity or latency) and not dry_run:
             bench.resolve(provider, cuda_kernels=cuda_kernels)
         say("passes", None)
         found: list[Outline] = []
         pipeline = Pipeline(chosen, tuple(only), tuple(skip), after_pass)
         pipeline.before = lambda facts: found.extend(outlines(facts))
-        run = pipeline.run(stored)
+        told = _Told(notes=_told_of_target(target))
+        source = _in_opset(stored, opset, target, runtime_version, told)
+        run = pipeline.run(source)
         pipeline.before = None  # the search for what fails runs it again
-        _check_valid(stored, run)
-        told = _Told()
+        changed = bool(run.applied) or source is not stored
+        _check_valid(stored, run, changed=changed)
         candidate: Staged | None = None
         if dry_run:
             told.parity_skipped = told.latency_skipped = "it was a dry run"
-        elif not run.applied:
+        elif not changed:
             _leave(bench, told, parity=parity)
         else:
             if parity:
-                proof = prove(bench, pipeline, run, place, stack)
+                proof = prove(bench, pipeline, source, run, place, stack)
                 run, candidate = proof.run, proof.candidate
                 told.parity = proof.result.to_json()
                 told.warnings += [f"{r.site} was taken back: {r.reason}." for r in proof.taken_back]
@@ -173,17 +199,19 @@ def optimize(
                 candidate = stack.enter_context(Staged(run.stored, place, ahead))
                 told.parity_skipped = "--no-parity was given"
                 told.warnings.append("The outputs were not compared with those of the original.")
-            _time(bench, told, run, candidate, asked=latency, proven=parity)
+            changed = bool(run.applied) or source is not stored
+            _time(bench, told, candidate, asked=latency, proven=parity, changed=changed)
             told.notes += _told_of_operators(bench, run.stored, cuda_kernels=cuda_kernels)
         files: tuple[Path, ...] = ()
         if place is not None and not dry_run:
             say("writing", None)
-            if run.applied and candidate is not None:
+            if changed and candidate is not None:
                 files = candidate.commit()
             elif in_place:
                 told.notes.append("Nothing was changed, so nothing was written.")
             else:
                 files = staging.save(run.stored, place, ahead)
+        _logged(run, told)
         streams = stream_rows(found, run.remarks)
         report = Report(
             command="optimize",
@@ -198,6 +226,7 @@ def optimize(
             options={
                 "passes": [p.name for p in chosen],
                 "target": target,
+                "opset": opset,
                 "ops": ops,
                 "cuda_kernels": cuda_kernels,
                 "provider": bench.provider or provider,
@@ -211,7 +240,7 @@ def optimize(
             dry_run=dry_run,
             **vars(told),
         )
-        return Result(report, run.stored, files)
+        return Result(report, run.stored, files, model)
 
 
 def inspect(
@@ -219,35 +248,88 @@ def inspect(
     *,
     passes: str | Iterable[str | Pass] | None = None,
     target: Target = "onnx",
+    runtime_version: str | None = None,
     ops: bool = False,
     cuda_kernels: bool = False,
+    runtime: bool = False,
+    provider: str = "auto",
 ) -> Report:
     """List every normalization of a model, what would be done with it, and what is in the way.
 
-    Nothing is run and nothing is written.
+    Nothing is written, and nothing is run but for `runtime`.
+
+    Args:
+        model: As for `optimize`.
+        passes: As for `optimize`.
+        target: As for `optimize`.
+        runtime_version: As for `optimize`.
+        ops: As for `optimize`.
+        cuda_kernels: As for `optimize`.
+        runtime: Let onnxruntime load the model as given and as it would be, and say for each norm
+            which operators it really runs.
+        provider: Where it would run them.
 
     Raises:
         ModelError: The model cannot be read or is broken.
         UsageError: `passes` names what does not exist, or `ops` is for another target.
+        ProviderError: With `runtime`, the provider is not usable.
+        RuntimeRejection: With `runtime`, onnxruntime cannot load a model.
     """
-    chosen = _aimed(select(passes), target, ops=ops, cuda_kernels=cuda_kernels)
-    with _taken(model) as stored:
+    chosen = _aimed(
+        select(passes), target, ops=ops, cuda_kernels=cuda_kernels, runtime=runtime_version
+    )
+    with ExitStack() as stack:
+        stored = stack.enter_context(taken(model))
         found: list[Outline] = []
         run = Pipeline(chosen, before=lambda facts: found.extend(outlines(facts))).run(stored)
+        rows, notes = norm_rows(run.norms, run.remarks), _told_of_target(target)
+        ran = None
+        if runtime:
+            rows, told, ran = _shown(stored, run, rows, provider, stack)
+            notes.append(told)
         return Report(
             command="inspect",
             version=version("onnxnorm"),
             model=model_facts(stored, None, None),
             nodes={"before": run.nodes[0], "after": run.nodes[1]},
-            norms=norm_rows(run.norms, run.remarks),
+            norms=rows,
             streams=stream_rows(found, run.remarks),
             passes=[vars(s) for s in run.statistics],
             sites=site_rows(run.remarks),
             parity_skipped="inspect runs nothing",
             latency_skipped="inspect runs nothing",
-            options={"passes": [p.name for p in chosen]},
-            environment=_environment(False, None),
+            options={
+                "passes": [p.name for p in chosen],
+                "target": target,
+                **({"provider": ran} if ran else {}),
+            },
+            environment=_environment(ran is not None, None),
+            notes=notes,
         )
+
+
+def _shown(
+    stored: Stored, run: Run, rows: list[dict[str, Any]], provider: str, stack: ExitStack
+) -> tuple[list[dict[str, Any]], str, str]:
+    """The rows of norms with what onnxruntime runs for them, a sentence on it, and where."""
+    from onnxnorm.runtime_view import RuntimeGraph, runtime_note, runtime_rows
+    from onnxnorm.session import optimized_graph, resolve_provider, runtime_version
+
+    chosen = resolve_provider(provider)
+    path = stored.path or stack.enter_context(Staged(stored, None)).model
+    before = after = RuntimeGraph(optimized_graph(path, provider=chosen))
+    if run.applied:
+        made = stack.enter_context(Staged(run.stored, None)).model
+        after = RuntimeGraph(optimized_graph(made, provider=chosen))
+    rows = runtime_rows(rows, before, after)
+    return rows, runtime_note(rows, runtime_version()), chosen
+
+
+def _told_of_target(target: Target) -> list[str]:
+    """What a report on a model for a target has to say of what was measured for it."""
+    if target != "ort-cuda":
+        return []
+    return [f"Forms for ort-cuda are chosen by rule: {NOT_MEASURED} (docs/targets.md)."]
 
 
 def compare(
@@ -271,8 +353,8 @@ def compare(
     raise nothing.
     """
     with ExitStack() as stack:
-        first = stack.enter_context(_taken(original))
-        second = stack.enter_context(_taken(candidate))
+        first = stack.enter_context(taken(original))
+        second = stack.enter_context(taken(candidate))
         bench = Workbench(stack, first, threads, inputs, input_shapes, seed, time_budget, progress)
         bench.resolve(provider, cuda_kernels=cuda_kernels)
         before, after = (sum(1 for _ in Module(s).nodes()) for s in (first, second))
@@ -299,9 +381,18 @@ def compare(
 
 
 def _aimed(
-    passes: list[Pass], target: Target, *, ops: bool, cuda_kernels: bool = False
+    passes: list[Pass],
+    target: Target,
+    *,
+    ops: bool,
+    cuda_kernels: bool = False,
+    runtime: str | None,
 ) -> list[Pass]:
     """Passes that depend on the target, told of it; what the user gave them stays."""
+    if runtime is not None and re.fullmatch(r"\d+\.\d+(\.\w+)*", runtime) is None:
+        raise UsageError(
+            f"'{runtime}' is not a version of onnxruntime", "Write it as --runtime-version 1.23."
+        )
     if cuda_kernels and not (ops and target == "ort-cuda"):
         raise UsageError(
             "--cuda-kernels was given without --target ort-cuda --ops",
@@ -323,6 +414,8 @@ def _aimed(
             given["ops"] = True
         if cuda_kernels and hasattr(each, "cuda_kernels"):
             given["cuda_kernels"] = True
+        if runtime is not None and hasattr(each, "runtime"):
+            given["runtime"] = runtime
         aimed.append(replace(each, **given) if given else each)  # type: ignore[type-var]
     return aimed
 
@@ -376,11 +469,17 @@ def _leave(bench: Workbench, told: _Told, *, parity: bool) -> None:
 
 
 def _time(
-    bench: Workbench, told: _Told, run: Run, candidate: Staged, *, asked: bool, proven: bool
+    bench: Workbench,
+    told: _Told,
+    candidate: Staged,
+    *,
+    asked: bool,
+    proven: bool,
+    changed: bool,
 ) -> None:
     if not asked:
         told.latency_skipped = "--no-latency was given"
-    elif not run.applied:
+    elif not changed:
         told.latency_skipped = "nothing was changed"
     else:
         try:
@@ -391,49 +490,6 @@ def _time(
             # Without parity a model that onnxruntime cannot run is still optimized.
             told.latency_skipped = "onnxruntime cannot run the model"
             told.warnings.append(f"Latency was not measured: {error.what}.")
-
-
-# ** taking a model **
-
-
-@contextmanager
-def _taken(model: Model) -> Iterator[Stored]:
-    """A model in any of the forms we take."""
-    if isinstance(model, str | Path):
-        yield storage.load(model)
-    elif isinstance(model, onnx.ModelProto):
-        yield storage.from_proto(model)
-    elif callable(getattr(model, "save", None)):  # torch's ONNXProgram writes itself
-        with _saved(lambda path: model.save(str(path)), model) as stored:
-            yield stored
-    elif type(model).__module__.partition(".")[0] == "onnx_ir":
-        import onnx_ir  # here already, since the caller made the model with it
-
-        with _saved(lambda path: onnx_ir.save(model, path), model) as stored:
-            yield stored
-    else:
-        raise UsageError(
-            f"an object of type {type(model).__name__} is not a model",
-            "Pass a path, an onnx.ModelProto, an onnx_ir.Model or torch's ONNXProgram.",
-        )
-
-
-@contextmanager
-def _saved(write: Callable[[Path], object], model: Model) -> Iterator[Stored]:
-    folder = Path(tempfile.mkdtemp(prefix="onnxnorm-"))
-    try:
-        path = folder / "model.onnx"
-        try:
-            write(path)
-        except (OSError, ValueError) as error:
-            raise ModelError(
-                f"the {type(model).__name__} cannot be written: {error}",
-                "Save it to a file yourself and pass the path.",
-            ) from error
-        # The file goes when the result is made; the descriptors that we hold keep its bytes.
-        yield replace(storage.load(path))
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _target(stored: Stored, output: str | Path | None, *, in_place: bool) -> Path | None:
@@ -462,9 +518,24 @@ def _target(stored: Stored, output: str | Path | None, *, in_place: bool) -> Pat
     return target
 
 
-def _check_valid(before: Stored, run: Run) -> None:
+def _in_opset(
+    stored: Stored, opset: int | None, target: Target, runtime: str | None, told: _Told
+) -> Stored:
+    """The model in the opset that was asked for; itself where it is in that, or none was."""
+    if opset is None or any(
+        o.version == opset for o in stored.proto.opset_import if o.domain in ("", "ai.onnx")
+    ):
+        return stored
+    from onnxnorm.opset import convert
+
+    converted = convert(stored, opset, target, parsed(runtime or OLDEST_RUNTIME))
+    told.notes.append(converted.note)
+    return converted.stored
+
+
+def _check_valid(before: Stored, run: Run, *, changed: bool) -> None:
     """onnx.checker must not find in the output what it did not find in the input."""
-    complaint = verifier.checker_complaint(run.stored) if run.applied else None
+    complaint = verifier.checker_complaint(run.stored) if changed else None
     if complaint is not None and verifier.checker_complaint(before) is None:
         raise VerificationError(
             f"onnx.checker rejects the result: {complaint}",
@@ -481,5 +552,25 @@ def _environment(measured: bool, threads: int | None) -> dict[str, Any]:
     return environment(threads)
 
 
-def _silent(what: str, share: float | None) -> None:
-    pass
+def _heard(progress: Progress | None) -> Progress:
+    """Progress that is also logged."""
+
+    def say(what: str, share: float | None) -> None:
+        _log.debug("%s%s", what, "" if share is None else f" ({share:.0%})")
+        if progress is not None:
+            progress(what, share)
+
+    return say
+
+
+def _logged(run: Run, told: _Told) -> None:
+    """One line of the log for each pass, parity and latency."""
+    for each in run.statistics:
+        places = f"{each.applied} place{'' if each.applied == 1 else 's'}"
+        _log.info("%s: applied at %s, refused at %d", each.name, places, each.refused)
+    if told.parity is not None:
+        _log.info("parity: %s", "passed" if told.parity["passed"] else "failed")
+    if told.latency is not None:
+        _log.info("latency: %s", told.latency["summary"])
+    for warning in told.warnings:
+        _log.warning("%s", warning)

@@ -25,7 +25,6 @@ from onnxnorm.copying import head_start
 from onnxnorm.errors import OnnxNormError, UsageError
 
 if TYPE_CHECKING:
-    from onnxnorm.api import Target
     from onnxnorm.report import Report
     from onnxnorm.report_terminal import Progress
     from onnxnorm.storage import Stored
@@ -127,6 +126,11 @@ _TARGET = _options(
         help="What the model is for.",
     ),
     click.option(
+        "--runtime-version",
+        metavar="1.23",
+        help="The oldest onnxruntime that has to load a model for an ort target.",
+    ),
+    click.option(
         "--ops",
         is_flag=True,
         help="With --target ort-cpu: call the operators of onnxnorm where they are faster.",
@@ -148,6 +152,7 @@ _TARGET = _options(
     help="What to run, in order; 'none' runs nothing.  [the default list]",
 )
 @_TARGET
+@click.option("--opset", type=click.IntRange(1), help="Convert the model to this opset.")
 @click.option("--only", multiple=True, metavar="SITE", help="Restrict the passes to this site.")
 @click.option("--skip", multiple=True, metavar="SITE", help="Leave this site as it is.")
 @click.option("--in-place", is_flag=True, help="Replace the input.")
@@ -207,24 +212,31 @@ def optimize(
 @click.argument("source", metavar="MODEL.onnx", type=_MODEL)
 @click.option("--passes", metavar="A,B{opt=1}", help="What would run.  [the default list]")
 @_TARGET
+@click.option(
+    "--runtime", is_flag=True, help="Show what onnxruntime makes of each norm when it loads it."
+)
+@click.option(
+    "--provider",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="With --runtime: where onnxruntime runs the models.",
+)
 @_output
 def inspect(
     source: Path,
-    passes: str | None,
-    target: Target,
-    ops: bool,
-    cuda_kernels: bool,
     reports: Sequence[Path],
     *,
     as_json: bool,
     verbose: bool,
     quiet: bool,
+    **given: Any,
 ) -> None:
     """List every normalization of MODEL.onnx, what would be done, and what is in the way."""
     from onnxnorm import api
 
     _check_reports(reports, source)
-    report = api.inspect(source, passes=passes, target=target, ops=ops, cuda_kernels=cuda_kernels)
+    report = api.inspect(source, **given)
     _show(report, reports, as_json=as_json, verbose=verbose, quiet=quiet)
 
 

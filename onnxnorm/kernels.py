@@ -17,12 +17,12 @@ import onnx
 from numpy.typing import NDArray
 
 from onnxnorm.facts import AnyValue, Facts
-from onnxnorm.lowering import Site
 from onnxnorm.module import Module, Node
 from onnxnorm.norms import Norm, find_norms
 from onnxnorm.ops import bodies, library
 from onnxnorm.reference import confirm
 from onnxnorm.rewrite import Pass, Plan, Refusal
+from onnxnorm.site import Site
 
 
 @dataclass(frozen=True)

@@ -1,199 +1,170 @@
-"""Which operators a canonical norm is written with: the table, and one function for each spelling.
+"""Which operators a canonical norm is written with: the one table of forms.
 
-The rows of `_TABLE` are tried in order; the first one whose conditions hold for the target, the
-opset, the axes, the shape and the type is taken. Where none holds, or the nodes of the file are
-that spelling already, the norm keeps its own nodes, and the reason is said.
+The rows of `FORMS` are tried in order; the first one whose conditions hold for the target, the
+onnxruntime version, the opset, the axes, the shape and the type is taken. Where none holds, or the
+nodes of the file are that form already, the norm keeps its own nodes, and the reason is said.
 
     target      what may be written
     onnx        standard operators of the file's opset; below opset 17 (layer norm) and 23 (RMS
                 norm) the chain of primitives that onnxruntime fuses when it loads the model
     ort-cpu     also LayerNormalization and SimplifiedLayerNormalization at any opset: onnxruntime
-    ort-cuda    keeps both in ONNX's own domain from version 1 on
+                keeps both in ONNX's own domain from version 1 on
+    ort-cuda    also SkipLayerNormalization and SkipSimplifiedLayerNormalization, which take the
+                residual Add in front of a norm along (`RESIDUAL`, written by lower-skip-norm)
 
-Choices rest on measurements with onnxruntime 1.31 on a CPU with AVX2, one thread: a layer norm over
-channels 1x64x128x128 takes 9 to 18 ms as primitives and 3 to 5 ms between two Transposes; a group
-norm over 8 groups of the same takes 3.3 ms as GroupNormalization and 1.5 ms as
-InstanceNormalization between Reshapes. Nothing was measured on CUDA.
+A row says since which onnxruntime its operator is there, what it was measured at, and what is known
+to be wrong with it. How a form is written is in `onnxnorm.spellings`. Calls of our own operators
+are rows too (`OWN`); the sizes from which on they pay are in `onnxnorm.ops.costs`. Nothing was
+measured on CUDA: its rows rest on the number of kernels and bytes alone.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final, TypeAlias
+from typing import Final, TypeAlias
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 
-from onnxnorm.facts import AnyValue, Facts
-from onnxnorm.forms import NARROW, mean_of
-from onnxnorm.layout import Dims
-from onnxnorm.module import Scope
+from onnxnorm.facts import Facts
 from onnxnorm.norms import Norm
-from onnxnorm.port import rounded
-from onnxnorm.rewrite import Rewriter
+from onnxnorm.site import Site
+from onnxnorm.spellings import (
+    Emit,
+    emit_chain,
+    emit_group_norm,
+    emit_instance_norm,
+    emit_layer_norm,
+    emit_rms,
+    emit_softmax,
+    emit_transposed,
+)
+
+Check: TypeAlias = "Callable[[Site], str | None]"
+Version: TypeAlias = "tuple[int, int]"
+Choices: TypeAlias = "tuple[tuple[str, str], ...]"  # place of a norm, and the name of its form
 
 TARGETS: Final = ("onnx", "ort-cpu", "ort-cuda")
+ORT: Final = ("ort-cpu", "ort-cuda")
+OLDEST_RUNTIME: Final = "1.23"  # the oldest onnxruntime that this package runs with
+KEEP: Final = "its own nodes"  # what a choice names that leaves a norm as it is
+NEWEST_OPSET: Final[dict[Version, int]] = {  # by onnxruntime, as it loads them
+    (1, 17): 20,
+    (1, 18): 21,
+    (1, 21): 22,
+    (1, 23): 23,
+    (1, 24): 25,
+    (1, 25): 26,
+}
+NOT_MEASURED: Final = "nothing was measured on CUDA"
+
 _FLOAT: Final = onnx.TensorProto.FLOAT
 _KERNELS: Final = (_FLOAT, onnx.TensorProto.FLOAT16)
 
 
 @dataclass(frozen=True)
-class Site:
-    """A norm, and what decides how it can be written.
-
-    Attributes:
-        norm: The norm.
-        target: One of `TARGETS`; in a function always "onnx", for onnxruntime (1.31) dies on its
-            own operators there when it inlines the function.
-        opset: Of ONNX's own domain in its scope.
-        shape: Dims of its input; None where the rank is unknown.
-        given: Element type of the input; 0 where unknown.
-        wanted: Element type of the output; 0 where unknown.
-        centred: Whether its input is a difference with some mean, so that the chain of an RMS norm
-            behind it would look like that of a layer norm to onnxruntime.
-        scaled: Whether a constant vector that is no part of it multiplies its output, which
-            onnxruntime would take into a chain all the same.
-    """
-
-    norm: Norm
-    target: str
-    opset: int
-    shape: Dims | None
-    given: int
-    wanted: int
-    centred: bool
-    scaled: bool
-
-    @classmethod
-    def of(cls, norm: Norm, facts: Facts, target: str) -> Site:
-        """A norm in its surroundings."""
-        before, after = facts.type(norm.input), facts.type(norm.output)
-        given = before.element if before is not None else 0
-        return cls(
-            norm,
-            "onnx" if _is_in_function(norm.node.scope) else target,
-            norm.node.scope.opsets[""],
-            norm.dims,
-            given,
-            after.element if after is not None and after.element else given,
-            _is_centred(norm.input, facts),
-            norm.gamma is None and _is_scaled(norm.output, facts),
-        )
-
-    @property
-    def rank(self) -> int | None:
-        """How many dims the input has."""
-        return None if self.shape is None else len(self.shape)
-
-    @property
-    def trailing(self) -> bool:
-        """Whether the axes are the last ones."""
-        axes, rank = self.norm.axes or (), self.rank
-        if rank is None:
-            return tuple(axes) == tuple(range(-len(axes), 0)) and bool(axes)
-        return tuple(axes) == tuple(range(rank - len(axes), rank)) and bool(axes)
-
-    @property
-    def features(self) -> tuple[int, ...] | None:
-        """The sizes of the normalized axes; None where one is not known."""
-        # Not from the factors: those broadcast over an axis of size 1, where an operator fails.
-        dims = [self.shape[a] for a in self.norm.axes or ()] if self.shape is not None else [None]
-        known = [d for d in dims if isinstance(d, int)]
-        return tuple(known) if len(known) == len(dims) else None
-
-    @property
-    def channels(self) -> int | None:
-        """The size of axis 1."""
-        dim = self.shape[1] if self.shape is not None and len(self.shape) > 1 else None
-        return dim if isinstance(dim, int) else None
-
-    @property
-    def wide(self) -> int:
-        """The element type to compute in: the wider one of input and output.
-
-        Operators have their statistics in float32 whatever the type is.
-        """
-        return self.wanted if self.given in NARROW else self.given
-
-
-Check: TypeAlias = "Callable[[Site], str | None]"
-Emit: TypeAlias = "Callable[[Site, Rewriter], None]"
-
-
-@dataclass(frozen=True)
-class Spelling:
-    """One way to write a kind of norm.
+class Form:
+    """One way to write a kind of norm: a row of the table.
 
     Attributes:
         name: What it is written with.
         kinds: The kinds it can be.
-        check: Why it cannot be used; None where it can.
-        emit: Writes it in the norm's place.
-        already: Whether a norm is written so already.
+        targets: The targets it may be written for.
+        written_by: The pass that writes it.
+        since: The first onnxruntime that was seen to run it, on the CPU.
+        measured: What it was measured at, against which other form; "" for nothing.
+        defects: What is known to be wrong with it, and where.
     """
 
     name: str
     kinds: tuple[str, ...]
-    check: Check
-    emit: Emit
-    already: Callable[[Norm, Facts], bool]
+    targets: tuple[str, ...] = TARGETS
+    written_by: str = "lower-norms"
+    since: Version = (1, 15)
+    measured: str = ""
+    defects: str = ""
 
 
-def choose(norm: Norm, facts: Facts, target: str) -> tuple[Spelling, Site] | str:
-    """How a norm is to be written for a target, or why it keeps the nodes it has."""
-    site = Site.of(norm, facts, target)
+@dataclass(frozen=True)
+class Spelling(Form):
+    """A form that takes the place of a norm's own nodes.
+
+    Attributes:
+        check: Why it cannot be used; None where it can; "" where it is not worth a word.
+        emit: Writes it in the norm's place.
+        already: Whether a norm is written so already.
+    """
+
+    check: Check = lambda site: ""
+    emit: Emit = lambda site, rw: None
+    already: Callable[[Norm, Facts], bool] = lambda norm, facts: False
+
+
+def choose(
+    norm: Norm,
+    facts: Facts,
+    target: str,
+    runtime: Version = (1, 23),
+    wanted: str | None = None,
+) -> tuple[Spelling, Site] | str:
+    """How a norm is to be written for a target, or why it keeps the nodes it has.
+
+    Args:
+        norm: The norm.
+        facts: The facts under which it was found.
+        target: One of `TARGETS`.
+        runtime: The onnxruntime that the model is for.
+        wanted: The name of a form, or `KEEP`, to take and no other; None is the first that holds.
+    """
     if norm.operator:
         return "it is one operator already"
+    if wanted == KEEP:
+        return "the choices keep its own nodes"
+    site = Site.of(norm, facts, target)
     reasons: dict[str, list[str]] = {}
-    for spelling in _TABLE:
-        if norm.kind not in spelling.kinds:
+    for spelling in FORMS:
+        if norm.kind not in spelling.kinds or wanted not in (None, spelling.name):
             continue
         if spelling.already(norm, facts):
             return f"it is written as {spelling.name} already"
-        reason = spelling.check(site)
+        reason = lack(spelling, site, runtime)
         if reason is None:
             return spelling, site
         if reason:
             reasons.setdefault(reason, []).append(spelling.name)
     said = [f"{reason} (for {' and '.join(names)})" for reason, names in reasons.items()]
+    if wanted is not None and not said:
+        return f"the choices name '{wanted}', which is no form of {_A.get(norm.kind, norm.kind)}"
     return "; ".join(said) or f"no cheaper spelling of {_A.get(norm.kind, norm.kind)} is known"
 
 
-def _is_in_function(scope: Scope) -> bool:
-    while scope.parent is not None:
-        scope = scope.parent
-    return isinstance(scope.proto, onnx.FunctionProto)
+def candidates(
+    norm: Norm, facts: Facts, target: str, runtime: Version = (1, 23)
+) -> list[tuple[Spelling, Site]]:
+    """Every form that a norm can have for a target, but for the nodes it has; in table order."""
+    if norm.operator or norm.obstacle or not norm.recognised:
+        return []
+    site = Site.of(norm, facts, target)
+    rows = [s for s in FORMS if norm.kind in s.kinds and not s.already(norm, facts)]
+    return [(s, site) for s in rows if lack(s, site, runtime) is None]
 
 
-def _is_centred(value: AnyValue, facts: Facts) -> bool:
-    made = facts.producer(value)
-    if made is None or made.op != "Sub":
-        return False
-    sides = [facts.producer(v) for v in made.inputs]
-    return any(side is not None and side.op == "ReduceMean" for side in sides)
-
-
-def _is_scaled(value: AnyValue, facts: Facts) -> bool:
-    for use in facts.uses(value):
-        if use.node.op == "Mul" and not use.node.domain:
-            factor = facts.constant(use.node.inputs[1 - use.index])
-            if factor is not None and len(factor.shape) == 1:
-                return True
-    return False
+def lack(spelling: Spelling, site: Site, runtime: Version) -> str | None:
+    """Why a form cannot be written at a site; None where it can, "" where no word is worth it."""
+    if site.target not in spelling.targets:
+        return ""
+    if site.target != "onnx" and runtime < spelling.since:
+        since, given = (".".join(map(str, v)) for v in (spelling.since, runtime))
+        return f"it needs onnxruntime {since}, and the model is for {given}"
+    return spelling.check(site)
 
 
 _A: Final = {
     "l2_norm": "an L2 norm",
     "filter_response_norm": "a filter response norm",
 }
-
-
-def _never(norm: Norm, facts: Facts) -> bool:
-    """An operator is never what several nodes are."""
-    return False
 
 
 def _is_chain(norm: Norm, facts: Facts) -> bool:
@@ -257,11 +228,6 @@ def _standard(opset: int) -> Callable[[Site], str | None]:
         return f"it needs opset {opset}, and the model has {site.opset}"
 
     return check
-
-
-def _for(*targets: str) -> Callable[[Site], str | None]:
-    """For some targets alone; no reason is worth saying for the others."""
-    return lambda site: None if site.target in targets else ""
 
 
 def _trailing(site: Site) -> str | None:
@@ -328,265 +294,187 @@ def _all(*checks: Callable[[Site], str | None]) -> Callable[[Site], str | None]:
     return check
 
 
-# ** what is written **
-
-
-def _dtype(element: int) -> np.dtype[Any]:
-    return onnx.helper.tensor_dtype_to_np_dtype(element)
-
-
-def _parameter(
-    site: Site, rw: Rewriter, role: str, default: float, shape: Sequence[int], element: int
-) -> AnyValue:
-    """Gamma or beta as a constant of this shape, rounded once."""
-    factor = site.norm.gamma if role == "scale" else site.norm.beta
-    values = np.full(tuple(shape), default) if factor is None else np.asarray(factor)
-    values = _aligned(values, shape)
-    return rw.constant(role, rounded(np.ascontiguousarray(values), _dtype(element)))
-
-
-def _aligned(values: NDArray[np.float64], shape: Sequence[int]) -> NDArray[np.float64]:
-    """Factors over the normalized axes in the shape that an operator wants them in."""
-    if values.size == int(np.prod(tuple(shape))):
-        return values.reshape(tuple(shape))
-    kept = [n for n in values.shape if n > 1]
-    if values.ndim > len(shape) and kept == list(values.shape[-len(kept) :] if kept else []):
-        values = values.reshape(values.shape[-len(shape) :])
-    return np.broadcast_to(values, tuple(shape))
-
-
-def _widened(site: Site, rw: Rewriter) -> AnyValue:
-    """The input in the type to compute in."""
-    if site.given == site.wide:
-        return site.norm.input
-    return rw.add("Cast", [site.norm.input], "wide", attrs={"to": site.wide})
-
-
-class _Last:
-    """Names nodes so that the last one, a Cast back where one is needed, keeps the output."""
-
-    def __init__(self, site: Site, rw: Rewriter) -> None:
-        self._site = site
-        self._rw = rw
-
-    def __call__(
-        self, op: str, inputs: Sequence[AnyValue | None], attrs: dict[str, Any] | None = None
-    ) -> None:
-        if self._site.wide == self._site.wanted:
-            self._rw.replace(op, inputs, attrs=attrs)
-        else:
-            made = self._rw.add(op, inputs, "normalized", attrs=attrs)
-            self._rw.replace("Cast", [made], attrs={"to": self._site.wanted})
-
-
-def _epsilon(site: Site) -> float:
-    return float(site.norm.epsilon or 0.0)
-
-
-def _emit_layer_norm(site: Site, rw: Rewriter) -> None:
-    features = site.features or ()
-    inputs = [_widened(site, rw), _parameter(site, rw, "scale", 1.0, features, site.wide)]
-    if site.norm.beta is not None:
-        inputs.append(_parameter(site, rw, "bias", 0.0, features, site.wide))
-    attrs = {"axis": -len(features), "epsilon": _epsilon(site)}
-    _Last(site, rw)("LayerNormalization", inputs, attrs)
-
-
-def _emit_rms(op: str) -> Emit:
-    def emit(site: Site, rw: Rewriter) -> None:
-        features = site.features or ()
-        inputs = [_widened(site, rw), _parameter(site, rw, "scale", 1.0, features, site.wide)]
-        attrs = {"axis": -len(features), "epsilon": _epsilon(site)}
-        if site.norm.beta is None:
-            _Last(site, rw)(op, inputs, attrs)
-        else:
-            made = rw.add(op, inputs, "scaled", attrs=attrs)
-            bias = _parameter(site, rw, "bias", 0.0, features, site.wide)
-            _Last(site, rw)("Add", [made, bias])
-
-    return emit
-
-
-def _emit_transposed(op: str) -> Emit:
-    """Transpose, the operator over the last axis, Transpose."""
-
-    def emit(site: Site, rw: Rewriter) -> None:
-        rank, (axis,) = site.rank or 0, site.norm.axes or (0,)
-        there = [*(a for a in range(rank) if a != axis), axis]
-        back = [there.index(a) for a in range(rank)]
-        features = site.features or ()
-        moved = rw.add("Transpose", [_widened(site, rw)], "moved", attrs={"perm": there})
-        inputs: list[AnyValue | None] = [
-            moved,
-            _parameter(site, rw, "scale", 1.0, features, site.wide),
-        ]
-        if site.norm.beta is not None and op == "LayerNormalization":
-            inputs.append(_parameter(site, rw, "bias", 0.0, features, site.wide))
-        attrs = {"axis": -1, "epsilon": _epsilon(site)}
-        normed = rw.add(op, inputs, "normalized", attrs=attrs)
-        if site.norm.beta is not None and op != "LayerNormalization":
-            bias = _parameter(site, rw, "bias", 0.0, features, site.wide)
-            normed = rw.add("Add", [normed, bias], "shifted")
-        _Last(site, rw)("Transpose", [normed], {"perm": back})
-
-    return emit
-
-
-def _emit_chain(site: Site, rw: Rewriter) -> None:
-    """The primitives that onnxruntime fuses: ReduceMean Sub Pow ReduceMean Add Sqrt Div Mul Add."""
-    features = site.features or ()
-    # Primitives round to the type they are in, so the statistics of a narrow one are in float32.
-    narrow = site.wide in NARROW
-    work = _FLOAT if narrow else site.wide
-    x: AnyValue = site.norm.input
-    if site.given != work:
-        x = rw.add("Cast", [x], "wide", attrs={"to": work})
-    if site.norm.kind == "layer_norm":
-        x = rw.add("Sub", [x, mean_of(rw, x, [-1], "mean")], "centred")
-    dtype = _dtype(work)
-    square = rw.add("Pow", [x, rw.constant("two", np.asarray(2, dtype=dtype))], "square")
-    mean = mean_of(rw, square, [-1], "variance")
-    small = rw.constant("epsilon", np.asarray(_epsilon(site), dtype=dtype))
-    root = rw.add("Sqrt", [rw.add("Add", [mean, small], "shifted")], "deviation")
-    normed = rw.add("Div", [x, root], "normalized")
-    if narrow:
-        normed = rw.add("Cast", [normed], "narrow", attrs={"to": site.wide})
-    scale = _parameter(site, rw, "scale", 1.0, features, site.wide)
-    if site.norm.kind == "rms_norm" and site.norm.beta is None:
-        _Last(site, rw)("Mul", [normed, scale])
-        return
-    scaled = rw.add("Mul", [normed, scale], "scaled")
-    bias = _parameter(site, rw, "bias", 0.0, features, site.wide)
-    _Last(site, rw)("Add", [scaled, bias])
-
-
-def _emit_instance_norm(site: Site, rw: Rewriter) -> None:
-    channels = (site.channels or 0,)
-    inputs = [
-        site.norm.input,
-        _parameter(site, rw, "scale", 1.0, channels, _FLOAT),
-        _parameter(site, rw, "bias", 0.0, channels, _FLOAT),
-    ]
-    rw.replace("InstanceNormalization", inputs, attrs={"epsilon": _epsilon(site)})
-
-
-def _emit_group_norm(site: Site, rw: Rewriter) -> None:
-    """Reshape to groups, InstanceNormalization, Reshape back, Mul, Add."""
-    groups, x = site.norm.groups, site.norm.input
-    shape = rw.constant("groups", np.asarray([0, groups, -1], dtype=np.int64))
-    grouped = rw.add("Reshape", [x, shape], "grouped")
-    ones = rw.constant("ones", np.ones(groups, dtype=np.float32))
-    zeros = rw.constant("zeros", np.zeros(groups, dtype=np.float32))
-    normed = rw.add(
-        "InstanceNormalization",
-        [grouped, ones, zeros],
-        "normalized",
-        attrs={"epsilon": _epsilon(site)},
-    )
-    back = [normed, rw.add("Shape", [x], "shape")]
-    factors = [
-        (op, role, factor)
-        for op, role, factor in (("Mul", "scale", site.norm.gamma), ("Add", "bias", site.norm.beta))
-        if factor is not None
-    ]
-    if not factors:
-        rw.replace("Reshape", back)
-        return
-    made: AnyValue = rw.add("Reshape", back, "ungrouped")
-    per_channel = (site.channels or 0, *(1,) * ((site.rank or 2) - 2))
-    for place, (op, role, _) in enumerate(factors):
-        factor = _parameter(site, rw, role, 0.0, per_channel, _FLOAT)
-        if place == len(factors) - 1:
-            rw.replace(op, [made, factor])
-        else:
-            made = rw.add(op, [made, factor], f"{role}d")
-
-
-def _emit_softmax(op: str) -> Emit:
-    def emit(site: Site, rw: Rewriter) -> None:
-        _Last(site, rw)(op, [_widened(site, rw)], {"axis": (site.norm.axes or (-1,))[0]})
-
-    return emit
-
+_TRANSPOSED: Final = (
+    "a layer norm over channels of 1x64x128x128 takes 3 to 5 ms so, and 9 to 18 ms as primitives"
+    " (onnxruntime 1.31, CPU, AVX2, one thread, 2026-11)"
+)
+_CHAIN: Final = "as fast as the operator, which onnxruntime makes of it when it loads the model"
+_HALF_SUMS: Final = (
+    "CUDA kernels before onnxruntime PR 28682 had their sums in float16 (issue 29034): outputs of"
+    " zeros"
+)
+_FULL_RANK: Final = (
+    "on CUDA a scale of another rank than the input was wrong (onnxruntime PR 28971): scales are"
+    " written over the normalized axes alone"
+)
+_IN_FUNCTIONS: Final = "onnxruntime 1.31.1 dies on it in a model-local function: never there"
 
 # The first row whose conditions hold is taken.
-_TABLE: Final[tuple[Spelling, ...]] = (
+FORMS: Final[tuple[Spelling, ...]] = (
     Spelling(
         "LayerNormalization",
         ("layer_norm",),
-        _all(_standard(17), _trailing),
-        _emit_layer_norm,
-        _never,
+        measured="1024x768: 0.54 ms (onnxruntime 1.31, CPU, AVX2, one thread, 2026-11)",
+        defects=_FULL_RANK,
+        check=_all(_standard(17), _trailing),
+        emit=emit_layer_norm,
     ),
     Spelling(
         "LayerNormalization between Transposes",
         ("layer_norm",),
-        _all(_standard(17), _one_axis),
-        _emit_transposed("LayerNormalization"),
-        _never,
+        measured=_TRANSPOSED,
+        check=_all(_standard(17), _one_axis),
+        emit=emit_transposed("LayerNormalization"),
     ),
     Spelling(
         "the chain that onnxruntime fuses to LayerNormalization",
         ("layer_norm",),
-        _all(_trailing, _fused),
-        _emit_chain,
-        _is_chain,
+        measured=_CHAIN,
+        defects="onnxruntime 1.31 and 1.32 also fuse what only looks like it: see below",
+        check=_all(_trailing, _fused),
+        emit=emit_chain,
+        already=_is_chain,
     ),
     Spelling(
         "RMSNormalization",
         ("rms_norm",),
-        _all(_for("onnx"), _standard(23), _trailing),
-        _emit_rms("RMSNormalization"),
-        _never,
+        targets=("onnx",),
+        since=(1, 23),
+        measured="1024x768: 0.28 ms (onnxruntime 1.31, CPU, AVX2, one thread, 2026-11)",
+        defects=_FULL_RANK,
+        check=_all(_standard(23), _trailing),
+        emit=emit_rms("RMSNormalization"),
     ),
     Spelling(
         "SimplifiedLayerNormalization",
         ("rms_norm",),
-        _all(_for("ort-cpu", "ort-cuda"), _trailing),
-        _emit_rms("SimplifiedLayerNormalization"),
-        _never,
+        targets=ORT,
+        measured="the kernel of RMSNormalization",
+        defects=f"{_IN_FUNCTIONS}; {_HALF_SUMS}",
+        check=_all(_trailing),
+        emit=emit_rms("SimplifiedLayerNormalization"),
     ),
     Spelling(
         "RMSNormalization between Transposes",
         ("rms_norm",),
-        _all(_for("onnx"), _standard(23), _one_axis),
-        _emit_transposed("RMSNormalization"),
-        _never,
+        targets=("onnx",),
+        since=(1, 23),
+        measured=_TRANSPOSED,
+        check=_all(_standard(23), _one_axis),
+        emit=emit_transposed("RMSNormalization"),
     ),
     Spelling(
         "SimplifiedLayerNormalization between Transposes",
         ("rms_norm",),
-        _all(_for("ort-cpu", "ort-cuda"), _one_axis),
-        _emit_transposed("SimplifiedLayerNormalization"),
-        _never,
+        targets=ORT,
+        measured=_TRANSPOSED,
+        defects=_IN_FUNCTIONS,
+        check=_all(_one_axis),
+        emit=emit_transposed("SimplifiedLayerNormalization"),
     ),
     Spelling(
         "the chain that onnxruntime fuses to an RMS norm",
         ("rms_norm",),
-        _all(_trailing, _fused, _plain),
-        _emit_chain,
-        _is_chain,
+        measured=_CHAIN,
+        check=_all(_trailing, _fused, _plain),
+        emit=emit_chain,
+        already=_is_chain,
     ),
     Spelling(
         "InstanceNormalization",
         ("instance_norm",),
-        _all(_float_channels),
-        _emit_instance_norm,
-        _never,
+        check=_all(_float_channels),
+        emit=emit_instance_norm,
     ),
     Spelling(
         "InstanceNormalization between Reshapes",
         ("group_norm",),
-        _all(_float_channels),
-        _emit_group_norm,
-        _is_grouped,
+        measured="8 groups of 1x64x128x128: 1.5 ms, as GroupNormalization(21) 3.3 ms"
+        " (onnxruntime 1.31, CPU, AVX2, one thread, 2026-11)",
+        check=_all(_float_channels),
+        emit=emit_group_norm,
+        already=_is_grouped,
     ),
-    Spelling("Softmax", ("softmax",), _all(_softmax_axis), _emit_softmax("Softmax"), _never),
+    Spelling(
+        "Softmax",
+        ("softmax",),
+        check=_all(_softmax_axis),
+        emit=emit_softmax("Softmax"),
+    ),
     Spelling(
         "LogSoftmax",
         ("log_softmax",),
-        _all(_softmax_axis),
-        _emit_softmax("LogSoftmax"),
-        _never,
+        check=_all(_softmax_axis),
+        emit=emit_softmax("LogSoftmax"),
     ),
 )
+
+_LOSES: Final = (
+    "loses on the CPU: 4.8 ms more at 1024x768, where Add and LayerNormalization together take 0.85"
+    " (onnxruntime 1.31, AVX2, one thread, 2026-11); on CUDA not measured"
+)
+# A residual Add and the norm that reads it, as one operator of onnxruntime.
+RESIDUAL: Final[tuple[Form, ...]] = (
+    Form(
+        "SkipLayerNormalization",
+        ("layer_norm",),
+        targets=("ort-cuda",),
+        written_by="lower-skip-norm",
+        since=(1, 16),
+        measured=_LOSES,
+        defects="onnxruntime 1.15 runs it, but not with a skip that is repeated over the batch;"
+        f" {_HALF_SUMS}",
+    ),
+    Form(
+        "SkipSimplifiedLayerNormalization",
+        ("rms_norm",),
+        targets=("ort-cuda",),
+        written_by="lower-skip-norm",
+        since=(1, 16),
+        measured="on CUDA not measured",
+        defects=f"{_HALF_SUMS}; its bias was lost on the CPU from 1.16 to 1.19, so none is written",
+    ),
+)
+
+_OURS: Final = "see onnxnorm/ops/costs.py and docs/operators.md (2026-11-25, AVX-512, one thread)"
+# Calls of our own operators, with --ops.
+OWN: Final[tuple[Form, ...]] = tuple(
+    Form(name, kinds, ("ort-cpu",), f"{by} (--ops)", (1, 23), _OURS)
+    for name, kinds, by in (
+        ("ChannelLayerNormalization", ("layer_norm",), "lower-channel-norm"),
+        ("ChannelRMSNormalization", ("rms_norm",), "lower-channel-norm"),
+        ("TwoPassSoftmax, TwoPassMaskedSoftmax", ("softmax",), "lower-softmax"),
+        ("TwoPassLogSoftmax, TwoPassMaskedLogSoftmax", ("log_softmax",), "lower-softmax"),
+        ("GroupNormalization, GroupNormalizationSilu", ("group_norm",), "lower-group-norm"),
+    )
+)
+
+
+def newest_opset(runtime: Version) -> int:
+    """The newest opset that an onnxruntime loads.
+
+    >>> newest_opset((1, 24))
+    25
+    """
+    return max((o for v, o in NEWEST_OPSET.items() if v <= runtime), default=19)
+
+
+def residual(kind: str, target: str, runtime: Version) -> Form | str:
+    """The operator that takes the Add in front of a norm along, or why there is none."""
+    for form in RESIDUAL:
+        if kind in form.kinds and target in form.targets:
+            if runtime >= form.since:
+                return form
+            since, given = (".".join(map(str, v)) for v in (form.since, runtime))
+            return f"{form.name} needs onnxruntime {since}, and the model is for {given}"
+    return f"no operator of {target} adds and computes {_A.get(kind, kind)}"
+
+
+def version(text: str) -> Version:
+    """The major and minor number of an onnxruntime version.
+
+    >>> version("1.31.1")
+    (1, 31)
+    """
+    major, minor, *_ = (*text.split("."), "0")
+    return int(major), int(minor)

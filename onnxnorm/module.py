@@ -512,6 +512,13 @@ class Module:
             self._carried[name] = bodies.function(name, self._imports[""])
         self._imports[bodies.DOMAIN] = bodies.VERSION
 
+    def use(self, domain: str) -> None:
+        """Let nodes of the main graph and its bodies call operators of another domain, version 1.
+
+        It is imported on export if a node does.
+        """
+        self._imports.setdefault(domain, 1)
+
     def _calls(self) -> set[str]:
         """The operators of our domain that are called anywhere."""
         return {node.op for node in self.nodes() if node.domain == bodies.DOMAIN}
@@ -536,6 +543,12 @@ class Module:
         proto.functions.extend(fresh)
         if fresh and all(i.domain != bodies.DOMAIN for i in proto.opset_import):
             proto.opset_import.append(onnx.helper.make_opsetid(bodies.DOMAIN, bodies.VERSION))
+        known = {"", bodies.DOMAIN, *(i.domain for i in proto.opset_import)}
+        graphs = [scope for scope in self.scopes if not scope.is_function]
+        called = {n.domain or "" for scope in graphs for n in scope.nodes}
+        for domain in sorted(called - known - set(wellformed.STANDARD_DOMAINS)):
+            imported = onnx.helper.make_opsetid(domain, self._imports[domain])
+            proto.opset_import.append(imported)
         return self.stored.with_proto(proto)
 
 

@@ -8,7 +8,6 @@ from typing import Any, Final
 
 from onnxnorm.report_text import (
     LEGEND,
-    NORM_TITLES,
     PARITY_TITLES,
     REASONS,
     Group,
@@ -19,8 +18,8 @@ from onnxnorm.report_text import (
     judgements,
     latency_facts,
     latency_line,
-    norm_cells,
     norm_counts,
+    norm_table,
     not_measured,
     parity_cells,
     parity_facts,
@@ -55,12 +54,16 @@ def render_markdown(report: Json) -> str:
         blocks.append(_details(title, _bullets(items)))
     counts, rows = norm_counts(report)
     if rows:
-        listed = [norm_cells(norm) for norm in report["norms"]]
-        titles = [*NORM_TITLES[:-1], "would be"] if is_planned(report) else NORM_TITLES
+        titles, listed = norm_table(report)
+        if is_planned(report):
+            titles[-1] = "would be"
         inside = [
             _table([counts, *([_code(row[0]), *row[1:]] for row in rows)], right=1),
             _long_table(
-                [titles, *([_code(r[0]), *r[1:3], _code(r[3]), _prose(r[4])] for r in listed)]
+                [
+                    titles,
+                    *([_code(r[0]), *r[1:3], _code(r[3]), *map(_prose, r[4:])] for r in listed),
+                ]
             ),
         ]
         blocks.append(_details(f"Normalizations ({len(listed)})", "\n\n".join(inside)))

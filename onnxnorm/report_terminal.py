@@ -18,7 +18,6 @@ from rich.text import Text
 
 from onnxnorm.report_text import (
     LEGEND,
-    NORM_TITLES,
     PARITY_TITLES,
     REASONS,
     Group,
@@ -32,9 +31,9 @@ from onnxnorm.report_text import (
     judgements,
     latency_facts,
     latency_line,
-    norm_cells,
     norm_counts,
     norm_outcome,
+    norm_table,
     not_measured,
     parity_cells,
     parity_facts,
@@ -358,10 +357,9 @@ def _print_norm_rows(page: _Page, report: Json, *, verbose: bool) -> None:
         for each in lines:
             page.prose(each, lead="      ", hang=6, style="dim")
 
-    titles = list(NORM_TITLES)
+    titles, cells = norm_table(report)
     if is_planned(report):
         titles[-1] = "would be"
-    cells = [norm_cells(norm) for norm in norms]
     if not page.fits(titles, cells, flexible=3):  # the target's name is in the JSON
         for row, norm in zip(cells, norms, strict=True):
             if norm.get("into"):

@@ -331,6 +331,30 @@ def norm_cells(norm: Json) -> list[str]:
     ]
 
 
+def norm_table(report: Json) -> tuple[list[str], list[list[str]]]:
+    """Return titles and rows of the table of norms; what onnxruntime runs stands before the end."""
+    titles = list(NORM_TITLES)
+    rows = [norm_cells(norm) for norm in report["norms"]]
+    if any(norm.get("runtime") for norm in report["norms"]):
+        titles.insert(-1, "in onnxruntime")
+        for row, norm in zip(rows, report["norms"], strict=True):
+            row.insert(-1, _runtime_cell(norm.get("runtime")))
+    return titles, rows
+
+
+def _runtime_cell(runtime: Json | None) -> str:
+    if runtime is None:
+        return "-"
+    before, after = (_operators(runtime[key]) for key in ("original", "optimized"))
+    return before if runtime["same"] else f"{before} -> {after}"
+
+
+def _operators(found: Sequence[str] | None) -> str:
+    if not found:
+        return "gone"
+    return found[0] if len(found) == 1 else f"{len(found)} nodes ({found[0]} to {found[-1]})"
+
+
 NORM_TITLES: Final = ("kind", "axes", "epsilon", "output value", "action")
 LEGEND: Final = (
     "opt.: whether onnxruntime's own optimizations were on. Errors are distances from the truth, "

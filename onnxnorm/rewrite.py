@@ -157,6 +157,7 @@ class _Draft:
     at: Node | Scope  # the node in whose place it goes, or behind which; or where a scope begins
     behind: bool
     replaces: bool
+    merged: tuple[Node, ...] = ()  # further nodes whose outputs it computes from now on
 
 
 @dataclass(frozen=True)
@@ -286,6 +287,47 @@ class Rewriter:
         self.module.carry(name)
         self._stage(made, inputs, root.outputs[0], root, replaces=True)
 
+    def merge(
+        self,
+        op: str,
+        inputs: Sequence[AnyValue | None],
+        outputs: Sequence[Value | None],
+        merged: Sequence[Node],
+        *,
+        at: Node,
+        name: str,
+        domain: str = "",
+        attrs: Mapping[str, Any] | None = None,
+    ) -> None:
+        """A new node in the place of `at` that computes what `at` and the `merged` nodes did.
+
+        Args:
+            op: The operator; one of onnxruntime's own where `domain` says so.
+            inputs: What it reads; None for an input that is left out.
+            outputs: What it computes: outputs of the nodes that go, or fresh values; None for an
+                output that is left out.
+            merged: Further nodes that go. None of their inputs may depend on a value that is
+                computed behind `at`.
+            at: The node in whose place it goes.
+            name: Of the new node.
+            domain: Of the operator.
+            attrs: Its attributes.
+        """
+        if domain:
+            self.module.use(domain)
+        proto = onnx.helper.make_node(op, [], [], name=name, domain=domain, **(attrs or {}))
+        given = [Value("", at.scope) if v is None else v for v in inputs]
+        made = [Value("", at.scope) if v is None else v for v in outputs]
+        for values in (given, made):
+            while values and not values[-1].name:
+                values.pop()
+        draft = _Draft(proto, tuple(given), tuple(made), at.scope, at, False, True, tuple(merged))
+        self._drafts.append(draft)
+
+    def fresh(self, role: str, *, at: Node) -> Value:
+        """A new value for an output of `merge`, named after its role."""
+        return Value(self.module.fresh_name(f"{_named(at, None)}_{role}"), at.scope)
+
     def replace_like(self, like: Node, inputs: Sequence[AnyValue | None]) -> None:
         """A copy of the node `like`, with other inputs, that computes the root's output.
 
@@ -361,8 +403,8 @@ class Rewriter:
         assert plan is not None, "begin() starts a site"
         root = plan.root
         anchor = root.outputs[0]
-        replaced = dict.fromkeys(d.at for d in self._drafts if d.replaces)
-        removed = [n for n in replaced if isinstance(n, Node)]
+        replaced = [n for d in self._drafts if d.replaces for n in (d.at, *d.merged)]
+        removed = [n for n in dict.fromkeys(replaced) if isinstance(n, Node)]
         gone = [_described(n) for n in removed]
         region = self._region(plan)
         outputs = [v for n in plan.nodes for v in n.outputs]

@@ -17,6 +17,7 @@ from onnxnorm.errors import ParityError
 from onnxnorm.pipeline import Pipeline, Run
 from onnxnorm.remark import Region, Remark
 from onnxnorm.staging import Staged
+from onnxnorm.storage import Stored
 from onnxnorm.workbench import Workbench
 
 if TYPE_CHECKING:
@@ -44,13 +45,19 @@ class Proof:
 
 
 def prove(
-    bench: Workbench, pipeline: Pipeline, run: Run, target: Path | None, keep: ExitStack
+    bench: Workbench,
+    pipeline: Pipeline,
+    source: Stored,
+    run: Run,
+    target: Path | None,
+    keep: ExitStack,
 ) -> Proof:
     """Check a run; leave out the sites that break agreement, one after another, by replay.
 
     Args:
         bench: The original and its truth.
         pipeline: What made the run.
+        source: What it started from: the original, or that in another opset.
         run: The run to check.
         target: Where the model will go; None keeps it in a temporary folder.
         keep: Owns the staged model that agrees.
@@ -67,12 +74,17 @@ def prove(
             if result.passed:
                 keep.push(undecided.pop_all())
                 return Proof(_with_denied(run, denied), candidate, result)
+        if not run.applied and source is not bench.stored:
+            raise ParityError(
+                f"in the other opset the outputs do not agree: {_worst(result)[0]}",
+                "The conversion changes what the model computes; leave --opset out.",
+            )
         if not run.applied:
             raise ParityError(
                 f"the outputs do not agree although nothing was changed: {_worst(result)[0]}",
                 "The model gives other outputs from run to run; use --no-parity to go on without.",
             )
-        guilty, failure = _bisect(bench, quiet, run, result, denied)
+        guilty, failure = _bisect(bench, quiet, source, run, result, denied)
         reason, error = _worst(failure)
         denied[guilty.site] = replace(
             guilty,
@@ -83,7 +95,7 @@ def prove(
             region=None,
             error=error,
         )
-        run = quiet.run(bench.stored, deny=tuple(denied), check_sites=False)
+        run = quiet.run(source, deny=tuple(denied), check_sites=False)
 
 
 def _with_denied(run: Run, denied: Mapping[str, Remark]) -> Run:
@@ -97,22 +109,22 @@ def _with_denied(run: Run, denied: Mapping[str, Remark]) -> Run:
 def _bisect(
     bench: Workbench,
     pipeline: Pipeline,
+    source: Stored,
     run: Run,
     failure: ParityResult,
     denied: Collection[str],
 ) -> tuple[Remark, ParityResult]:
     """The first site, in the order of commits, with which the outputs stop agreeing.
 
-    All the sites of `run` together fail, as `failure` says, and none of them changes nothing.
+    All the sites of `run` together fail, as `failure` says; none of them is taken to agree, and
+    where it does not, that comes out once all are denied.
     Those before the one that is found agree together; the check that fails with it comes along.
     """
     sites = [r.site for r in run.applied]
     good, bad = 0, len(sites)
     while bad - good > 1:
         middle = (good + bad) // 2
-        part = pipeline.run(
-            bench.stored, deny=tuple(denied), allow=sites[:middle], check_sites=False
-        )
+        part = pipeline.run(source, deny=tuple(denied), allow=sites[:middle], check_sites=False)
         with Staged(part.stored, None) as candidate:
             result = bench.checker().check(candidate.model, _regions(part))
         if result.passed:

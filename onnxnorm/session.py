@@ -373,6 +373,9 @@ def open_session(
         options.intra_op_num_threads = threads
     if optimized_model_path is not None:
         options.optimized_model_filepath = os.fspath(optimized_model_path)
+        # A model beyond 2 GB could not be written otherwise.
+        name = "session.optimized_model_external_initializers_file_name"
+        options.add_session_config_entry(name, f"{optimized_model_path.name}.data")
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     if seed is not None:
         ort.set_seed(seed)
@@ -400,6 +403,20 @@ def open_session(
             "Use the cpu provider: a figure for this model would not be one of the device.",
         )
     return session
+
+
+def optimized_graph(path: str | Path, *, provider: str = "cpu") -> onnx.ModelProto:
+    """The graph that onnxruntime runs for a model with all of its optimizations; no weights.
+
+    Raises:
+        ProviderError: The provider is not usable.
+        RuntimeRejection: onnxruntime cannot load the model.
+    """
+    with tempfile.TemporaryDirectory(prefix="onnxnorm-") as folder:
+        place = Path(folder) / "runs.onnx"
+        open_session(path, provider=provider, optimized_model_path=place).close()
+        with rejections(Path(path), "load"):
+            return onnx.load(place, load_external_data=False)
 
 
 def resolve_provider(name: str) -> str:
@@ -477,8 +494,17 @@ def usable_cores() -> int:
 # -- onnxruntime, without its noise ------------------------------------------------------------
 
 
-@functools.cache
+_importing: Final = threading.Lock()
+
+
 def _onnxruntime() -> Any:
+    """The module onnxruntime; threads wait for the one that imports it first."""
+    with _importing:
+        return _imported()
+
+
+@functools.cache
+def _imported() -> Any:
     """Import onnxruntime without its C++ log of that moment and without its telemetry."""
     try:
         with contextlib.ExitStack() as stack:

@@ -31,6 +31,7 @@ PASSES: Final[dict[str, str]] = {
     "lower-softmax": "onnxnorm.passes.lower_softmax:LowerSoftmax",
     "lower-group-norm": "onnxnorm.passes.lower_group_norm:LowerGroupNorm",
     "lower-norms": "onnxnorm.passes.lower_norms:LowerNorms",
+    "lower-skip-norm": "onnxnorm.passes.lower_skip_norm:LowerSkipNorm",
 }
 
 # What `optimize` runs when it is not told otherwise: passes that are equal over the reals.
@@ -50,4 +51,5 @@ DEFAULT: Final[tuple[str, ...]] = (
     "lower-softmax",
     "lower-group-norm",
     "lower-norms",
+    "lower-skip-norm",
 )

@@ -19,11 +19,11 @@ import numpy as np
 
 from onnxnorm.facts import Facts
 from onnxnorm.kernels import KernelPass, factor, not_float32, only_read_by
-from onnxnorm.lowering import Site
 from onnxnorm.module import Node
 from onnxnorm.norms import Norm
 from onnxnorm.ops import costs
 from onnxnorm.rewrite import Plan, Rewriter
+from onnxnorm.site import Site
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,11 @@ from typing import ClassVar
 
 from onnxnorm.facts import Facts
 from onnxnorm.given import centred_here
-from onnxnorm.lowering import choose
+from onnxnorm.lowering import OLDEST_RUNTIME, Choices, choose, version
 from onnxnorm.module import Node
 from onnxnorm.norms import Norm, find_norms
 from onnxnorm.reference import confirm
-from onnxnorm.rewrite import Pass, Plan, Refusal, Rewriter
+from onnxnorm.rewrite import Pass, Plan, Refusal, Rewriter, place_of
 from onnxnorm.runtime_fusions import misfused
 
 
@@ -37,9 +37,13 @@ class LowerNorms(Pass):
 
     Attributes:
         target: `onnx`, `ort-cpu` or `ort-cuda`; given by --target.
+        runtime: The onnxruntime that the model is for; given by --runtime-version.
+        choices: Place of a norm and the form it is to have, for those that --tune measured.
     """
 
     target: str = "onnx"
+    runtime: str = OLDEST_RUNTIME
+    choices: Choices = ()
 
     name: ClassVar = "lower-norms"
     summary: ClassVar = "norms written out in primitives become the operators of the target"
@@ -67,7 +71,8 @@ class LowerNorms(Pass):
             at = norm.obstacle_at.label if norm.obstacle_at is not None else ""
             advice = "Leave that value out of what reads it, and the norm becomes one operator."
             return Refusal(norm.obstacle, at, advice, norm.node)
-        chosen = choose(norm, facts, self.target)
+        wanted = dict(self.choices).get(place_of(norm.output))
+        chosen = choose(norm, facts, self.target, version(self.runtime), wanted)
         if isinstance(chosen, str):
             return Refusal(chosen, norm.node.label, node=norm.node, kept=True)
         untried = confirm(norm, facts)

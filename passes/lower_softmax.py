@@ -20,11 +20,11 @@ import numpy as np
 
 from onnxnorm.facts import AnyValue, Facts
 from onnxnorm.kernels import KernelPass, not_float32, only_read_by
-from onnxnorm.lowering import Site
 from onnxnorm.module import Node
 from onnxnorm.norms import Norm
 from onnxnorm.ops import costs
 from onnxnorm.rewrite import Plan, Rewriter
+from onnxnorm.site import Site
 
 _LOW = -1e4  # what exporters hide entries with is this or lower
 _MUCH = 0.25  # the share of hidden entries from which a mask is known to slow onnxruntime down

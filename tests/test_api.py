@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
+import logging
 from collections.abc import Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Final
@@ -132,47 +133,66 @@ def test_large_weights_of_a_model_proto_are_not_touched_either() -> None:
 
 def test_an_onnx_ir_model(model: onnx.ModelProto) -> None:
     onnx_ir = pytest.importorskip("onnx_ir")
-    taken = onnx_ir.from_proto(model)
-    result = optimize(taken)
-    assert types(result.model) == ["Conv", "Tanh"]
-    assert [node.op_type for node in taken.graph] == ["Conv", "BatchNormalization", "Tanh"]
+    given = onnx_ir.from_proto(model)
+    result = optimize(given)
+    assert isinstance(result.model, onnx_ir.Model)
+    assert [node.op_type for node in result.model.graph] == ["Conv", "Tanh"]
+    assert types(result.proto) == ["Conv", "Tanh"]
+    assert [node.op_type for node in given.graph] == ["Conv", "BatchNormalization", "Tanh"]
+    assert result.report.to_json()["model"]["input"] is None
 
 
+def test_an_onnx_ir_model_whose_weights_lie_in_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder is one that only the tensors know."""
+    onnx_ir = pytest.importorskip("onnx_ir")
+    place = tmp_path / "far" / "model.onnx"
+    place.parent.mkdir()
+    onnx.save(chain(2), place, save_as_external_data=True, size_threshold=0)
+    given = onnx_ir.load(place)
+    monkeypatch.chdir(tmp_path)
+    assert types(optimize(given).proto) == ["Conv", "Tanh", "Conv", "Tanh"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["far"], "no file of ours"
+
+
+@dataclass
 class Program:
     """What torch.onnx.export(dynamo=True) returns, as far as we use it."""
 
-    def __init__(self, source: Path) -> None:
-        self.source = source
-        self.saved: list[Path] = []
-
-    def save(self, destination: str) -> None:
-        self.saved.append(Path(destination))
-        shutil.copy(self.source, destination)
+    model: Any
+    exported_program: str
 
 
-def test_an_exporters_program(path: Path, tmp_path: Path) -> None:
-    program = Program(path)
-    result = optimize(program)
-    assert not program.saved[0].parent.exists(), "the file it was saved to is gone"
-    assert types(result.model) == ["Conv", "Tanh"]
+def test_an_exporters_program(
+    model: onnx.ModelProto, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    onnx_ir = pytest.importorskip("onnx_ir")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    given = Program(onnx_ir.from_proto(model), "exported")
+    result = optimize(given, parity=False)
+    assert not list(tmp_path.iterdir()), "nothing was written"
+    made = result.model
+    assert isinstance(made, Program)
+    assert made.exported_program == "exported"
+    assert [node.op_type for node in made.model.graph] == ["Conv", "Tanh"]
+    assert [node.op_type for node in given.model.graph] == ["Conv", "BatchNormalization", "Tanh"]
     (written,) = result.save(tmp_path / "out.onnx")
     assert types(onnx.load(written)) == ["Conv", "Tanh"]
 
 
-def test_a_program_that_is_left_alone_can_still_be_saved(path: Path, tmp_path: Path) -> None:
-    result = optimize(Program(path), passes=[])
-    assert result.model == onnx.load(path)
-    (written,) = result.save(tmp_path / "out.onnx")
-    assert written.read_bytes() == path.read_bytes()
-
-
-def test_a_program_that_cannot_be_saved() -> None:
-    class Broken:
-        def save(self, destination: str) -> None:
-            raise ValueError("no graph yet")
-
-    with pytest.raises(ModelError, match="no graph yet"):
-        optimize(Broken())
+def test_an_onnx_ir_model_that_cannot_be_written() -> None:
+    onnx_ir = pytest.importorskip("onnx_ir")
+    tensor = onnx_ir.LazyTensor(
+        lambda: onnx_ir.tensor(np.ones(3, np.float32)),
+        dtype=onnx_ir.DataType.FLOAT,
+        shape=onnx_ir.Shape([2]),
+        name="w",
+    )
+    value = onnx_ir.Value(name="w", const_value=tensor)
+    graph = onnx_ir.Graph([], [value], nodes=[], initializers=[value], name="g")
+    with pytest.raises(ModelError):
+        optimize(onnx_ir.Model(graph, ir_version=8))
 
 
 @pytest.mark.parametrize("thing", [None, 3, b"model", ["model.onnx"], object()])
@@ -195,7 +215,8 @@ def test_save_leaves_an_existing_file_alone_when_it_fails(path: Path, tmp_path: 
 
 
 def test_inspect_and_compare_take_the_same_forms(model: onnx.ModelProto, path: Path) -> None:
-    for form in (model, path, Program(path)):
+    onnx_ir = pytest.importorskip("onnx_ir")
+    for form in (model, path, Program(onnx_ir.from_proto(model), "")):
         report = onnxnorm.inspect(form)
         assert [n["action"] for n in report.to_json()["norms"]] == ["folded"]
     judged = onnxnorm.compare(path, model, provider="cpu", latency=False)
@@ -520,3 +541,35 @@ def test_a_pass_that_was_given_its_target_keeps_it() -> None:
     passes = "lower-norms{target=ort-cpu}"
     result = onnxnorm.optimize(parser.parse_model(RMS), passes=passes, parity=False, latency=False)
     assert [node.op_type for node in result.model.graph.node] == ["SimplifiedLayerNormalization"]
+
+
+# ** logging, progress, threads **
+
+
+def test_it_is_silent_and_its_log_can_be_asked_for(
+    path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    optimize(path)
+    assert capfd.readouterr() == ("", "")
+    with caplog.at_level(logging.INFO, logger="onnxnorm"):
+        optimize(path)
+    assert "fold-batchnorm: applied at 1 place, refused at 0" in caplog.text
+    assert "parity: passed" in caplog.text
+
+
+def test_progress_is_told_in_order(path: Path) -> None:
+    told: list[tuple[str, float | None]] = []
+    optimize(path, progress=lambda what, share: told.append((what, share)))
+    assert told[0] == ("passes", None)
+    assert any(what.startswith("parity") for what, _ in told)
+    assert all(share is None or 0 <= share <= 1 for _, share in told)
+
+
+def test_two_threads_give_what_one_gives() -> None:
+    models = [chain(1), chain(3), single("y = BatchNormalization (x, gamma, beta, mean, variance)")]
+    alone = [optimize(m).proto.SerializeToString(deterministic=True) for m in models]
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(lambda m: optimize(m), models * 3))
+    found = [r.proto.SerializeToString(deterministic=True) for r in together]
+    assert found == alone * 3
+    assert all(r.report.to_json()["parity"]["passed"] for r in together)

@@ -10,9 +10,10 @@ from onnx import parser
 
 from onnxnorm import storage
 from onnxnorm.facts import Facts
-from onnxnorm.lowering import TARGETS, Site, choose
+from onnxnorm.lowering import TARGETS, choose
 from onnxnorm.module import Module
 from onnxnorm.norms import Norm, find_norms
+from onnxnorm.site import Site
 
 TEXT: Final = """
 <ir_version: 8, opset_import: ["" : {opset}]>
@@ -274,3 +275,35 @@ def test_the_wider_type_is_computed_in(result: str, wanted: int) -> None:
     made = Site.of(norm, facts, "onnx")
     assert (norm.input.name, made.given, made.wanted, made.wide) == ("x", 10, wanted, wanted)
     assert (made.rank, made.features, made.trailing) == (3, (4,), True)
+
+
+def test_a_rank_that_shape_inference_loses_is_derived_behind_computed_shapes() -> None:
+    """As TorchScript writes position embeddings; Whisper's decoder kept its chains for it."""
+    text = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    main (float[B,T,4] x, int64[1,T] ids, float[9,4] table) => (float y)
+    <float two = {2}, float e = {0.25}, float[4] g = {1, 2, 0.5, 3}, int64[1] once = {1}>
+    {
+        batch = Shape <start = 0, end = 1> (x)
+        repeats = Concat <axis = 0> (batch, once)
+        long = Shape (repeats)
+        ones = ConstantOfShape <value = int64[1] {1}> (long)
+        spread = Expand (ids, ones)
+        places = Tile (spread, repeats)
+        rows = Gather (table, places)
+        p = Pow (rows, two)
+        m = ReduceMean <axes = [-1]> (p)
+        v = Add (m, e)
+        s = Sqrt (v)
+        q = Div (rows, s)
+        y = Mul (q, g)
+    }
+    """
+    model = parser.parse_model(text)
+    model.graph.output[0].type.tensor_type.ClearField("shape")
+    facts = Facts(Module(storage.from_proto(model)))
+    norm = next(n for n in find_norms(facts) if n.kind == "rms_norm")
+    assert norm.dims is None
+    found = Site.of(norm, facts, "ort-cpu")
+    assert (found.rank, found.features) == (3, (4,))
+    assert chosen(norm, facts, "ort-cpu") == SIMPLE

@@ -21,6 +21,7 @@ from onnxnorm.passes.fold_modulation import FoldModulation
 from onnxnorm.passes.lower_channel_norm import LowerChannelNorm
 from onnxnorm.passes.lower_group_norm import LowerGroupNorm
 from onnxnorm.passes.lower_norms import LowerNorms
+from onnxnorm.passes.lower_skip_norm import LowerSkipNorm
 from onnxnorm.passes.lower_softmax import LowerSoftmax
 from onnxnorm.passes.merge_parallel_norms import MergeParallelNorms
 from onnxnorm.passes.prune_dead_channels import PruneDeadChannels
@@ -62,6 +63,7 @@ def test_selections() -> None:
         LowerSoftmax(),
         LowerGroupNorm(),
         LowerNorms(),
+        LowerSkipNorm(),
     ]
     assert select("default") == select(None)
     assert select("none") == select("") == []
