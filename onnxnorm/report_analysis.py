@@ -38,7 +38,10 @@ def operator_rows(profile: Json, names: tuple[str, str]) -> Rows:
         here = [table.get(operator) for table in tables]
         counts = [NONE if row is None else f"{row['nodes']:,}" for row in here]
         times = [0.0 if row is None else row["milliseconds"] for row in here]
-        rows.append([operator, *counts, *_times(times)])
+        cells = _times(times)
+        for index, row in enumerate(here):
+            cells[index] = NONE if row is None else cells[index]
+        rows.append([operator, *counts, *cells])
     totals = [f"{sum(row['nodes'] for row in profile[role]):,}" for role in _ROLES]
     sums = [sum(row["milliseconds"] for row in profile[role]) for role in _ROLES]
     rows.append(["together", *totals, *_times(sums)])

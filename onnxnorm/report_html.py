@@ -66,7 +66,8 @@ from onnxnorm.report_text import (
     worst_first,
 )
 
-_PLACES: Final = 20  # of one reason, before "and so many more"
+_PLACES: Final = 6  # of one reason, before "and so many more"; the table of all norms has each
+_OPEN: Final = 20  # rows of the parity table, before it is folded
 _ROWS: Final = 5000  # of one table
 _PLOTTED: Final = 16  # rows of the parity plot; the table has all
 _CURVES: Final = 6  # of the sweep's plot
@@ -251,9 +252,13 @@ def _gain(report: Json) -> Tile:
         return Tile("Latency", "not measured", plain(report["latency_skipped"] or ""))
     states = {"faster": "good", "slower": "bad"}
     where = provider_name(latency["provider"])
-    note = f"{latency['verdict']} on {where}; {spell_interval(latency)}"
-    value = f"{_TIMES} {spell_ratio(latency['ratio'])}"
-    return Tile("Latency", value, note, states.get(latency["verdict"], "plain"))
+    value, state = f"{_TIMES} {spell_ratio(latency['ratio'])}", states.get(latency["verdict"])
+    if state is None:  # a figure in large type would be read as one that means something
+        note = f"that could be measured on {where}: {value}, {spell_interval(latency)}"
+        return Tile("Latency", "no difference", note)
+    return Tile(
+        "Latency", value, f"{latency['verdict']} on {where}; {spell_interval(latency)}", state
+    )
 
 
 def _before_after(first: int, second: int | None, amount: Callable[[int], str]) -> tuple[str, str]:
@@ -262,6 +267,8 @@ def _before_after(first: int, second: int | None, amount: Callable[[int], str]) 
     if first == second:
         return amount(first), "unchanged"
     share = f"{100 * (second - first) / first:+.1f} %" if first else ""
+    if share.endswith("0.0 %") and len(share) == len("+0.0 %"):
+        share = f"less than 0.1 % {'more' if second > first else 'less'}"
     return f"{amount(first)} → {amount(second)}", share.replace("-", MINUS)
 
 
@@ -402,7 +409,7 @@ def _agreement(report: Json, parity: Json | None, key: str) -> list[Any]:
     ]
     if failures:
         blocks.append(Listing(failures))
-    blocks += [table] if len(cells) <= _PLACES else [Fold(f"All {len(cells):,} rows", [table])]
+    blocks += [table] if len(cells) <= _OPEN else [Fold(f"All {len(cells):,} rows", [table])]
     blocks.append(Words(LEGEND))
     return [*blocks, *_facts([*parity_facts(parity), *parity["notes"]])]
 
