@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -14,6 +14,8 @@ from typing import Any, Final, Literal, TypeAlias
 import onnx
 
 from onnxnorm import staging, verifier
+from onnxnorm.ablation import ablate
+from onnxnorm.analysis import Measured, analyse, empty, provider_row
 from onnxnorm.copying import HeadStart
 from onnxnorm.errors import (
     ParityError,
@@ -28,6 +30,7 @@ from onnxnorm.module import Module
 from onnxnorm.ops import bodies, library
 from onnxnorm.pipeline import Pipeline, Run
 from onnxnorm.registry import select
+from onnxnorm.regression import MAX_REGRESSION, judge
 from onnxnorm.report import Report
 from onnxnorm.rewrite import Pass
 from onnxnorm.rollback import prove
@@ -118,6 +121,7 @@ def optimize(
     dry_run: bool = False,
     in_place: bool = False,
     time_budget: float = TIME_BUDGET,
+    ablation: bool | Collection[str] = False,
     ahead: HeadStart | None = None,
     progress: Progress | None = None,
     after_pass: Callable[[str, Stored], None] | None = None,
@@ -149,10 +153,12 @@ def optimize(
         only: Restrict the passes to these sites.
         skip: Leave these sites as they are.
         parity: Check the outputs; without it nothing is proven.
-        latency: Measure both models.
+        latency: Measure both models: latency, time by operator, and memory.
         dry_run: Plan and apply in memory, check and write nothing.
         in_place: Let `output` be the input itself.
         time_budget: Seconds that parity may take; latency takes half as many.
+        ablation: Measure what each pass bought, by leaving it out once; or only these passes. It
+            takes as long as latency again, and at least 8 s for each pass.
         ahead: A copy of the model's data file, begun for `output`; taken up where it fits.
         progress: Called as progress(what, fraction done or None).
         after_pass: Called with a pass's name and the model after it changed something.
@@ -201,6 +207,15 @@ def optimize(
                 told.warnings.append("The outputs were not compared with those of the original.")
             changed = bool(run.applied) or source is not stored
             _time(bench, told, candidate, asked=latency, proven=parity, changed=changed)
+            if told.latency is not None:
+                parts: dict[str, Measured] = {}
+                if ablation:
+                    names = () if ablation is True else tuple(ablation)
+                    whole, file = told.latency, candidate.model
+                    parts["ablation"] = lambda: ablate(bench, pipeline, run, file, whole, names)
+                told.analysis = analyse(bench, candidate.model, parts)
+                if not ablation:
+                    told.analysis["skipped"]["ablation"] = "it was not asked for (--ablation all)"
             told.notes += _told_of_operators(bench, run.stored, cuda_kernels=cuda_kernels)
         files: tuple[Path, ...] = ()
         if place is not None and not dry_run:
@@ -345,18 +360,57 @@ def compare(
     parity: bool = True,
     latency: bool = True,
     time_budget: float = TIME_BUDGET,
+    batch: Sequence[int] = (),
+    sequence: Sequence[int] = (),
+    sizes: Mapping[str, Sequence[int]] | None = None,
+    against: str | Path | Report | None = None,
+    max_regression: float = MAX_REGRESSION,
     progress: Progress | None = None,
 ) -> Report:
     """Judge the outputs and the latency of any two models, as `optimize` judges its own.
 
-    Arguments and errors are those of `optimize`; outputs that do not agree are in the report and
-    raise nothing.
+    Outputs that do not agree, and a gain that is gone, are in the report and raise nothing.
+
+    Args:
+        original: The model to trust, in any form that `optimize` takes.
+        candidate: The model that is judged.
+        cuda_kernels: As for `optimize`.
+        provider: As for `optimize`, or several with commas between, "cpu,cuda": all are measured,
+            and one that is not usable is an error.
+        threads: As for `optimize`.
+        inputs: As for `optimize`.
+        input_shapes: As for `optimize`.
+        seed: As for `optimize`.
+        parity: As for `optimize`.
+        latency: As for `optimize`.
+        time_budget: As for `optimize`; each further provider takes as long again, and each size of
+            a sweep 10 s or more.
+        batch: Measure latency at these sizes of the batch axis too.
+        sequence: Measure it at these sizes of the axes that are called like a sequence.
+        sizes: Measure it at these sizes of other symbolic axes, by name.
+        against: An earlier report, whose ratio of latencies this one is held against.
+        max_regression: The share by which the ratio may have grown since.
+        progress: As for `optimize`.
+
+    Raises:
+        ModelError: A model cannot be read or is broken.
+        UsageError: The arguments do not fit each other, the models or the earlier report.
+        ProviderError: A provider is not usable.
+        ParityError: onnxruntime cannot run the original.
     """
+    from onnxnorm import sweep as sweeps
+
+    names = [name.strip() for name in provider.split(",")]
+    _check_compare(latency, against, batch, sequence, sizes)
+    earlier = None if against is None else _earlier(against)
     with ExitStack() as stack:
         first = stack.enter_context(taken(original))
         second = stack.enter_context(taken(candidate))
         bench = Workbench(stack, first, threads, inputs, input_shapes, seed, time_budget, progress)
-        bench.resolve(provider, cuda_kernels=cuda_kernels)
+        further = [replace(bench, provider=None) for _ in names[1:]]
+        for runner, name in zip([bench, *further], names, strict=True):
+            runner.resolve(name, cuda_kernels=cuda_kernels)
+        axes = sweeps.resolve(first.proto, batch=batch, sequence=sequence, named=sizes)
         before, after = (sum(1 for _ in Module(s).nodes()) for s in (first, second))
         told = _Told(
             parity_skipped=None if parity else "--no-parity was given",
@@ -369,6 +423,20 @@ def compare(
             told.parity = bench.checker().check(path).to_json()
         if latency:
             told.latency = bench.measure(path)
+            parts: dict[str, Measured] = {}
+            if axes:
+                parts["sweep"] = lambda: sweeps.sweep(bench, path, axes)
+            told.analysis = analyse(bench, path, parts)
+        if further:
+            told.analysis = told.analysis or empty()
+            told.analysis["providers"] = [
+                provider_row(each, path, parity=parity, latency=latency) for each in further
+            ]
+        if earlier is not None:
+            assert told.analysis is not None
+            told.analysis["against"] = judge(
+                earlier[1], told.latency or {}, report=earlier[0], max_regression=max_regression
+            )
         return Report(
             command="compare",
             version=version("onnxnorm"),
@@ -443,6 +511,7 @@ class _Told:
     parity_skipped: str | None = None
     latency: dict[str, Any] | None = None
     latency_skipped: str | None = None
+    analysis: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -466,6 +535,36 @@ def _leave(bench: Workbench, told: _Told, *, parity: bool) -> None:
         "notes": ["Nothing was changed. onnxruntime loads and runs the model."],
         "seconds": None,
     }
+
+
+def _check_compare(
+    latency: bool,
+    against: str | Path | Report | None,
+    batch: Sequence[int],
+    sequence: Sequence[int],
+    sizes: Mapping[str, Sequence[int]] | None,
+) -> None:
+    """Refuse what needs a measurement where there is to be none."""
+    if latency:
+        return
+    for asked, what in (
+        (against is not None, "an earlier report was given to hold the latency against"),
+        (bool(batch or sequence or sizes), "sizes were given to measure latency at"),
+    ):
+        if asked:
+            raise UsageError(f"{what}, and no latency is measured", "Leave out --no-latency.")
+
+
+def _earlier(against: str | Path | Report) -> tuple[str, dict[str, Any]]:
+    """The name of an earlier report, and its latency."""
+    name = "the earlier report" if isinstance(against, Report) else str(against)
+    report = against if isinstance(against, Report) else Report.read(against)
+    if report.latency is None:
+        raise UsageError(
+            f"{name} has no latency to hold this one against",
+            "Give a report of a run that measured latency.",
+        )
+    return name, dict(report.latency)
 
 
 def _time(

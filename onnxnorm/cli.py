@@ -1,7 +1,8 @@
-"""The command line: `onnxnorm optimize | inspect | compare | passes | ops`.
+"""The command line: `onnxnorm optimize | inspect | compare | report | passes | ops`.
 
 Results go to stdout, progress and errors to stderr. Exit codes: 0 done; 1 the outputs do not
-agree or could not be compared, and nothing was written; 2 wrong usage or bad input.
+agree or could not be compared, and nothing was written, or a gain is gone; 2 wrong usage or bad
+input.
 
 What takes time to import is imported by the command that needs it, once it is at work: the copy of
 a large model's data then runs meanwhile.
@@ -34,6 +35,7 @@ _NAME: Final = "onnxnorm"
 _COMPLETION: Final = "_ONNXNORM_COMPLETE"  # set by the shell that asks for completions
 _INTERRUPTED: Final = 130
 _TIME_BUDGET: Final = 60.0  # api.TIME_BUDGET, which is not there before api is imported
+_MAX_REGRESSION: Final = 0.05  # regression.MAX_REGRESSION, likewise
 _MODEL: Final = click.Path(path_type=Path)
 
 
@@ -72,14 +74,38 @@ def _shapes(_: click.Context, __: click.Parameter, values: Sequence[str]) -> dic
     return shapes
 
 
+def _sizes(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, ...]:
+    """Parse `1,8,32`."""
+    try:
+        sizes = tuple(int(each) for each in value.split(",")) if value is not None else ()
+    except ValueError:
+        sizes = (0,)
+    if any(size < 1 for size in sizes) or len(set(sizes)) < len(sizes):
+        raise click.BadParameter(f"'{value}' is not a list of sizes such as 1,8,32")
+    return sizes
+
+
+def _named_sizes(
+    context: click.Context, parameter: click.Parameter, values: Sequence[str]
+) -> dict[str, tuple[int, ...]]:
+    """Parse `name=1,8,32`; names may hold equals signs, sizes do not."""
+    named = {}
+    for value in values:
+        name, equals, sizes = value.rpartition("=")
+        if not equals or not name:
+            raise click.BadParameter(f"'{value}' is not name=1,8,32")
+        named[name] = _sizes(context, parameter, sizes)
+    return named
+
+
+_PROVIDER = click.option(
+    "--provider",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Where onnxruntime runs the models.",
+)
 _measuring = _options(
-    click.option(
-        "--provider",
-        type=click.Choice(["auto", "cpu", "cuda"]),
-        default="auto",
-        show_default=True,
-        help="Where onnxruntime runs the models.",
-    ),
     click.option("--threads", type=click.IntRange(1), help="Threads for latency.  [onnxruntime's]"),
     click.option("--inputs", type=_MODEL, metavar="DATA.npz", help="Your own inputs."),
     click.option(
@@ -99,7 +125,7 @@ _measuring = _options(
         default=_TIME_BUDGET,
         show_default=True,
         metavar="SECONDS",
-        help="For parity; latency takes half as many.",
+        help="For parity; latency takes half as many, profile and memory a tenth.",
     ),
 )
 _output = _options(
@@ -108,7 +134,7 @@ _output = _options(
         "reports",
         multiple=True,
         type=_MODEL,
-        metavar="FILE.md|.json",
+        metavar="FILE.html|.md|.json",
         help="Write the report; may be repeated.",
     ),
     click.option("--json", "as_json", is_flag=True, help="Print the report as JSON."),
@@ -161,6 +187,14 @@ _TARGET = _options(
 @click.option(
     "--print-after", metavar="PASS|all", help="Print the graph after a pass that changed it."
 )
+@click.option(
+    "--ablation",
+    metavar="auto|all|none|PASS,PASS",
+    default="auto",
+    show_default=True,
+    help="Leave each pass out once and measure what it bought; auto: for a report in HTML.",
+)
+@_PROVIDER
 @_measuring
 @_output
 def optimize(
@@ -173,6 +207,7 @@ def optimize(
     quiet: bool,
     time_passes: bool,
     print_after: str | None,
+    ablation: str,
     no_parity: bool,
     no_latency: bool,
     **given: Any,
@@ -194,6 +229,7 @@ def optimize(
             given["ahead"] = stack.enter_context(head_start(source, output))
         _check_reports(reports, source, output)
         _check_pass(print_after)
+        given["ablation"] = _ablation(ablation, reports)
         from onnxnorm import api
 
         result = api.optimize(
@@ -246,6 +282,46 @@ def inspect(
 @click.option(
     "--cuda-kernels", is_flag=True, help="Run calls of onnxnorm's operators by its CUDA kernels."
 )
+@click.option(
+    "--provider",
+    "--providers",
+    default="auto",
+    show_default=True,
+    metavar="auto|cpu|cuda|cpu,cuda",
+    help="Where onnxruntime runs the models; several go into one report.",
+)
+@click.option(
+    "--batch", callback=_sizes, metavar="1,8,32", help="Latency at these sizes of the batch axis."
+)
+@click.option(
+    "--seq",
+    "sequence",
+    callback=_sizes,
+    metavar="128,512",
+    help="Latency at these sizes of the sequence axes.",
+)
+@click.option(
+    "--sweep",
+    "sizes",
+    multiple=True,
+    callback=_named_sizes,
+    metavar="NAME=1,8,32",
+    help="Latency at these sizes of a symbolic axis; may be repeated.",
+)
+@click.option(
+    "--against",
+    type=_MODEL,
+    metavar="REPORT.json",
+    help="Fail when less is gained than in this earlier report.",
+)
+@click.option(
+    "--max-regression",
+    type=click.FloatRange(min=0),
+    default=_MAX_REGRESSION,
+    show_default=True,
+    metavar="SHARE",
+    help="With --against: how much the ratio may grow.",
+)
 @_measuring
 @_output
 def compare(
@@ -260,10 +336,13 @@ def compare(
     no_latency: bool,
     **given: Any,
 ) -> None:
-    """Compare the outputs and the latency of any two models; A is the one to trust."""
+    """Compare the outputs and the latency of any two models; A is the one to trust.
+
+    Exits with 1 when the outputs do not agree, or the gain is less than --against allows.
+    """
     from onnxnorm import api
 
-    _check_reports(reports, first, second)
+    _check_reports(reports, first, second, given["against"])
     with _progress(quiet=quiet) as progress:
         report = api.compare(
             first,
@@ -274,8 +353,36 @@ def compare(
             **given,
         )
     _show(report, reports, as_json=as_json, verbose=verbose, quiet=quiet)
-    if report.parity is not None and not report.parity["passed"]:
+    if _disappoints(report):
         sys.exit(1)
+
+
+def _disappoints(report: Report) -> bool:
+    """Whether outputs do not agree, on any provider, or a gain is gone."""
+    analysis = report.analysis or {"providers": [], "against": None}
+    checks = [report.parity, *(each["parity"] for each in analysis["providers"])]
+    against = analysis["against"]
+    return any(check is not None and not check["passed"] for check in checks) or (
+        against is not None and against["verdict"] == "regressed"
+    )
+
+
+@cli.command(name="report")
+@click.argument("source", metavar="REPORT.json", type=_MODEL)
+@_output
+def render(
+    source: Path,
+    reports: Sequence[Path],
+    *,
+    as_json: bool,
+    verbose: bool,
+    quiet: bool,
+) -> None:
+    """Print REPORT.json, or write it in another form with --report."""
+    from onnxnorm.report import Report
+
+    _check_reports(reports, source)
+    _show(Report.read(source), reports, as_json=as_json, verbose=verbose, quiet=quiet)
 
 
 @cli.command()
@@ -347,6 +454,24 @@ def _check_pass(print_after: str | None) -> None:
         )
 
 
+def _ablation(wanted: str, reports: Sequence[Path]) -> bool | tuple[str, ...]:
+    """The passes to leave out, one after another: all, none, or those that are named."""
+    if wanted == "auto":
+        return any(path.suffix.lower() in {".html", ".htm"} for path in reports)
+    if wanted in ("all", "none"):
+        return wanted == "all"
+    from onnxnorm.registry import catalogue
+
+    names = tuple(name.strip() for name in wanted.split(","))
+    unknown = next((name for name in names if name not in catalogue()), None)
+    if unknown is not None:
+        raise UsageError(
+            f"--ablation names '{unknown}', which is no pass",
+            "`onnxnorm passes` lists them; 'all' leaves out each, 'none' none.",
+        )
+    return names
+
+
 def _check_reports(reports: Sequence[Path], *models: Path | None) -> None:
     """Refuse a report that cannot be written before any work is done for it."""
     if not reports:
@@ -359,7 +484,8 @@ def _check_reports(reports: Sequence[Path], *models: Path | None) -> None:
         report_form(path)
         if os.path.realpath(path) in taken:
             raise UsageError(
-                f"the report {path} would replace the model", "Give the report another name."
+                f"the report {path} would replace the model or report it is made from",
+                "Give the report another name.",
             )
         check_target(path)
 

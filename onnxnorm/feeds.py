@@ -121,6 +121,7 @@ _POSITION_NAME: Final = re.compile(r"position|cache_pos", re.IGNORECASE)
 _LENGTH_NAME: Final = re.compile(r"(^|_|\b)(seq)?len(s|gth|gths)?($|_|\b)", re.IGNORECASE)
 _SPATIAL_NAME: Final = re.compile(r"height|width|^h$|^w$|spatial|image", re.IGNORECASE)
 _SEQUENCE_NAME: Final = re.compile(r"seq|len|time|token|frame|sample|step|^[lst]$", re.IGNORECASE)
+_BATCH_NAME: Final = re.compile(r"batch|^[bn]$", re.IGNORECASE)
 _PAST_NAME: Final = re.compile(r"past|cache", re.IGNORECASE)
 
 
@@ -204,16 +205,23 @@ def candidates(
     seed: int = 0,
     count: int = 8,
     arrays: Path | None = None,
+    sizes: Mapping[str, int] | None = None,
 ) -> Iterator[list[Feed]]:
     """Yield choices of inputs, the most telling first, for a model that may reject some.
 
     Arguments and errors are those of `make_feeds`; the user's own arrays are the only choice.
+    `sizes` settles symbolic axes by name, over what `shapes` says of them.
     """
     inputs = _inputs(proto)
     if arrays is not None:
         yield [_own(inputs, arrays)]
         return
     bound = _bind(inputs, shapes or {})
+    if sizes:
+        bound |= sizes
+        # What the user's shapes say of the other axes of these inputs is bound already.
+        varied = {i.name for places in map(_symbols(inputs).get, sizes) for i, _ in places or ()}
+        shapes = {name: shape for name, shape in (shapes or {}).items() if name not in varied}
     inputs = [i if i.name in (shapes or {}) else _fitting(i, proto) for i in inputs]
     limits = {i.name: _limits(proto, i) for i in inputs if not is_float_type(i.elem_type)}
     previous: list[Any] = []
@@ -229,6 +237,41 @@ def candidates(
 
 
 # --- shapes ------------------------------------------------------------------------------------
+
+
+def symbols(proto: onnx.ModelProto) -> tuple[str, ...]:
+    """Return the names of the symbolic axes of a model's inputs, in order."""
+    return tuple(name for name in _symbols(_inputs(proto)) if not name.startswith("?"))
+
+
+def batch_axis(proto: onnx.ModelProto) -> str | None:
+    """Return the name of the batch axis; None where there is none that could vary.
+
+    The first axis of all inputs, or of one where it is called like a batch, or of the first input.
+    """
+    inputs = _inputs(proto)
+    firsts = [d for i in inputs if i.dims and isinstance(d := i.dims[0], str) and _is_one(d)]
+    named = (d for d in firsts if _BATCH_NAME.search(d))
+    return _batch_symbol(inputs) or next(named, None) or next(iter(firsts[:1]), None)
+
+
+def sequence_axes(proto: onnx.ModelProto) -> tuple[str, ...]:
+    """Return the names of all axes that are called like the length of a sequence.
+
+    Where none is: that of axis 1, of inputs with two or three axes.
+    """
+    inputs = _inputs(proto)
+    batch = batch_axis(proto)
+    found = [s for s in _symbols(inputs) if s != batch and not _PAST_NAME.search(s)]
+    called = [s for s in found if _SEQUENCE_NAME.search(s) and not s.startswith(("?", "total"))]
+    if called:
+        return tuple(called)
+    second = [i.dims[1] for i in inputs if i.dims is not None and len(i.dims) in {2, 3}]
+    return tuple(dict.fromkeys(d for d in second if isinstance(d, str) and d in found))
+
+
+def _is_one(dim: str) -> bool:
+    return len(_terms(dim)) == 1
 
 
 def _inputs(proto: onnx.ModelProto) -> list[_Input]:

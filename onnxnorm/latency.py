@@ -55,6 +55,7 @@ Progress = Callable[[str, float | None], None]
 CONFIDENCE: Final = 0.95
 FEWEST_PAIRS: Final = 8  # as long as the budget allows one run of each session
 FEWEST_FOR_A_CLAIM: Final = 4  # two in each half, so that each half has a spread
+QUANTILES: Final = 101  # of the times of one model, from the least to the greatest
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,8 @@ class Timing:
         mean: Arithmetic mean.
         samples: Number of measurements; each is the mean of one run or of several in a row.
         runs: Number of timed runs.
+        quantiles: The distribution of the samples: QUANTILES values, evenly spaced from the least
+            to the greatest sample; empty where they were not kept.
     """
 
     p50: float
@@ -135,6 +138,42 @@ class Timing:
     mean: float
     samples: int
     runs: int
+    quantiles: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Turns:
+    """What one session pair says: the median milliseconds of a run, for each turn.
+
+    Attributes:
+        fresh: Each session had a process of its own.
+        first: The original.
+        second: Another session of the original.
+        candidate: The candidate.
+    """
+
+    fresh: bool
+    first: tuple[float, ...]
+    second: tuple[float, ...]
+    candidate: tuple[float, ...]
+
+    @property
+    def trial(self) -> Trial:
+        """The trial with one sample in each turn; `estimate` gives for it what it gave before."""
+        levels = (self.first, self.second, self.candidate)
+        return Trial(self.fresh, *(tuple((level,) for level in each) for each in levels))
+
+    @property
+    def ratio(self) -> float:
+        """Candidate over original: exp((d + d') / 2)."""
+        trial = self.trial
+        pair = (_between(trial.candidate, trial.first), _between(trial.candidate, trial.second))
+        return math.exp(statistics.fmean(pair))
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Turns:
+        """The session pair as a report holds it."""
+        return cls(data["fresh"], *(tuple(data[role]) for role in _ROLES))
 
 
 @dataclass(frozen=True)
@@ -159,6 +198,7 @@ class LatencyResult:
         budget_seconds: Time it was given.
         not_measured: Providers that these figures do not speak of.
         notes: What a reader should know, a sentence each.
+        trials: What `ratio`, `interval` and `band` were computed from; empty where not kept.
     """
 
     verdict: Verdict
@@ -178,6 +218,7 @@ class LatencyResult:
     budget_seconds: float
     not_measured: tuple[str, ...]
     notes: tuple[str, ...]
+    trials: tuple[Turns, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The result as values that json.dumps takes; `from_json` is the inverse."""
@@ -191,7 +232,9 @@ class LatencyResult:
         for name in ("interval", "band", "not_measured", "notes"):
             values[name] = tuple(values[name])
         for name in ("original", "candidate"):
-            values[name] = Timing(**values[name])
+            quantiles = tuple(values[name].get("quantiles", ()))
+            values[name] = Timing(**{**values[name], "quantiles": quantiles})
+        values["trials"] = tuple(Turns.from_json(each) for each in values.get("trials", ()))
         return cls(**values)
 
 
@@ -454,7 +497,7 @@ def record(
     trials: list[Trial] = []
     runs = 0
     with tempfile.TemporaryDirectory(prefix="onnxnorm-") as folder:
-        stored = _save_feeds(feeds, Path(folder)) if any(f for f, _ in schedule) else None
+        stored = save_feeds(feeds, Path(folder)) if any(f for f, _ in schedule) else None
         for index, (fresh, order) in enumerate(schedule):
             if clock.spent(index, notes):
                 break
@@ -780,8 +823,18 @@ def _settle() -> float:
 _BOOTSTRAP: Final = (
     "import sys; sys.path = [p for p in sys.path if p]; import json; "
     "head = json.loads(sys.stdin.buffer.readline()); sys.path = head['sys_path']; "
-    "from onnxnorm.latency import serve; serve(head)"
+    "from {module} import serve; serve(head)"
 )
+
+
+def bootstrap(module: str) -> str:
+    """Python code that reads a JSON line from standard input, and gives it to `module.serve`."""
+    return _BOOTSTRAP.replace("{module}", module)
+
+
+def search_path() -> list[str]:
+    """`sys.path` for another process, which may start in another folder."""
+    return [p or str(Path.cwd()) for p in sys.path]
 
 
 class _Apart:
@@ -791,7 +844,7 @@ class _Apart:
         self._path = spec.paths[role]
         self._last_words = tempfile.TemporaryFile()  # noqa: SIM115  (close() closes it)
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _BOOTSTRAP],
+            [sys.executable, "-c", bootstrap("onnxnorm.latency")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._last_words,
@@ -801,7 +854,7 @@ class _Apart:
             # It opens its session while the others open theirs.
             self._tell(
                 {
-                    "sys_path": [p or str(Path.cwd()) for p in sys.path],
+                    "sys_path": search_path(),
                     "paths": {role: os.fspath(self._path)},
                     "role": role,
                     "provider": spec.provider,
@@ -876,7 +929,7 @@ def serve(head: Mapping[str, Any]) -> None:
             threads=head["threads"],
             libraries=tuple(Path(p) for p in head["libraries"]),
         )
-        feeds = _load_feeds(Path(head["feeds"]))
+        feeds = load_feeds(Path(head["feeds"]))
         seat = _Here(spec, head["role"], feeds)
         reply({"ready": True})
         for line in iter(sys.stdin.buffer.readline, b""):
@@ -888,7 +941,7 @@ def serve(head: Mapping[str, Any]) -> None:
         pass
 
 
-def _save_feeds(feeds: Mapping[str, Any], folder: Path) -> Path:
+def save_feeds(feeds: Mapping[str, Any], folder: Path) -> Path:
     """Write feeds as plain arrays, with a table of what they were; numpy lacks bfloat16 & co."""
     arrays: dict[str, Any] = {}
     table: list[dict[str, Any]] = []
@@ -912,7 +965,8 @@ def _save_feeds(feeds: Mapping[str, Any], folder: Path) -> Path:
     return folder
 
 
-def _load_feeds(folder: Path) -> dict[str, Any]:
+def load_feeds(folder: Path) -> dict[str, Any]:
+    """The feeds that `save_feeds` wrote."""
     feeds: dict[str, Any] = {}
     table = json.loads((folder / "feeds.json").read_text(encoding="utf-8"))
     with np.load(folder / "feeds.npz", allow_pickle=False) as arrays:
@@ -1002,11 +1056,28 @@ def result_of(recording: Recording) -> LatencyResult:
         budget_seconds=recording.budget_seconds,
         not_measured=("cuda",) if recording.provider == "cpu" else ("cpu",),
         notes=recording.notes,
+        trials=tuple(_turns(trial) for trial in trials),
     )
+
+
+def _turns(trial: Trial) -> Turns:
+    return Turns(
+        trial.fresh,
+        *(
+            tuple(_short(statistics.median(turn)) for turn in turns)
+            for turns in (trial.first, trial.second, trial.candidate)
+        ),
+    )
+
+
+def _short(value: float) -> float:
+    """Six significant digits: a millionth, where a clock is good for less."""
+    return float(f"{value:.6g}")
 
 
 def _timing(milliseconds: Sequence[float], runs: int) -> Timing:
     p50, p90 = np.quantile(milliseconds, (0.5, 0.9))
+    shape = np.quantile(milliseconds, np.linspace(0, 1, QUANTILES))
     return Timing(
         p50=float(p50),
         p90=float(p90),
@@ -1014,6 +1085,7 @@ def _timing(milliseconds: Sequence[float], runs: int) -> Timing:
         mean=statistics.fmean(milliseconds),
         samples=len(milliseconds),
         runs=runs,
+        quantiles=tuple(_short(float(each)) for each in shape),
     )
 
 

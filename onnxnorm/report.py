@@ -65,6 +65,8 @@ class Report:
         parity_skipped: Why there is no parity result.
         latency: The latency result, or None and `latency_skipped` with the reason.
         latency_skipped: Why there is no latency result.
+        analysis: Time by operator, memory, what each pass bought, and the like; None where nothing
+            of it was measured.
         environment: Versions, processor, threads, providers.
         options: Settings that decide the result.
         files: Files that were written.
@@ -88,6 +90,7 @@ class Report:
     parity_skipped: str | None = None
     latency: Json | None = None
     latency_skipped: str | None = None
+    analysis: Json | None = None
     environment: Json = field(default_factory=dict)
     options: Json = field(default_factory=dict)
     files: Sequence[Json] = ()
@@ -127,7 +130,7 @@ class Report:
                 f"version {SCHEMA_VERSION}",
                 "Use the onnxnorm that wrote it, or make the report again.",
             )
-        data = {"streams": [], **data}  # the first version had none
+        data = {"streams": [], "analysis": None, **data}  # earlier versions had none
         schema = load_schema()
         fault = _fault(data, schema, schema, "report")
         if fault is not None:
@@ -137,15 +140,42 @@ class Report:
             )
         return cls(**{each.name: data[each.name] for each in fields(cls)})
 
+    @classmethod
+    def read(cls, path: str | Path) -> Report:
+        """Return the report in a JSON file.
+
+        Raises:
+            UsageError: There is no such file, or it holds no report that this version reads.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UsageError(
+                f"cannot read report {path}: {error.strerror or error}",
+                "Give a file that 'onnxnorm ... --report FILE.json' wrote.",
+            ) from error
+        except ValueError as error:  # neither UTF-8 nor JSON
+            raise UsageError(
+                f"{path} is not JSON: {error}",
+                "Give a file that 'onnxnorm ... --report FILE.json' wrote.",
+            ) from error
+        return cls.from_json(data)
+
     def to_markdown(self) -> str:
         """Return the report as markdown that can be pasted into a pull request."""
         return render_markdown(self.to_json())
+
+    def to_html(self) -> str:
+        """Return the report as one HTML page that needs nothing but itself."""
+        from onnxnorm.report_html import render_html  # brings matplotlib, which takes time
+
+        return render_html(self.to_json())
 
     def write(self, path: str | Path) -> None:
         """Write the report in the form that the suffix of `path` names, all of it or nothing.
 
         Args:
-            path: A file ending in .json or .md; an existing one is replaced.
+            path: A file ending in .html, .md or .json; an existing one is replaced.
 
         Raises:
             UsageError: The suffix names no form we write.
@@ -156,18 +186,18 @@ class Report:
         if form == "json":
             text = json.dumps(self.to_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         else:
-            text = self.to_markdown()
+            text = self.to_html() if form == "html" else self.to_markdown()
         _write_atomically(Path(path), text)
 
 
-def report_form(path: str | Path) -> Literal["json", "md"]:
+def report_form(path: str | Path) -> Literal["json", "md", "html"]:
     """Return the form that the suffix of a report's path names, before any work is done for it.
 
     >>> report_form("out/report.JSON")
     'json'
 
     Raises:
-        UsageError: The suffix is missing, unknown, or names a form that does not exist yet.
+        UsageError: The suffix is missing or unknown.
     """
     suffix = Path(path).suffix.lower()
     if suffix == ".json":
@@ -175,13 +205,11 @@ def report_form(path: str | Path) -> Literal["json", "md"]:
     if suffix == ".md":
         return "md"
     if suffix in {".html", ".htm"}:
-        raise UsageError(
-            f"cannot write {path}: HTML reports come in a later version",
-            "Name the report .md to read it, or .json to keep every number.",
-        )
+        return "html"
     what = f"the suffix {suffix}" if suffix else "no suffix"
     raise UsageError(
-        f"cannot tell the form of report {path}: it has {what}", "Name the report .json or .md."
+        f"cannot tell the form of report {path}: it has {what}",
+        "Name the report .html or .md to read it, or .json to keep every number.",
     )
 
 

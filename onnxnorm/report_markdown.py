@@ -6,6 +6,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from onnxnorm.report_analysis import (
+    ablation_rows,
+    memory_rows,
+    operator_rows,
+    sweep_rows,
+    told_against,
+)
 from onnxnorm.report_text import (
     LEGEND,
     PARITY_TITLES,
@@ -49,6 +56,9 @@ def render_markdown(report: Json) -> str:
     name = Path(report["model"]["input"] or "model").name
     blocks = [f"### onnxnorm {report['command']}: {_code(name)}", _prose(verdict(report))]
     blocks += [f"**Warning:** {_prose(each)}" for each in report["warnings"]]
+    analysis = report["analysis"] or {}
+    if analysis.get("against") is not None:
+        blocks.append(f"**{_prose(told_against(analysis['against']))}**")
     blocks += [_summary_table(report)]
     for title, items in _markdown_lists(report):
         blocks.append(_details(title, _bullets(items)))
@@ -82,6 +92,7 @@ def render_markdown(report: Json) -> str:
         blocks.append(_details(f"Passes ({len(rows)})", table))
     blocks += _markdown_parity(report)
     blocks += _markdown_latency(report)
+    blocks += _markdown_analysis(report, analysis)
     setting = {**report["options"], **report["environment"]}
     if setting:
         rows = [[_code(key), _code(spell_value(value))] for key, value in setting.items()]
@@ -112,6 +123,9 @@ def _summary_table(report: Json) -> str:
         where = provider_name(latency["provider"])
         for key in ("p50", "p90"):
             add(f"latency {key} on {where}", first[key], second[key], spell_milliseconds)
+    memory = (report["analysis"] or {}).get("memory")
+    if memory is not None:
+        add(*memory_rows(memory)[0], spell_bytes)
     if len(rows[0]) == 3 and all(row[2] == "-" for row in rows[1:]):
         rows = [row[:2] for row in rows]
     return _table(rows, right=1)
@@ -177,6 +191,26 @@ def _markdown_latency(report: Json) -> list[str]:
     ]
     title = f"Latency on {provider_name(latency['provider'])}"
     return [_details(title, _bullets([_prose(each) for each in items]))]
+
+
+def _markdown_analysis(report: Json, analysis: Json) -> list[str]:
+    names = roles(report)
+    profile, ablation, sweep = (analysis.get(key) for key in ("profile", "ablation", "sweep"))
+    tables = []
+    if profile is not None:
+        tables.append(("Time by operator", operator_rows(profile, names)))
+    if ablation is not None and ablation["passes"]:
+        tables.append(("What each pass bought", ablation_rows(ablation)))
+    if sweep is not None:
+        tables.append(("Latency against size", sweep_rows(sweep, names)))
+    blocks = []
+    for title, (heads, rows) in tables:
+        cells = [[_code(row[0]), *map(_prose, row[1:])] for row in rows]
+        blocks.append(_details(title, _long_table([heads, *cells], right=1)))
+    for each in analysis.get("providers", ()):
+        part = {**report, **each}
+        blocks += [*_markdown_parity(part), *_markdown_latency(part)]
+    return blocks
 
 
 def _details(title: str, body: str) -> str:

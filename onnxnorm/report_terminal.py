@@ -16,6 +16,7 @@ from rich.progress import Progress as Bar
 from rich.table import Column
 from rich.text import Text
 
+from onnxnorm.report_analysis import point_name, told_against
 from onnxnorm.report_text import (
     LEGEND,
     PARITY_TITLES,
@@ -240,6 +241,7 @@ def render_terminal(
         _print_norms(page, report, verbose=verbose)
     _print_parity(page, report, verbose=verbose)
     _print_latency(page, report)
+    _print_analysis(page, report)
     _print_size(page, report)
     if verbose:
         _print_environment(page, report)
@@ -423,6 +425,23 @@ def _print_latency(page: _Page, report: Json) -> None:
     page.prose(latency_line(latency), lead="  ", hang=2)
     for each in (*latency.get("notes", ()), *not_measured(report)):
         page.prose(each, lead="  ", hang=2)
+
+
+def _print_analysis(page: _Page, report: Json) -> None:
+    analysis = report["analysis"] or {}
+    if analysis.get("sweep") is not None:
+        page.heading("Latency against size")
+        for point in analysis["sweep"]["points"]:
+            found = point["latency"]
+            said = point["reason"] if found is None else latency_line(found)
+            page.prose(f"{point_name(point['sizes'])}: {said}", lead="  ", hang=4)
+    for each in analysis.get("providers", ()):
+        part = {**report, **each}
+        _print_parity(page, part, verbose=False)
+        _print_latency(page, part)
+    if analysis.get("against") is not None:
+        page.heading("Against the earlier report")
+        page.prose(told_against(analysis["against"]), lead="  ", hang=2)
 
 
 def _print_size(page: _Page, report: Json) -> None:

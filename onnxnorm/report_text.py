@@ -473,10 +473,13 @@ def not_measured(report: Json) -> list[str]:
     """Return a sentence for each provider that the figures do not speak of."""
     latency, lack = report["latency"], report["environment"].get("cuda")
     others = latency.get("not_measured", ["cuda"] if latency["provider"] == "cpu" else ["cpu"])
+    rows = (report.get("analysis") or {}).get("providers", ())
+    measured = {each["provider"] for each in rows if each["latency"] is not None}
     return [
         f"On {provider_name(name)}: not measured"
         f"{because(lack if name == 'cuda' and isinstance(lack, str) else None)}."
         for name in others
+        if name not in measured
     ]
 
 

@@ -154,6 +154,12 @@ class Session:
         """Free the session and its memory. A closed session cannot run."""
         self._native = None
 
+    def end_profiling(self) -> Path:
+        """Stop the profile that `open_session(profile=...)` began; returns the file it is in."""
+        native = self._live()
+        with rejections(self._path, "run"):
+            return Path(native.end_profiling())
+
     def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
         """Run the model once: outputs = model(feeds).
 
@@ -336,6 +342,7 @@ def open_session(
     seed: int | None = None,
     libraries: Sequence[Path] | None = None,
     optimized_model_path: Path | None = None,
+    profile: Path | None = None,
 ) -> Session:
     """Load the model at `path` into onnxruntime.
 
@@ -350,6 +357,8 @@ def open_session(
             of this package, where it is there, on the CPU and with optimizations on. Without them
             the bodies of its operators are run, so that both ways are tried.
         optimized_model_path: Where onnxruntime writes the graph that it really runs.
+        profile: Where onnxruntime writes the time of each node, until `Session.end_profiling`;
+            it appends the time of day and `.json`.
 
     Raises:
         ModelError: There is no such file.
@@ -376,6 +385,9 @@ def open_session(
         # A model beyond 2 GB could not be written otherwise.
         name = "session.optimized_model_external_initializers_file_name"
         options.add_session_config_entry(name, f"{optimized_model_path.name}.data")
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = os.fspath(profile)
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     if seed is not None:
         ort.set_seed(seed)

@@ -99,16 +99,29 @@ class Workbench:
 
     def measure(self, candidate: Path) -> dict[str, Any]:
         """The latency of the original and a candidate, as JSON."""
+        return self.time(self.original(), candidate, seconds=self.budget / 2)
+
+    def time(
+        self,
+        original: Path,
+        candidate: Path,
+        *,
+        seconds: float,
+        values: Mapping[str, Any] | None = None,
+        pairs: int = 12,
+    ) -> dict[str, Any]:
+        """The latency of any two models on the same inputs, as JSON."""
         from onnxnorm.latency import measure
 
         return measure(
-            self.original(),
+            original,
             candidate,
-            self.feed(),
+            self.feed() if values is None else values,
             provider=self.provider or "cpu",
             threads=self.threads,
             libraries=self.libraries,
+            pairs=pairs,
             seed=self.seed,
-            budget_seconds=self.budget / 2,
+            budget_seconds=seconds,
             progress=self.progress,
         ).to_json()

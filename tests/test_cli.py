@@ -584,3 +584,70 @@ def test_main_leaves_the_callers_signals_alone(command: Command) -> None:
     before = signal.getsignal(signal.SIGTERM)
     command("passes")
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+# ** reports of what was measured **
+
+
+@pytest.fixture
+def halved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Latency without measuring: the candidate takes half."""
+    timing = {"p50": 2.0, "p90": 2.5}
+    found = {
+        "verdict": "faster",
+        "ratio": 0.5,
+        "interval": [0.49, 0.51],
+        "band": [0.99, 1.01],
+        "original": timing,
+        "candidate": timing,
+        "pairs": 8,
+        "threads": 1,
+        "provider": "cpu",
+    }
+    monkeypatch.setattr("onnxnorm.workbench.Workbench.time", lambda *_, **__: found)
+
+
+@pytest.mark.usefixtures("halved")
+def test_one_run_gives_all_forms_and_a_report_is_rendered_again(
+    command: Command, model: Path, out: Path, tmp_path: Path
+) -> None:
+    forms = [tmp_path / f"r.{suffix}" for suffix in ("html", "md", "json")]
+    reports = [part for form in forms for part in ("--report", form)]
+    assert command("optimize", model, out, "--provider", "cpu", *reports).code == 0
+    page = forms[0].read_text("utf-8")
+    assert "What each pass bought" in page, "a report in HTML leaves each pass out"
+    again = tmp_path / "again.html"
+    done = command("report", forms[2], "--report", again)
+    assert done.code == 0
+    assert again.read_text("utf-8") == page
+    assert "faster on the CPU" in " ".join(done.out.split())
+    assert (
+        "would replace the model or report" in command("report", forms[2], "--report", forms[2]).err
+    )
+
+
+@pytest.mark.usefixtures("halved")
+def test_a_gain_that_is_gone_fails(command: Command, model: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base.json"
+    given = ("compare", model, model, "--provider", "cpu")
+    assert command(*given, "--report", base).code == 0
+    assert command(*given, "--against", base).code == 0
+    data = json.loads(base.read_text("utf-8"))
+    data["latency"] |= {"ratio": 0.4, "interval": [0.39, 0.41]}
+    base.write_text(json.dumps(data), "utf-8")
+    done = command(*given, "--against", base)
+    assert done.code == 1
+    assert "Less is gained than before" in done.out
+    assert command(*given, "--against", base, "--max-regression", "0.5").code == 0
+
+
+@pytest.mark.usefixtures("halved")
+def test_sizes_from_the_command_line(command: Command, model: Path) -> None:
+    given = ("compare", model, model, "--provider", "cpu", "--no-parity", "--json")
+    data = command(*given, "--batch", "1,4").report
+    assert [p["sizes"] for p in data["analysis"]["sweep"]["points"]] == [{"N": 1}, {"N": 4}]
+    named = command(*given, "--sweep", "N=2").report
+    assert [p["sizes"] for p in named["analysis"]["sweep"]["points"]] == [{"N": 2}]
+    for wrong in (("--batch", "1,x"), ("--batch", "0"), ("--batch", "1,1"), ("--sweep", "N")):
+        assert command(*given, *wrong).code == 2
+    assert "called like a sequence" in command(*given, "--seq", "8").err

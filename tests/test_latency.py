@@ -650,7 +650,7 @@ def test_a_fresh_process_survives_ctrl_c_and_ends_with_its_input(
     relu: Path, tmp_path: Path
 ) -> None:
     spec = latency._Spec({"first": relu}, "cpu", 1, ())
-    seat = latency._Apart(spec, "first", latency._save_feeds(X, tmp_path))
+    seat = latency._Apart(spec, "first", latency.save_feeds(X, tmp_path))
     seat.wait()
     seat._process.send_signal(signal.SIGINT)
     assert len(seat.turn(latency._Plan(1, 4, 2, 0.0))) == 4
@@ -663,7 +663,7 @@ def test_a_model_that_fails_in_a_fresh_process_fails_here_in_the_same_words(
     relu: Path, tmp_path: Path
 ) -> None:
     spec = latency._Spec({"first": relu}, "cpu", 1, ())
-    stored = latency._save_feeds({"other": X["x"]}, tmp_path)
+    stored = latency.save_feeds({"other": X["x"]}, tmp_path)
     seat = latency._Apart(spec, "first", stored)
     with pytest.raises(RuntimeRejection, match=r"relu\.onnx: the model has no input 'other'"):
         seat.wait()
@@ -755,7 +755,7 @@ FEEDS: Mapping[str, Any] = {
 
 @pytest.mark.parametrize("name", FEEDS)
 def test_feeds_reach_another_process_as_they_are(tmp_path: Path, name: str) -> None:
-    found = latency._load_feeds(latency._save_feeds({name: FEEDS[name], "last": 1}, tmp_path))
+    found = latency.load_feeds(latency.save_feeds({name: FEEDS[name], "last": 1}, tmp_path))
     assert list(found) == [name, "last"]
     wanted = FEEDS[name]
     if wanted is None:

@@ -27,6 +27,7 @@ from onnxnorm.errors import OnnxNormError, OutputError, UsageError
 from onnxnorm.latency import LatencyResult, Timing
 from onnxnorm.parity import Level, OutputParity, ParityResult
 from onnxnorm.report import Report, load_schema, report_form
+from onnxnorm.report_html import render_html
 from onnxnorm.report_markdown import render_markdown
 from onnxnorm.report_terminal import Progress, render_inspect, render_terminal
 from onnxnorm.report_text import REASONS, parity_cells, verdict
@@ -385,8 +386,9 @@ def test_from_json_refuses_what_the_schema_refuses(data: st.DataObject) -> None:
         parent[key] = spoilt
     if VALIDATOR.is_valid(changed):
         assert Report.from_json(changed).to_json() == changed
-    elif "streams" not in changed:  # a report of the first version, which had none
-        assert Report.from_json(changed).to_json() == {**changed, "streams": []}
+    elif not {"streams", "analysis"} <= set(changed):  # a report of a version that had none
+        added: dict[str, Any] = {"streams": [], "analysis": None}
+        assert Report.from_json(changed).to_json() == {**added, **changed}
     else:
         with pytest.raises(UsageError, match="report") as caught:
             Report.from_json(changed)
@@ -476,16 +478,17 @@ def test_writes_the_form_that_the_suffix_names(tmp_path: Path) -> None:
     report = full()
     report.write(tmp_path / "r.JSON")
     report.write(str(tmp_path / "r.md"))
+    report.write(tmp_path / "r.html")
     assert Report.from_json(json.loads((tmp_path / "r.JSON").read_bytes())) == report
     assert (tmp_path / "r.md").read_text(encoding="utf-8") == render_markdown(report.to_json())
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["r.JSON", "r.md"]
+    assert (tmp_path / "r.html").read_text(encoding="utf-8") == render_html(report.to_json())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["r.JSON", "r.html", "r.md"]
 
 
 @pytest.mark.parametrize(
     ("name", "what"),
     [
-        ("r.html", "later version"),
-        ("r.HTM", "later version"),
+        ("r.pdf", ".pdf"),
         ("r.txt", ".txt"),
         ("r", "no suffix"),
     ],

@@ -1,0 +1,87 @@
+"""What each pass bought: the model is made again without it, and timed against the whole.
+
+    bought(p) = ratio * (1 / r(p) - 1),    r(p) = latency with all passes / latency without p
+
+in shares of the original's latency; `ratio` is that of the whole, and 1 - ratio - sum bought(p) is
+what the passes do only together (one may take over what another left) or what nobody can tell from
+noise. Leaving one out measures a pass beside the others, which adding one after another would not:
+the second of two that do the same would get nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+from onnxnorm.errors import OnnxNormError
+from onnxnorm.pipeline import Pipeline, Run
+from onnxnorm.staging import Staged
+from onnxnorm.workbench import Workbench
+
+_LEAST_SECONDS: Final = 8.0  # of one measurement; what it gives is worth little after less
+_PAIRS: Final = 8
+
+
+def ablate(
+    bench: Workbench,
+    pipeline: Pipeline,
+    run: Run,
+    candidate: Path,
+    whole: Mapping[str, Any],
+    wanted: Collection[str] = (),
+) -> dict[str, Any]:
+    """Leave out each pass that changed something, once, and time what is left.
+
+    Args:
+        bench: The original, and how it is run.
+        pipeline: What made the run.
+        run: The run whose passes are judged.
+        candidate: The file of its model.
+        whole: The latency of that model against the original, as JSON.
+        wanted: Restrict it to these passes; empty means all that changed something.
+
+    Returns:
+        `passes`, `skipped` and `seconds`, as `report.schema.json` describes them.
+    """
+    began = time.perf_counter()
+    changed = {remark.rule for remark in run.applied}
+    names = list(dict.fromkeys(p.name for p in pipeline.passes if p.name in changed))
+    rows: list[dict[str, Any]] = []
+    skipped: list[dict[str, str]] = []
+    if len(names) == 1:
+        # Without the only pass there is the original, and that comparison is there already.
+        return {
+            "passes": [_row(names[0], whole)],
+            "skipped": [],
+            "seconds": time.perf_counter() - began,
+        }
+    taken_back = tuple(r.site for r in run.remarks if r.outcome == "rolled_back")
+    asked = [name for name in names if not wanted or name in wanted]
+    for index, name in enumerate(asked):
+        if bench.progress is not None:
+            bench.progress(f"without {name}", index / len(asked))
+        rest = replace(
+            pipeline,
+            passes=[p for p in pipeline.passes if p.name != name],
+            after_pass=None,
+            before=None,
+        )
+        try:
+            without = rest.run(bench.stored, deny=taken_back, check_sites=False)
+            with Staged(without.stored, None) as staged:
+                seconds = max(bench.budget / 2 / len(asked), _LEAST_SECONDS)
+                latency = bench.time(staged.model, candidate, seconds=seconds, pairs=_PAIRS)
+        except OnnxNormError as error:
+            skipped.append({"pass": name, "reason": error.what})
+        else:
+            rows.append(_row(name, latency))
+    skipped += [{"pass": n, "reason": "it was not asked for"} for n in names if n not in asked]
+    return {"passes": rows, "skipped": skipped, "seconds": time.perf_counter() - began}
+
+
+def _row(name: str, latency: Mapping[str, Any]) -> dict[str, Any]:
+    keys = ("ratio", "interval", "band", "verdict", "pairs")
+    return {"pass": name, **{key: latency[key] for key in keys}}
