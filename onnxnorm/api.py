@@ -670,6 +670,6 @@ def _logged(run: Run, told: _Told) -> None:
     if told.parity is not None:
         _log.info("parity: %s", "passed" if told.parity["passed"] else "failed")
     if told.latency is not None:
-        _log.info("latency: %s", told.latency["summary"])
+        _log.info("latency: %s, ratio %.3f", told.latency["verdict"], told.latency["ratio"])
     for warning in told.warnings:
         _log.warning("%s", warning)

@@ -284,6 +284,8 @@ class Facts:
         if isinstance(value, Weight):
             sparse = isinstance(value.proto, onnx.SparseTensorProto)
             content: Any = value.values if sparse else value.proto
+            if not sparse and value.proto.HasField("segment"):
+                return None  # a part of a tensor, which no runtime reads
             return Constant(value.name, value, content, self)
         node = self.producer(value)
         if node is None or node.domain != "":
@@ -347,7 +349,7 @@ class Facts:
             if attribute.ref_attr_name:
                 return None
             if attribute.name == "value":
-                return attribute.t
+                return None if attribute.t.HasField("segment") else attribute.t
             if attribute.name == "sparse_value":
                 return dense(attribute.sparse_tensor)
             if attribute.name in _CONSTANT_LISTS:
@@ -370,7 +372,9 @@ class Facts:
             if any(a.ref_attr_name for a in node.proto.attribute):
                 return f"node '{node.label}' ({node.op}) takes it from a parameter of the function"
             return f"node '{node.label}' ({node.op}) computes it"
-        if isinstance(value, Value) and value.default is not None:
+        if isinstance(value, Weight):
+            return "its tensor is only a segment of one"
+        if value.default is not None:
             return "it is an initializer that callers may override, being a graph input too"
         scope = value.scope
         if scope is not None and scope.is_function:

@@ -19,6 +19,7 @@ from rich.text import Text
 from onnxnorm.report_analysis import point_name, told_against
 from onnxnorm.report_text import (
     LEGEND,
+    NORM_TITLES,
     PARITY_TITLES,
     REASONS,
     Group,
@@ -356,9 +357,12 @@ def _print_norm_rows(page: _Page, report: Json, *, verbose: bool) -> None:
             lines += [f"input {norm['input']}", f"output {norm['output']}"]
             lines.append(f"{counted(len(norm['nodes']), 'node')}: {', '.join(norm['nodes'])}")
             lines.append(f"site {norm['site']}" if norm["site"] else "no site")
+        if beside:
+            lines.append(f"in onnxruntime: {beside[number]}")
         for each in lines:
             page.prose(each, lead="      ", hang=6, style="dim")
 
+    beside: list[str] = []  # a column that has no room
     titles, cells = norm_table(report)
     if is_planned(report):
         titles[-1] = "would be"
@@ -366,6 +370,9 @@ def _print_norm_rows(page: _Page, report: Json, *, verbose: bool) -> None:
         for row, norm in zip(cells, norms, strict=True):
             if norm.get("into"):
                 row[-1] = row[-1].partition(" into ")[0]
+        if len(titles) > len(NORM_TITLES) and not page.fits(titles, cells, flexible=3):
+            titles.pop(-2)
+            beside = [row.pop(-2) for row in cells]
     page.table(titles, cells, flexible=3, below=details)
 
 

@@ -222,6 +222,14 @@ def test_a_sparse_constant_is_dense() -> None:
     assert known.type(value(known, "s")) == Type(TensorProto.FLOAT, (4,))
 
 
+def test_a_segment_of_a_tensor_is_no_constant() -> None:
+    model = parse("main (float[N] x) => (float[N] y) <float[1] w = {2}> { y = Mul (x, w) }")
+    model.graph.initializer[0].segment.begin = 0
+    known = facts(model)
+    assert known.constant(value(known, "w")) is None
+    assert known.why_not_constant(value(known, "w")) == "its tensor is only a segment of one"
+
+
 def test_a_constant_knows_its_size_and_its_source() -> None:
     text = 'float[2] w = {1, 2}, string[2] t = {"a", "bcd"}'
     model = parse(after(text, "a = Identity (w) c = Identity (a)"))
