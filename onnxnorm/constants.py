@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from onnxnorm import float64
 from onnxnorm.facts import AnyValue, Facts
 from onnxnorm.module import Node, Value
-from onnxnorm.sizes import Sizes, derived_sizes
+from onnxnorm.sizes import Entries, derived_sizes, find_sizes
 from onnxnorm.storage import Array
 
 Values = NDArray[Any]
@@ -113,13 +113,11 @@ class Constants:
 
     def __init__(self, facts: Facts) -> None:
         self.facts = facts
-        self._sizes: Sizes | None = None
         self._computed: set[AnyValue] = set()
         self._static: dict[AnyValue, NDArray[np.int64]] = {}
         self._refused: dict[Node, str] = {}
         nodes = list(_in_order(facts))
-        if any(n.op in ("Shape", "Size") and not n.domain for n in nodes):
-            self._sizes = derived_sizes(facts)
+        self._measures = any(n.op in ("Shape", "Size") and not n.domain for n in nodes)
         for node in nodes:
             self._visit(node)
 
@@ -146,7 +144,7 @@ class Constants:
 
         In the main graph only: a body runs with shapes that may differ from turn to turn.
         """
-        if self._sizes is None or node.scope is not self.facts.module.main or node.domain:
+        if not self._measures or node.scope is not self.facts.module.main or node.domain:
             return None
         out = node.outputs[0]
         known = self.facts.type(out)
@@ -154,10 +152,10 @@ class Constants:
             return None
         if not any(v.name and self.facts.constant(v) is None for v in node.inputs):
             return None
-        entries = self._sizes.entries(out)
-        if entries is None or not all(isinstance(n, int) for n in entries.reshape(-1)):
+        # What the file states is asked first: that is known already, and mostly it is not enough.
+        if _numbers(find_sizes(self.facts).entries(out)) is None:
             return None
-        return np.asarray(entries.tolist(), dtype=np.int64).reshape(entries.shape)
+        return _numbers(derived_sizes(self.facts).entries(out))
 
     def known(self, value: AnyValue) -> bool:
         """Whether a value is constant: stored, moved, a size, or computed of such."""
@@ -447,6 +445,12 @@ _GROWS: Final[dict[str, Callable[[Node, Sequence[Values]], float]]] = {
     "Range": lambda _, a: math.ceil(float(a[1] - a[0]) / float(a[2])),
     "Tile": lambda _, a: a[0].size * math.prod(map(int, a[1])),
 }
+
+
+def _numbers(entries: Entries | None) -> NDArray[np.int64] | None:
+    if entries is None or not all(isinstance(n, int) for n in entries.reshape(-1)):
+        return None
+    return np.asarray(entries.tolist(), dtype=np.int64).reshape(entries.shape)
 
 
 def _named(values: Sequence[AnyValue]) -> list[AnyValue]:

@@ -21,7 +21,7 @@ from onnxnorm.facts import AnyValue, Facts
 from onnxnorm.module import Node
 from onnxnorm.rearrange import MOVES, permutation
 from onnxnorm.rewrite import Pass, Plan, Refusal, Rewriter
-from onnxnorm.sizes import Sizes, derived_sizes
+from onnxnorm.sizes import Sizes, derived_sizes, find_sizes
 
 _LONGEST: Final = 16  # nodes in a row
 
@@ -39,10 +39,11 @@ class FoldLayout(Pass):
         nodes = [n for n in facts.module.nodes() if _moves(n, facts)]
         if not nodes:
             return
-        sizes = derived_sizes(facts)
         place = {n: at for at, n in enumerate(facts.module.nodes())}
         for node in nodes:
-            found = _shorter(node, facts, sizes)
+            found = _shorter(node, facts, find_sizes(facts))
+            if found is not None:  # what the file states may be stale
+                found = _shorter(node, facts, derived_sizes(facts))
             if found is None or found.order:
                 found = _known(node, found, facts, place) or found
             if found is None:
