@@ -85,7 +85,7 @@ class StreamFoldAffine(Pass):
         if kept != pinned:  # those that stay because they stayed before: why they did
             stays.update(Gauge(region, bound, pinned).stays)
         if change.gone:
-            stop = change.misfit() or self._grown(change, facts)
+            stop = _apart(region) or change.misfit() or self._grown(change, facts)
             if stop is None:
                 yield change.plan()
             else:
@@ -145,6 +145,13 @@ class StreamFoldAffine(Pass):
             rw.replace("Add", [before, rw.constant("shift", shift, at=last)], at=last)
         for step in change.gone:
             rw.redirect(step.result, step.source)
+
+
+def _apart(region: Region) -> Stop | None:
+    """Why scales would only move from one Mul to another, as the cosines of a rotary embedding."""
+    if region.writers or region.intakes:
+        return None
+    return Stop(None, "no linear operator writes or reads the values around it")
 
 
 def _pinned(region: Region, facts: Facts) -> dict[Map, Stop]:

@@ -320,6 +320,15 @@ AGAIN = " d = MatMul (n, w)\n y = Add (n, d)\n"
             f"{CONSTANTS}, float one = {{0.5}}",
             "QuantizeLinear 'q' reads 'n' and is not linear",
         ),
+        # a rotary embedding: cosines and sines with nothing linear around them
+        (
+            (
+                "k = Mul (x, s)\n a = Sigmoid (x)\n c = Mul (a, t)\n r = Add (k, c)\n"
+                " m = Mul (r, b)\n y = Sigmoid (m)\n"
+            ),
+            CONSTANTS,
+            "no linear operator writes or reads",
+        ),
     ],
 )
 def test_refusals(body: str, constants: str, reason: str) -> None:
