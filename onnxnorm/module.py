@@ -10,6 +10,7 @@ edit replaced the element. A scope that no edit touched is written back as it wa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any, Final
 
 import numpy as np
@@ -21,7 +22,7 @@ from onnx_graphsurgeon.ir.tensor import LazyValues
 from onnxnorm import wellformed
 from onnxnorm.errors import ModelError
 from onnxnorm.ops import bodies
-from onnxnorm.storage import Array, Stored
+from onnxnorm.storage import Array, Stored, total_bytes
 
 SITE_KEY: Final = "onnxnorm.site"  # the metadata key that names, on a new node, the site it is from
 
@@ -171,7 +172,17 @@ class Node(gs.Node):
         return str(self.name or next((v.name for v in self.outputs if v.name), self.op))
 
     def proto_now(self) -> onnx.NodeProto:
-        """The message of this node as it is wired now."""
+        """The message of this node as it is wired now, to be read only."""
+        same = all(
+            len(names) == len(values)
+            and all(v.name == n for v, n in zip(values, names, strict=True))
+            for names, values in (
+                (self.proto.input, self.inputs),
+                (self.proto.output, self.outputs),
+            )
+        )
+        if same and not self.site and not any(body.touched for _, _, body in self.bodies):
+            return self.proto
         proto = onnx.NodeProto()
         proto.CopyFrom(self.proto)
         for names, values in ((proto.input, self.inputs), (proto.output, self.outputs)):
@@ -478,6 +489,11 @@ class Module:
     def touched(self) -> bool:
         """Whether any edit has been made."""
         return any(scope.touched for scope in self.scopes)
+
+    @cached_property
+    def bytes_read(self) -> int:
+        """Bytes of the model as it was read, with all its weights."""
+        return total_bytes(self.stored)
 
     def fresh_name(self, wanted: str) -> str:
         """`wanted`, or the first of `wanted_1`, `wanted_2` ... that nobody uses."""

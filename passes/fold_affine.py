@@ -102,7 +102,7 @@ class FoldAffine(Pass):
         before = facts.module.stored.proto.graph.initializer
         now = (w.proto for w in facts.module.main.weights)
         grown = _bytes(t for t in now if isinstance(t, onnx.TensorProto)) - _bytes(before)
-        return max(1e6, self.max_growth * storage.total_bytes(facts.module.stored)) - grown
+        return max(1e6, self.max_growth * facts.module.bytes_read) - grown
 
     def _unlisted(self, node: Node, transfer: Transfer) -> Iterator[Plan]:
         """What is no row of a report and can go all the same: scalars, and biases that are ignored.

@@ -19,7 +19,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Final
 
-from onnxnorm import storage
 from onnxnorm.constants import Computed, Constants, Unknown, find_constants
 from onnxnorm.facts import Facts
 from onnxnorm.rewrite import Pass, Plan, Refusal, Rewriter
@@ -83,7 +82,7 @@ class FoldConstants(Pass):
 
     def _room(self, facts: Facts) -> float:
         """Bytes that the file may still grow by: one budget for all rounds, whoever spent of it."""
-        before = storage.total_bytes(facts.module.stored)
+        before = facts.module.bytes_read
         weights = (w for scope in facts.module.scopes for w in scope.weights)
         now = sum(c.nbytes for w in weights if (c := facts.constant(w)) is not None)
         return max(self.max_growth * before, before + _SLACK) - now

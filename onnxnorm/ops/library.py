@@ -155,5 +155,5 @@ def _describe(kind: build.Kind, otherwise: str) -> Library:
         built=tuple(found["built"]),
         usable=tuple(found["usable"]),
         missing=recorded,
-        architectures=tuple(found["architectures"]),
+        architectures=tuple(found.get("architectures", ())),
     )
