@@ -279,7 +279,9 @@ class Fold:
         """Why it saves nothing."""
         at = self.flow.additions[0].value if self.flow.additions else self.norm.output
         node = self.facts.producer(at) or self.norm.node
-        reason = f"'{node.label}' has no bias, and an Add behind it would save nothing"
+        convolves = node.op in ("Conv", "ConvTranspose")
+        lack = "pads with what is not shifted" if convolves else "has no bias"
+        reason = f"'{node.label}' {lack}, and an Add behind it would save nothing"
         return Refusal(reason, node.label, node=self.norm.node)
 
     def plan(self) -> Plan:
