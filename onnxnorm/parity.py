@@ -501,12 +501,17 @@ class ParityChecker:
         if reference is None and not parts:
             reference = self._by_itself()
         if reference is not None:
-            self._tell("parity: candidate", None)
-            outputs, notes = self._judge_twice(reference, Path(candidate))
-            return _result(
-                outputs, reference.precision, [*reference.notes, *notes], reference.feeds, start
-            )
+            return self._judged(reference, Path(candidate), start)
         return self._by_regions(Path(candidate), parts, start)
+
+    def _judged(
+        self, reference: _Reference, candidate: Path, start: float, note: str = ""
+    ) -> ParityResult:
+        """The whole candidate against a reference of the whole original."""
+        self._tell("parity: candidate", None)
+        outputs, notes = self._judge_twice(reference, candidate)
+        notes = [*([note] if note else []), *reference.notes, *notes]
+        return _result(outputs, reference.precision, notes, reference.feeds, start)
 
     # --- preparation ---------------------------------------------------------------------------
 
@@ -1244,6 +1249,9 @@ class ParityChecker:
                             f"parity could not be checked: {what}",
                             "Give smaller inputs with --input-shape, or use --no-parity.",
                         ) from None
+                    except ParityError:  # sizes that belong together are lost where it was cut
+                        note = f"the part around {region.site} does not run by itself"
+                        return self._judged(self._by_itself(), candidate, start, note)
                 self._regions[region] = reference
             changed = variants.extracted(other, region.inputs, region.outputs, types)
             with staging.Staged(changed, None) as staged:

@@ -613,6 +613,38 @@ def test_a_region_beyond_the_budget_is_an_error(tmp_path: Path) -> None:
         checker.check(original, [region])
 
 
+def test_a_region_that_does_not_run_by_itself_lets_the_whole_be_measured(tmp_path: Path) -> None:
+    """Its inputs are drawn one by one, and here one is the shape of the other."""
+
+    def model(name: str, factor: float) -> Path:
+        text = f"""
+        <ir_version: 8, opset_import: ["" : 17]>
+        main (float[N,6] x) => (float[A,B,C] y)
+        <int64[2] split = {{2, 3}}, float k = {{{factor}}}>
+        {{
+            a = Exp (x)
+            n = Shape <start = 0, end = 1> (x)
+            whole = Concat <axis = 0> (n, split)
+            s = Cast <to = 1> (whole)
+            shape = Cast <to = 7> (s)
+            b = Reshape (a, shape)
+            y = Mul (b, k)
+        }}
+        """
+        path = tmp_path / name
+        onnx.save(onnx.parser.parse_model(text), path)
+        return path
+
+    original = model("a.onnx", 1.5)
+    region = Region("pairs", ("a", "s"), ("y",))
+    with ParityChecker(original, memory_bytes=1) as checker:
+        result = checker.check(original, [region])
+        assert result.passed, result.failure
+        assert "the part around pairs does not run by itself" in result.notes
+        assert "the original's own run" in result.truth
+        assert not checker.check(model("b.onnx", 1.501), [region]).passed
+
+
 def test_without_regions_a_model_beyond_the_budget_is_measured_by_itself(tmp_path: Path) -> None:
     original = layers(tmp_path, "a")
     with ParityChecker(original, memory_bytes=1) as checker:
