@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 from onnxnorm.errors import OnnxNormError
 from onnxnorm.pipeline import Pipeline, Run
+from onnxnorm.slower import changing, without
 from onnxnorm.staging import Staged
 from onnxnorm.workbench import Workbench
 
@@ -47,8 +47,7 @@ def ablate(
         `passes`, `skipped` and `seconds`, as `report.schema.json` describes them.
     """
     began = time.perf_counter()
-    changed = {remark.rule for remark in run.applied}
-    names = list(dict.fromkeys(p.name for p in pipeline.passes if p.name in changed))
+    names = changing(run, pipeline)
     rows: list[dict[str, Any]] = []
     skipped: list[dict[str, str]] = []
     if len(names) == 1:
@@ -63,15 +62,10 @@ def ablate(
     for index, name in enumerate(asked):
         if bench.progress is not None:
             bench.progress(f"without {name}", index / len(asked))
-        rest = replace(
-            pipeline,
-            passes=[p for p in pipeline.passes if p.name != name],
-            after_pass=None,
-            before=None,
-        )
         try:
-            without = rest.run(bench.stored, deny=taken_back, check_sites=False)
-            with Staged(without.stored, None) as staged:
+            rest = without(pipeline, (name,))
+            left = rest.run(bench.stored, deny=taken_back, check_sites=False)
+            with Staged(left.stored, None) as staged:
                 seconds = max(bench.budget / 2 / len(asked), _LEAST_SECONDS)
                 latency = bench.time(staged.model, candidate, seconds=seconds, pairs=_PAIRS)
         except OnnxNormError as error:

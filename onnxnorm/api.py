@@ -31,10 +31,12 @@ from onnxnorm.ops import bodies, library
 from onnxnorm.pipeline import Pipeline, Run
 from onnxnorm.registry import select
 from onnxnorm.regression import MAX_REGRESSION, judge
+from onnxnorm.remark import Remark
 from onnxnorm.report import Report
 from onnxnorm.rewrite import Pass
 from onnxnorm.rollback import prove
 from onnxnorm.rows import file_rows, model_facts, norm_rows, site_rows
+from onnxnorm.slower import Blame, blame, with_kept
 from onnxnorm.staging import Staged
 from onnxnorm.storage import Stored
 from onnxnorm.stream_rows import Outline, outlines, stream_rows
@@ -118,6 +120,7 @@ def optimize(
     skip: Collection[str] = (),
     parity: bool = True,
     latency: bool = True,
+    keep_slower: bool = False,
     dry_run: bool = False,
     in_place: bool = False,
     time_budget: float = TIME_BUDGET,
@@ -154,6 +157,7 @@ def optimize(
         skip: Leave these sites as they are.
         parity: Check the outputs; without it nothing is proven.
         latency: Measure both models: latency, time by operator, and memory.
+        keep_slower: Keep a pass that makes the model slower, measured twice; else it is left out.
         dry_run: Plan and apply in memory, check and write nothing.
         in_place: Let `output` be the input itself.
         time_budget: Seconds that parity may take; latency takes half as many.
@@ -182,6 +186,8 @@ def optimize(
             bench.resolve(provider, cuda_kernels=cuda_kernels)
         say("passes", None)
         found: list[Outline] = []
+        back: tuple[Remark, ...] = ()
+        blamed: list[Blame] = []
         pipeline = Pipeline(chosen, tuple(only), tuple(skip), after_pass)
         pipeline.before = lambda facts: found.extend(outlines(facts))
         told = _Told(notes=_told_of_target(target))
@@ -196,17 +202,29 @@ def optimize(
         elif not changed:
             _leave(bench, told, parity=parity)
         else:
-            if parity:
-                proof = prove(bench, pipeline, source, run, place, stack)
-                run, candidate = proof.run, proof.candidate
-                told.parity = proof.result.to_json()
-                told.warnings += [f"{r.site} was taken back: {r.reason}." for r in proof.taken_back]
-            else:
-                candidate = stack.enter_context(Staged(run.stored, place, ahead))
+            if not parity:
                 told.parity_skipped = "--no-parity was given"
                 told.warnings.append("The outputs were not compared with those of the original.")
-            changed = bool(run.applied) or source is not stored
-            _time(bench, told, candidate, asked=latency, proven=parity, changed=changed)
+            while True:
+                if parity:
+                    proof = prove(bench, pipeline, source, run, place, stack, back)
+                    run, candidate, back = proof.run, proof.candidate, proof.taken_back
+                    told.parity = proof.result.to_json()
+                else:
+                    candidate = stack.enter_context(Staged(run.stored, place, ahead))
+                changed = bool(run.applied) or source is not stored
+                told.latency = None
+                _time(bench, told, candidate, asked=latency, proven=parity, changed=changed)
+                if keep_slower or told.latency is None or told.latency["verdict"] != "slower":
+                    break
+                judged = blame(bench, pipeline, source, run, candidate.model, told.latency)
+                if isinstance(judged, str):
+                    told.warnings.append(judged)
+                    break
+                blamed.append(judged)
+                pipeline, run, ahead = judged.pipeline, judged.run, None
+            told.warnings += [f"{r.site} was taken back: {r.reason}." for r in back]
+            told.warnings += [f"{b.name} was taken back: {b.reason}." for b in blamed]
             if told.latency is not None:
                 parts: dict[str, Measured] = {}
                 if ablation:
@@ -226,6 +244,7 @@ def optimize(
                 told.notes.append("Nothing was changed, so nothing was written.")
             else:
                 files = staging.save(run.stored, place, ahead)
+        run = with_kept(run, blamed, [p.name for p in chosen])
         _logged(run, told)
         streams = stream_rows(found, run.remarks)
         report = Report(
@@ -244,6 +263,7 @@ def optimize(
                 "opset": opset,
                 "ops": ops,
                 "cuda_kernels": cuda_kernels,
+                "keep_slower": keep_slower,
                 "provider": bench.provider or provider,
                 "seed": seed,
                 "only": list(only),

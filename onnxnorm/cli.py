@@ -181,6 +181,7 @@ _TARGET = _options(
 @click.option("--opset", type=click.IntRange(1), help="Convert the model to this opset.")
 @click.option("--only", multiple=True, metavar="SITE", help="Restrict the passes to this site.")
 @click.option("--skip", multiple=True, metavar="SITE", help="Leave this site as it is.")
+@click.option("--keep-slower", is_flag=True, help="Keep a pass that makes the model slower.")
 @click.option("--in-place", is_flag=True, help="Replace the input.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done; run and write nothing.")
 @click.option("--time-passes", is_flag=True, help="Print the time each pass took.")

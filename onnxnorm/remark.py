@@ -33,8 +33,9 @@ class Remark:
 
     Attributes:
         outcome: `applied`; `refused`, when a side condition failed; `missed`, when the place only
-            resembles what the pass is for; `kept`, when it is in its best form already;
-            `skipped`, on the user's wish; `rolled_back`, when the outputs no longer agreed.
+            resembles what the pass is for; `kept`, when it is in its best form already, or was
+            measured slower in the other; `skipped`, on the user's wish; `rolled_back`, when the
+            outputs no longer agreed.
         rule: The pass.
         site: The stable name of the place: pass and anchor value.
         at: The node that decided it, by its name in the model.
@@ -46,6 +47,7 @@ class Remark:
             a change that goes through the whole model.
         anchor: The output value of the place's root node.
         error: The measured error that rolled it back, over its budget.
+        ratio: The latency with it over that without it, for which it was left out.
         anchors: Further values that the site stands for, with the way to their scope.
         edited: Labels of the nodes that stayed and read something else now.
         action: What an applied one did to a norm: "folded", "converted", "lowered".
@@ -64,6 +66,7 @@ class Remark:
     region: Region | None = None
     anchor: str = ""
     error: float | None = None
+    ratio: float | None = None
     anchors: tuple[str, ...] = ()
     edited: tuple[str, ...] = ()
     action: str = "folded"

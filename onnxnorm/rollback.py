@@ -7,7 +7,7 @@ again from the input with that site denied.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -51,6 +51,7 @@ def prove(
     run: Run,
     target: Path | None,
     keep: ExitStack,
+    taken_back: Iterable[Remark] = (),
 ) -> Proof:
     """Check a run; leave out the sites that break agreement, one after another, by replay.
 
@@ -61,12 +62,13 @@ def prove(
         run: The run to check.
         target: Where the model will go; None keeps it in a temporary folder.
         keep: Owns the staged model that agrees.
+        taken_back: What an earlier proof has left out, and the run too.
 
     Raises:
         ParityError: The original cannot be run, or does not agree with itself.
     """
     quiet = replace(pipeline, after_pass=None)
-    denied: dict[str, Remark] = {}
+    denied = {remark.site: remark for remark in taken_back}
     while True:
         with ExitStack() as undecided:
             candidate = undecided.enter_context(Staged(run.stored, target))

@@ -56,7 +56,11 @@ def _says_more(remark: Remark, known: Remark) -> bool:
     """Whether a remark is what to tell of a place; what is lowered may be converted after that."""
     if remark.outcome == known.outcome == "applied":
         return known.action == "lowered"
-    return _RANK[remark.outcome] < _RANK[known.outcome]
+    return _rank(remark) < _rank(known)
+
+
+def _rank(remark: Remark) -> int:
+    return _RANK["rolled_back" if remark.ratio is not None else remark.outcome]
 
 
 def _action(norm: Norm, remark: Remark | None) -> tuple[str, str | None]:

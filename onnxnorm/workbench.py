@@ -109,8 +109,12 @@ class Workbench:
         seconds: float,
         values: Mapping[str, Any] | None = None,
         pairs: int = 12,
+        again: int = 0,
     ) -> dict[str, Any]:
-        """The latency of any two models on the same inputs, as JSON."""
+        """The latency of any two models on the same inputs, as JSON.
+
+        The `again`th time the order of what is measured is another.
+        """
         from onnxnorm.latency import measure
 
         return measure(
@@ -121,7 +125,7 @@ class Workbench:
             threads=self.threads,
             libraries=self.libraries,
             pairs=pairs,
-            seed=self.seed,
+            seed=self.seed + again,
             budget_seconds=seconds,
             progress=self.progress,
         ).to_json()
