@@ -12,16 +12,16 @@ from typing import Final, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxnorm.facts import AnyValue, Constant, Facts
+from onnxnorm.facts import AnyValue, Constant
 from onnxnorm.layout import Layout
 from onnxnorm.module import Node
+from onnxnorm.norm_operators import batch_norm_affine
 from onnxnorm.port import is_real
 from onnxnorm.transfer import Transfer
 
 Vector = NDArray[np.float64]
 
 _LONGEST: Final = 6  # maps between a value and a sum of two of its maps
-_EPSILON: Final = float(np.float32(1e-5))  # BatchNormalization's schema default, a float
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,10 +67,12 @@ def read_map(node: Node, layout: Layout, transfer: Transfer) -> Map | str | None
         rank = transfer.rank(node.inputs[0])
         if rank is None or not layout.only_axis(1 - rank):
             return None
-        read = _statistics(node, facts)
-        if isinstance(read, str) or read is None:
-            return read
+        read = batch_norm_affine(node, facts)
+        if isinstance(read, str):
+            return f"is no fixed map: {read}"
         scale, shift = read
+        if not (np.isfinite(scale).all() and np.isfinite(shift).all()):
+            return "has statistics that give no finite scale and shift"
         if scale.size != layout.features:
             return "has parameters for another number of features"
         return Map(node, node.inputs[0], result, layout, scale, _some(shift))
@@ -207,31 +209,3 @@ def _numbers(constant: Constant, layout: Layout) -> Vector | None:
     order = sorted(range(len(layout.parts)), key=lambda i: layout.parts[i].axis)
     kept = constant.float64().reshape([layout.parts[i].size for i in order])
     return np.asarray(kept.transpose(np.argsort(order)).reshape(-1))
-
-
-def _statistics(node: Node, facts: Facts) -> tuple[Vector, Vector] | str | None:
-    """(s, t) of a BatchNormalization with fixed statistics."""
-    if node.parameter("epsilon", "spatial", "training_mode") or len(node.inputs) < 5:
-        return None
-    opset = node.scope.opsets[""]
-    if opset < 7 or (opset < 9 and node.attrs.get("spatial", 1) == 0):
-        return None
-    if node.attrs.get("training_mode", 0):
-        return "takes its statistics from the batch: training_mode is set"
-    if any(v.name for v in node.outputs[1:]):
-        return "computes running statistics"
-    found = []
-    for value in node.inputs[1:5]:
-        constant = facts.constant(value)
-        if constant is None or not is_real(constant.dtype):
-            return f"has a parameter '{value.name}' that is not constant"
-        found.append(constant.float64())
-    if len({a.shape for a in found}) != 1 or found[0].ndim != 1:
-        return None
-    gamma, beta, mean, variance = found
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        scale = gamma / np.sqrt(variance + float(node.attrs.get("epsilon", _EPSILON)))
-        shift = beta - mean * scale
-    if not (np.isfinite(scale).all() and np.isfinite(shift).all()):
-        return "has statistics that give no finite scale and shift"
-    return scale, shift

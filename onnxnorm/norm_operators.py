@@ -19,7 +19,7 @@ from onnxnorm.port import is_real
 
 Axes: TypeAlias = "tuple[int, ...] | None"
 
-DEFAULT_EPSILON: Final = 1e-5  # BatchNormalization's schema default
+DEFAULT_EPSILON: Final = float(np.float32(1e-5))  # BatchNormalization's schema default
 PARAMETERS: Final = ("gamma", "beta", "mean", "variance")  # its inputs behind the first
 
 

@@ -6,10 +6,10 @@ Each test is one trap of the project's list; those that other modules hold:
 |---|---|
 | 1 to 7, 9, 33: streams | `test_trap_*` in `tests/passes/test_stream_fold_mean.py` |
 | 15 training_mode=1, in every opset | `test_refuses_statistics_of_the_batch` (fold-batchnorm) |
-| 17 gamma = 0 in a gauge | the tests of the gauge |
+| 17 gamma = 0 in a gauge | `tests/passes/test_stream_fold_affine.py` |
 | 18 a weight that loses its digits | `test_refuses_weights_that_would_lose_their_digits` (same) |
 | 19, 20, 23, 24: near misses | `tests/test_recognition.py`, `tests/test_moments.py` |
-| 21, 25: RepBN with alpha b, PowerNorm | the recipes of those networks |
+| 21, 25: RepBN with alpha b, PowerNorm | `tests/test_fixed_statistics.py` |
 | 26, 27: softmax | `tests/ops/test_softmax.py`, `tests/test_exponentials.py` |
 | 34 a scale of lower rank on CUDA | `tests/test_runtime_fusions.py`, `tools/gpu_check.py` |
 """

@@ -606,3 +606,18 @@ def test_a_lost_training_mode_is_caught(monkeypatch: pytest.MonkeyPatch) -> None
     for module in (fold_batchnorm, norm_operators):
         monkeypatch.setattr(module, "training_reason", lambda node: None)
     assert run(model, FoldBatchnorm()).applied  # what the pass would do without asking
+
+
+def test_the_default_epsilon_is_a_float() -> None:
+    """The schema's 1e-5 is a float32, also in a float64 model."""
+    model = onnx.parser.parse_model(
+        """
+        <ir_version: 8, opset_import: ["" : 17]>
+        main (double[1,1,2,2] x) => (double[1,1,2,2] y)
+        <double[1,1,1,1] w = {1.0}, double[1] g = {1.0}, double[1] z = {0.0}>
+        { a = Conv (x, w) y = BatchNormalization (a, g, z, z, z) }
+        """
+    )
+    done = run(model, FoldBatchnorm())
+    (weight,) = (t for t in done.stored.complete().graph.initializer if len(t.dims) == 4)
+    assert onnx.numpy_helper.to_array(weight).item() == 1.0 / np.sqrt(np.float64(np.float32(1e-5)))
