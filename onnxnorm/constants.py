@@ -203,6 +203,26 @@ class Constants:
         assert node is not None, "a node computes it"
         return _narrowed(wide, self._dtype(value, wide, node), node)
 
+    def origin(self, value: AnyValue) -> tuple[Node, ...]:
+        """All nodes that lead to a value, from the tensors whose sizes it is made of.
+
+        What is cut out of a graph to be run by itself needs them: its other inputs may be anything.
+        """
+        found: dict[Node, None] = {}
+        pending = [value]
+        sizes = find_sizes(self.facts)
+        while pending:
+            at = pending.pop()
+            node = self.facts.producer(at)
+            if node is None or node in found or self.facts.constant(at) is not None:
+                continue
+            found[node] = None
+            if node.op not in ("Shape", "Size") or node.domain:
+                pending += [
+                    v for v in _named(node.inputs) if self.known(v) or sizes.entries(v) is not None
+                ]
+        return tuple(found)
+
     def _values(self, value: AnyValue, *, rounded: bool) -> Values:
         """A value with floats in float64, each node's result rounded to its type if asked."""
         known: dict[AnyValue, Values] = {}

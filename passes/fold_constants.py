@@ -75,7 +75,7 @@ class FoldConstants(Pass):
                 root,
                 computed.nodes,
                 (found, computed),
-                inside=tuple(dict.fromkeys(readers)),
+                inside=tuple(dict.fromkeys((*readers, *found.origin(value)))),
                 outputs=tuple(dict.fromkeys(v for n in readers for v in n.outputs if v.name)),
                 into="constant",
             )

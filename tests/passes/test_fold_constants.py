@@ -466,3 +466,26 @@ def test_an_untouched_model_is_given_back() -> None:
     from onnxnorm.pipeline import Pipeline
 
     assert Pipeline([RULE]).run(stored).stored is stored
+
+
+def test_what_is_checked_by_itself_begins_where_the_sizes_are_taken() -> None:
+    """Given a size as an input of its own, a part of the model would be run with any other."""
+    model = onnx.parser.parse_model(
+        """
+        <ir_version: 8, opset_import: ["" : 17]>
+        main (float[N,8] x) => (float[N,M] y, int64[1] width)
+        <int64 one = {1}, int64[1] zero = {0}, int64[1] two = {2}, int64[1] axis = {1}>
+        {
+            s = Shape (x)
+            d = Gather (s, one)
+            width = Unsqueeze (d, zero)
+            half = Div (width, two)
+            y = Slice (x, zero, half, axis)
+        }
+        """
+    )
+    done = run(model, FoldConstants())
+    (remark,) = done.applied
+    assert remark.region is not None
+    assert remark.region.inputs == ("x",)
+    assert set(remark.region.outputs) == {"y"}
