@@ -61,7 +61,10 @@ class _Alone:
 
     @property
     def signature(self) -> bytes:
-        """The same for norms that differ in names and in the numbers that they read alone."""
+        """The same for norms that differ in names and in the numbers that they read alone.
+
+        Integers are axes and sizes, and count.
+        """
         proto = onnx.ModelProto()
         proto.CopyFrom(self.proto)
         names = {"": ""}
@@ -71,13 +74,18 @@ class _Alone:
                 for index, name in enumerate(side):
                     side[index] = names.setdefault(name, str(len(names)))
         weights = [
-            (names[t.name], t.data_type, tuple(t.dims))
+            (names[t.name], t.data_type, tuple(t.dims), _integers(t))
             for t in proto.graph.initializer
             if t.name in names
         ]
         shapes = [(names[k], v.shape, str(v.dtype)) for k, v in self.values.items()]
         nodes = [node.SerializeToString(deterministic=True) for node in proto.graph.node]
         return repr((nodes, sorted(weights), shapes, self.usual, self.others)).encode()
+
+
+def _integers(tensor: onnx.TensorProto) -> list[int]:
+    whole = tensor.data_type in (onnx.TensorProto.INT32, onnx.TensorProto.INT64)
+    return onnx.numpy_helper.to_array(tensor).ravel().tolist() if whole else []
 
 
 def with_choices(passes: Sequence[Pass], choices: Choices) -> list[Pass]:
@@ -146,7 +154,7 @@ def tune(
     places = _places(bench, before, target, runtime)
     chosen: list[tuple[str, str]] = []
     notes: list[str] = []
-    known: dict[bytes, tuple[str, str]] = {}
+    known: dict[bytes, tuple[str, str] | None] = {}
     count = max(1, len({p.signature for p in places}))
     for index, place in enumerate(places):
         name, signature = place_of(place.norm.output), place.signature
@@ -155,12 +163,15 @@ def tune(
         if signature not in known:
             seconds = max(bench.budget / 2 / count / len(place.others), _LEAST_SECONDS)
             known[signature] = _fastest(bench, place, lowering, seconds)
-        form, figure = known[signature]
+        fastest = known[signature]
+        if fastest is None:
+            continue
+        form, figure = fastest
         chosen.append((name, form))
         if form != place.usual:
             notes.append(f"{name} is written as {form}: {figure} of the time of {place.usual}.")
     rest = len(chosen) - len(notes)
-    notes.append(f"--tune measured {len(chosen)} norms; {rest} keep the form that the table has.")
+    notes.append(f"Norms measured by --tune: {len(chosen)}; with the form of the table: {rest}.")
     return Tuned(tuple(chosen), tuple(notes))
 
 
@@ -235,9 +246,12 @@ def _extracted(proto: onnx.ModelProto, norm: Norm, value: Any) -> onnx.ModelProt
     graph = onnx.helper.make_graph(
         nodes, "norm", [given], [onnx.ValueInfoProto(name=norm.output.name)], [*used.values()]
     )
-    alone = onnx.ModelProto()
-    alone.CopyFrom(proto)
-    alone.graph.CopyFrom(graph)
+    alone = onnx.helper.make_model(
+        graph,
+        opset_imports=proto.opset_import,
+        functions=proto.functions,
+        ir_version=proto.ir_version,
+    )
     inferred = onnx.shape_inference.infer_shapes(alone)
     if not inferred.graph.output[0].type.HasField("tensor_type"):
         return None
@@ -248,12 +262,17 @@ def _extracted(proto: onnx.ModelProto, norm: Norm, value: Any) -> onnx.ModelProt
 _BODIES: Final = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
 
 
-def _fastest(bench: Workbench, place: _Alone, lowering: Pass, seconds: float) -> tuple[str, str]:
-    """The form that is faster than the usual one beyond the band, and its ratio; or the usual."""
+def _fastest(
+    bench: Workbench, place: _Alone, lowering: Pass, seconds: float
+) -> tuple[str, str] | None:
+    """The form that is faster than the usual one beyond the band, and its ratio; or the usual.
+
+    None where the usual one cannot be written in the norm's own model.
+    """
     best: tuple[float, str, str] = (1.0, place.usual, "")
     usual = _written(place, lowering, place.usual)
     if usual is None:
-        return place.usual, ""
+        return None
     with Staged(usual, None) as first:
         for form in place.others:
             other = _written(place, lowering, form)
