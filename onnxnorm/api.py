@@ -13,7 +13,7 @@ from typing import Any, Final, Literal, TypeAlias
 
 import onnx
 
-from onnxnorm import staging, verifier
+from onnxnorm import staging, tuning, verifier
 from onnxnorm.ablation import ablate
 from onnxnorm.analysis import Measured, analyse, empty, provider_row
 from onnxnorm.copying import HeadStart
@@ -24,7 +24,7 @@ from onnxnorm.errors import (
     VerificationError,
 )
 from onnxnorm.intake import Model, given_back, taken
-from onnxnorm.lowering import NOT_MEASURED, OLDEST_RUNTIME
+from onnxnorm.lowering import NOT_MEASURED, OLDEST_RUNTIME, Choices
 from onnxnorm.lowering import version as parsed
 from onnxnorm.module import Module
 from onnxnorm.ops import bodies, library
@@ -121,6 +121,8 @@ def optimize(
     parity: bool = True,
     latency: bool = True,
     keep_slower: bool = False,
+    tune: bool = False,
+    choices: str | Path | Mapping[str, str] | None = None,
     dry_run: bool = False,
     in_place: bool = False,
     time_budget: float = TIME_BUDGET,
@@ -158,6 +160,9 @@ def optimize(
         parity: Check the outputs; without it nothing is proven.
         latency: Measure both models: latency, time by operator, and memory.
         keep_slower: Keep a pass that makes the model slower, measured twice; else it is left out.
+        tune: Measure the forms that each norm can have, alone, and write it in the fastest.
+        choices: The forms of norms, by their places, from a run with `tune`: its report, or the
+            object under "choices" of its options.
         dry_run: Plan and apply in memory, check and write nothing.
         in_place: Let `output` be the input itself.
         time_budget: Seconds that parity may take; latency takes half as many.
@@ -178,11 +183,14 @@ def optimize(
     chosen = _aimed(
         select(passes), target, ops=ops, cuda_kernels=cuda_kernels, runtime=runtime_version
     )
+    forms = _forms(choices, tune=tune, dry_run=dry_run)
+    if tune or forms is not None:
+        chosen = tuning.with_choices(chosen, forms or ())
     with ExitStack() as stack:
         stored = stack.enter_context(taken(model))
         place = _target(stored, output, in_place=in_place)
         bench = Workbench(stack, stored, threads, inputs, input_shapes, seed, time_budget, say)
-        if (parity or latency) and not dry_run:
+        if (parity or latency or tune) and not dry_run:
             bench.resolve(provider, cuda_kernels=cuda_kernels)
         say("passes", None)
         found: list[Outline] = []
@@ -192,7 +200,18 @@ def optimize(
         pipeline.before = lambda facts: found.extend(outlines(facts))
         told = _Told(notes=_told_of_target(target))
         source = _in_opset(stored, opset, target, runtime_version, told)
+        if tune:
+            say("forms", None)
+            oldest = runtime_version or OLDEST_RUNTIME
+            tuned = tuning.tune(bench, chosen, source, target, oldest)
+            forms = tuned.choices
+            told.notes += tuned.notes
+            pipeline.passes = chosen = tuning.with_choices(chosen, forms)
         run = pipeline.run(source)
+        if forms is not None and (lost := tuning.unmet(forms, run)):
+            told.warnings.append(
+                f"The choices name {', '.join(lost)}, where lower-norms has met no norm."
+            )
         pipeline.before = None  # the search for what fails runs it again
         changed = bool(run.applied) or source is not stored
         _check_valid(stored, run, changed=changed)
@@ -264,6 +283,7 @@ def optimize(
                 "ops": ops,
                 "cuda_kernels": cuda_kernels,
                 "keep_slower": keep_slower,
+                "choices": None if forms is None else dict(forms),
                 "provider": bench.provider or provider,
                 "seed": seed,
                 "only": list(only),
@@ -518,6 +538,19 @@ def _told_of_operators(bench: Workbench, stored: Stored, *, cuda_kernels: bool) 
     )
     unrun = [_CUDA_NOT_RUN] if cuda_kernels and not bench.libraries else []
     return [_WITH_LIBRARY if there else _WITHOUT_LIBRARY, *unrun]
+
+
+def _forms(
+    choices: str | Path | Mapping[str, str] | None, *, tune: bool, dry_run: bool
+) -> Choices | None:
+    """The choices that were given; None where there are none."""
+    if tune and dry_run:
+        raise UsageError("--tune was given for a dry run, which measures nothing", "Leave one out.")
+    if tune and choices is not None:
+        raise UsageError("both --tune and --choices were given", "Measure, or replay, not both.")
+    if choices is None or isinstance(choices, Mapping):
+        return None if choices is None else tuple(choices.items())
+    return tuning.read_choices(choices)
 
 
 # ** proving and measuring **

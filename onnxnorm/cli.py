@@ -181,6 +181,13 @@ _TARGET = _options(
 @click.option("--opset", type=click.IntRange(1), help="Convert the model to this opset.")
 @click.option("--only", multiple=True, metavar="SITE", help="Restrict the passes to this site.")
 @click.option("--skip", multiple=True, metavar="SITE", help="Leave this site as it is.")
+@click.option("--tune", is_flag=True, help="Measure the forms of each norm; take the fastest.")
+@click.option(
+    "--choices",
+    type=_MODEL,
+    metavar="FILE.json",
+    help="Forms from the report of a run with --tune.",
+)
 @click.option("--keep-slower", is_flag=True, help="Keep a pass that makes the model slower.")
 @click.option("--in-place", is_flag=True, help="Replace the input.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done; run and write nothing.")

@@ -130,8 +130,9 @@ def test_the_page_says_what_the_cells_say(tmp_path: Path) -> None:
     )
     (tmp_path / "net.json").write_text(text, encoding="utf-8")
     page = tmp_path / "page.md"
-    assert benchmark.main(["--out", str(tmp_path), "--table", str(page)]) == 0
+    assert benchmark.main(["--out", str(tmp_path), "--table", str(page), "--note", "Noted."]) == 0
     lines = page.read_text(encoding="utf-8").splitlines()
+    assert "Noted." in lines
     assert "| net | original | 7 | 1.2 | 5 ms | 3 ms |  |  |  |" in lines
     ours = "| net | onnxnorm | 7 | 1.2 | 0.800 [0.750, 0.850] faster | 0.200 [0.750, 0.850] faster"
     assert f"{ours} | 0.50 | 1.5 | 90 |" in lines

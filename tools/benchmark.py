@@ -2,7 +2,7 @@
 
     python tools/benchmark.py --setup DIR                                  the others' environment
     python tools/benchmark.py --env DIR --out RESULTS [FOLDER ...] [--models a,b] [--tool NAME]
-    python tools/benchmark.py --out RESULTS --table [docs/benchmark.md]    table and plot
+    python tools/benchmark.py --out RESULTS --table [PAGE.md] [--note TEXT]    table and plot
 
 For each model each tool optimizes it with its defaults, in a process of its own with a time limit:
 its wall time, its peak memory, and a crash is a result too. Then each result is judged against the
@@ -35,6 +35,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -503,22 +504,22 @@ def _error(cell: Mapping[str, Any]) -> str:
     return number if cell["agrees"] else f"{number} differs"
 
 
-def markdown(results: Mapping[str, Any], plot: str) -> str:
+def markdown(results: Mapping[str, Any], plot: str, note: str = "") -> str:
     """The page: what was run, the summary, the plot, every model."""
     first = next(iter(results.values()))
     told = "\n".join(f"| {key} | {value} |" for key, value in first["versions"].items())
     titles = ["model", "tool", "nodes", "MB", *(f"ratio, {t} thr." for t in THREADS)]
     titles += ["error", "seconds", "peak MB"]
     lines = [cells_of(*row) for row in rows_of(results)]
+    said = f"\n{textwrap.fill(note, 100)}\n" if note else ""
     return f"""# Benchmark
 
-Made by `tools/benchmark.py` {_when(results)}, on a machine that other work ran on too, so that the
-intervals are wide. Its docstring says what is measured and how. "ratio" is the latency under
-ORT_ENABLE_ALL over that of the original under the same, with its 95 % interval; "faster" and
-"slower" are said only beyond the A/A band. "error" is the distance from the original in float64, as
-a multiple of the original's own; "differs" is beyond the budget of [report.md](report.md).
-"seconds" and "peak MB" are those of the tool's process.
-
+Made by `tools/benchmark.py` {_when(results)}, whose docstring says what is measured and how.
+"ratio" is the latency under ORT_ENABLE_ALL over that of the original under the same, with its 95 %
+interval; "faster" and "slower" are said only beyond the A/A band. "error" is the distance from the
+original in float64, as a multiple of the original's own; "differs" is beyond the budget of
+[report.md](report.md). "seconds" and "peak MB" are those of the tool's process.
+{said}
 | | |
 |---|---|
 {told}
@@ -594,12 +595,12 @@ def draw(results: Mapping[str, Any], path: Path, threads: int = 1) -> None:
     pyplot.close(figure)
 
 
-def render(folder: Path, page: Path) -> None:
+def render(folder: Path, page: Path, note: str) -> None:
     """Write the page and the plot beside it."""
     results = load(folder)
     plot = page.with_suffix(".svg")
     draw(results, plot)
-    page.write_text(markdown(results, plot.name), encoding="utf-8")
+    page.write_text(markdown(results, plot.name, note), encoding="utf-8")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -623,6 +624,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="PAGE.md",
         help="write table and plot and end",
     )
+    parser.add_argument("--note", default="", help="a sentence for the page of --table")
     args = parser.parse_args(argv)
     if args.setup:
         return setup(args.setup)
@@ -630,7 +632,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--out RESULTS is needed")
     args.out.mkdir(parents=True, exist_ok=True)
     if args.table:
-        render(args.out, args.table)
+        render(args.out, args.table, args.note)
         return 0
     tools = args.tool or list(TOOLS)
     if args.env is None and set(tools) & set(OTHERS):
