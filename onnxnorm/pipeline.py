@@ -205,7 +205,7 @@ class Pipeline:
             if not rewriter.log:
                 return applied, [*rest, *skipped.values()]
             current.changed()
-            verifier.check(rule.name)
+            verifier.check(rule.name, current.facts)
             before, nodes = nodes, sum(1 for _ in module.nodes())
             rounds += nodes >= before  # making a graph smaller comes to an end by itself
         raise VerificationError(

@@ -46,8 +46,12 @@ class Verifier:
         if self._types is None:
             self._types = facts.types
 
-    def check(self, rule: str) -> None:
+    def check(self, rule: str, facts: Facts | None = None) -> None:
         """Check every invariant.
+
+        Args:
+            rule: The pass that has just changed the module.
+            facts: What is true of the module now; None has it found here.
 
         Raises:
             VerificationError: The pass `rule` broke one.
@@ -64,7 +68,7 @@ class Verifier:
                     if node.site:
                         self._schema(rule, node)
         if self._types is not None:
-            self._contradictions(rule, Facts(self._module))
+            self._contradictions(rule, facts or Facts(self._module))
 
     def _structure(
         self,
