@@ -117,11 +117,14 @@ class FoldAffine(Pass):
                 return
             value, factor = found
             norm = Norm("channel_affine", node, (node,), value, node.outputs[0])
-            fold = self._back(norm, Affine.of(factor), transfer)
-            if not isinstance(fold, Fold) or fold.cost:
+            back = self._way_back(norm, Affine.of(factor), transfer)
+            if isinstance(back, Refusal) or back.additions:
                 return
-            near = all(n in fold.flow.ends or n.op in _LAYOUT for n in fold.flow.between)
-            if near and copied(fold.flow.changes, facts)[0] <= 0:
+            near = all(n in back.ends or n.op in _LAYOUT for n in back.between)
+            if not near or copied(back.changes, facts)[0] > 0:
+                return
+            fold = self._fold(norm, back, True, None, transfer)  # reads the weights
+            if isinstance(fold, Fold):
                 yield fold.plan()
         elif node.op in ("Add", "Conv", "ConvTranspose"):
             bias = _bias(node, transfer)
@@ -164,6 +167,12 @@ class FoldAffine(Pass):
     def _back(
         self, norm: Norm, affine: Affine, transfer: Transfer, whole: Affine | None = None
     ) -> Fold | Refusal:
+        flow = self._way_back(norm, affine, transfer)
+        if isinstance(flow, Refusal):
+            return flow
+        return self._fold(norm, flow, True, None if whole is None else whole.shift, transfer)
+
+    def _way_back(self, norm: Norm, affine: Affine, transfer: Transfer) -> Flow | Refusal:
         first = next(n for n in norm.nodes if norm.input in n.inputs)
         flow = flow_back(norm.input, affine, first, transfer)
         if isinstance(flow, Stop):
@@ -178,8 +187,7 @@ class FoldAffine(Pass):
             told = reads or f"'{maker.label}' has several outputs"
             reason = f"{told}, and '{norm.output.name}' is {pinned}"
             return Refusal(reason, maker.label, node=norm.node)
-        rest = None if whole is None else whole.shift
-        return self._fold(norm, flow, True, rest, transfer)
+        return flow
 
     def _forth(
         self, norm: Norm, affine: Affine, transfer: Transfer, whole: Affine | None = None
