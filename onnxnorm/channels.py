@@ -226,7 +226,7 @@ class _Explorer:
     def _visit(self, node: Node, index: int, value: AnyValue, track: Track) -> None:
         """Couple what one node makes of a value (index -1: of its result)."""
         self.found.nodes[node] = None
-        if node.domain == "" and not any(a.ref_attr_name for a in node.proto.attribute):
+        if node.domain == "" and not node.parametric:
             rule = _RULES.get(node.op)
             try:
                 said = (

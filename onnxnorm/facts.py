@@ -300,7 +300,7 @@ class Facts:
         """The result of an operator that only moves or repeats constants, computed now."""
         if node.op not in _MOVES or not node.inputs or len(node.outputs) != 1:
             return None
-        if any(a.ref_attr_name for a in node.proto.attribute):
+        if node.parametric:
             return None
         proto = node.proto_now()
         inputs = list(node.inputs)
@@ -369,7 +369,7 @@ class Facts:
             value = node.inputs[0]
             node = self.producer(value)
         if node is not None:
-            if any(a.ref_attr_name for a in node.proto.attribute):
+            if node.parametric:
                 return f"node '{node.label}' ({node.op}) takes it from a parameter of the function"
             return f"node '{node.label}' ({node.op}) computes it"
         if isinstance(value, Weight):

@@ -280,7 +280,7 @@ def _options(walk: _Walk, node: Node, output: int, affine: Affine) -> list[Optio
         raise Halt("makes it, and it is not linear")
     if node.op in _SUMS and node.scope.opsets[""] < 7:
         raise Halt("broadcasts by attributes, as before opset 7")
-    if any(a.ref_attr_name for a in node.proto.attribute):
+    if node.parametric:
         raise Halt("makes it and has a parameter of the function")
     try:
         return rule(walk, node, affine)

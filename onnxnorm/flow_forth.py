@@ -153,7 +153,7 @@ class _Walk:
         """
         if node.domain != "":
             raise Halt(f"is of the domain {node.domain}, and reads it")
-        if any(a.ref_attr_name for a in node.proto.attribute):
+        if node.parametric:
             raise Halt("has a parameter of the function")
         if node.op in MOVES:
             if set(maps) != {0}:

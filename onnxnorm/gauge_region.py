@@ -78,7 +78,7 @@ def intake(node: Node, index: int, layout: Layout, transfer: Transfer) -> Intake
         return None
     if len(node.inputs) < 2 or index > 1 or (index == 1 and node.op != "MatMul"):
         return None
-    if any(a.ref_attr_name for a in node.proto.attribute):
+    if node.parametric:
         return None
     constant = transfer.facts.constant(node.inputs[1 - index])
     if constant is None or not is_real(constant.dtype) or len(constant.shape) < 2:
@@ -244,7 +244,7 @@ class _Explorer:
         known = self.facts.type(value)
         if known is not None and known.element and known.element not in REAL:
             return Stop(node, f"'{value.name}' does not hold real numbers")
-        if node.domain != "" or any(a.ref_attr_name for a in node.proto.attribute):
+        if node.domain != "" or node.parametric:
             return Stop(node, f"{described(node)} makes it and is not linear")
         if self._map(node, layout):
             return None

@@ -124,6 +124,8 @@ class Node(gs.Node):
             doc string, metadata and attributes are kept.
         site: The site that made it; "" for a node of the input model.
         bodies: The scopes of its graph attributes, as (attribute, index, scope).
+        parametric: Whether an attribute is a parameter of the function, and differs from call to
+            call.
     """
 
     __eq__ = object.__eq__
@@ -149,6 +151,7 @@ class Node(gs.Node):
         self.scope = scope
         self.site = site
         self.bodies: list[tuple[str, int, Scope]] = []
+        self.parametric = any(a.ref_attr_name for a in proto.attribute)
 
     def parameter(self, *names: str) -> str | None:
         """The first of these attributes that is a parameter of the function; None if none is."""

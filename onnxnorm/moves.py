@@ -85,7 +85,7 @@ def moved(t: Transfer, node: Node, affine: Affine, *, forth: bool, output: int =
         Halt: It does not pass.
     """
     row = MOVES[node.op]
-    if any(a.ref_attr_name for a in node.proto.attribute):
+    if node.parametric:
         raise Halt("has a parameter of the function")
     if row.positive and not affine.positive:
         raise Halt("passes only factors that are positive")

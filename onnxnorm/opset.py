@@ -199,7 +199,7 @@ class _Work:
             if min(old, self.opset) >= _SETTLED.get(node.op, self.opset + 1):
                 return None
             raise _cannot(node, self.opset, "its bodies are of another form there")
-        if any(a.ref_attr_name for a in node.proto.attribute):
+        if node.parametric:
             reason = "an attribute of it is a parameter of the model-local function"
             raise _cannot(node, self.opset, reason)
         return self._converted(node, old)

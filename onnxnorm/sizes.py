@@ -71,6 +71,7 @@ class Sizes:
         self._axes: dict[tuple[AnyValue, int], Dim] = {}
         self._computed: dict[tuple[Dim, ...], Dim] = {}
         self._same: dict[str, str] = {}  # a name -> another name of the same size
+        self._renames: dict[str, Dim] = {}  # what that makes of a size
         self._numbers = itertools.count()
         for scope in facts.module.scopes:
             for node in facts.in_order(scope):
@@ -137,8 +138,10 @@ class Sizes:
         """A size by the first of the names that it is known by."""
         if isinstance(dim, int) or not self._same:
             return dim
-        number, names = factors([dim])
-        return product(number, [self._first(name) for name in names])
+        if dim not in self._renames:
+            number, names = factors([dim])
+            self._renames[dim] = product(number, [self._first(name) for name in names])
+        return self._renames[dim]
 
     def _first(self, name: str) -> str:
         while name in self._same:
@@ -155,13 +158,13 @@ class Sizes:
             invented = (_FRESH, "unk__")
             kept, given_up = sorted((left[0], right[0]), key=lambda n: n.startswith(invented))
             self._same[given_up] = kept
+            self._renames.clear()
 
     def _visit(self, node: Node) -> None:
         if not node.outputs or not node.outputs[0].name:
             return
         dims: Dims | None = None
-        given = any(a.ref_attr_name for a in node.proto.attribute)  # differs from call to call
-        known = given or node.domain != "" or not node.inputs
+        known = node.parametric or node.domain != "" or not node.inputs
         if not known and self.facts.constant(node.outputs[0]) is None:
             try:
                 rule = _ENTRIES.get(node.op)

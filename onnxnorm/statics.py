@@ -179,7 +179,7 @@ class Statics:
             if value.name and array is None:
                 return
             given.append(array)
-        if any(a.ref_attr_name for a in node.proto.attribute) or self.array(out) is not None:
+        if node.parametric or self.array(out) is not None:
             return
         constants = [self._facts.constant(v) for v in node.inputs]
         if any(c is not None and c.dtype.kind in "iu" for c in constants[:1]) and node.op == "Div":

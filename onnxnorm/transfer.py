@@ -131,7 +131,7 @@ class Transfer:
         rule = _BACK.get(node.op) if node.domain == "" else None
         if rule is None:
             return Stop(node, f"{described(node)} writes this stream and is not linear")
-        if any(a.ref_attr_name for a in node.proto.attribute):
+        if node.parametric:
             return Stop(node, f"{described(node)} has a parameter of the function")
         try:
             found = rule(self, node, output, basis)
@@ -191,7 +191,7 @@ class Transfer:
 
     def moved(self, node: Node, layout: Layout) -> Layout | str:
         """Where a structural operator takes the features of its first input."""
-        if any(a.ref_attr_name for a in node.proto.attribute):
+        if node.parametric:
             return "has a parameter of the function"
         try:
             return _STRUCTURAL[node.op](self, node, layout, True)

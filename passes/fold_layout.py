@@ -109,7 +109,7 @@ def _moves(node: Node, facts: Facts) -> bool:
         and node.op != "Identity"
         and not node.domain
         and bool(node.outputs and node.inputs)
-        and not any(a.ref_attr_name for a in node.proto.attribute)
+        and not node.parametric
         and bool(facts.uses(node.outputs[0]) or facts.pinned(node.outputs[0]))
         and facts.constant(node.outputs[0]) is None
     )
