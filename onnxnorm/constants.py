@@ -116,9 +116,10 @@ class Constants:
         self._computed: set[AnyValue] = set()
         self._static: dict[AnyValue, NDArray[np.int64]] = {}
         self._refused: dict[Node, str] = {}
-        nodes = list(_in_order(facts))
-        self._measures = any(n.op in ("Shape", "Size") and not n.domain for n in nodes)
-        for node in nodes:
+        self._agreed: set[Node] = set()  # decisions that no rounding changes
+        self._nodes = list(_in_order(facts))
+        self._measures = any(n.op in ("Shape", "Size") and not n.domain for n in self._nodes)
+        for node in self._nodes:
             self._visit(node)
 
     # ** which **
@@ -169,7 +170,7 @@ class Constants:
 
     def results(self) -> Iterator[Value]:
         """What is computed of constants and read by something that is not, in graph order."""
-        for node in _in_order(self.facts):
+        for node in self._nodes:
             for value in node.outputs:
                 if value not in self._static and value not in self._computed:
                     continue
@@ -248,7 +249,9 @@ class Constants:
                     known[out] = self._settled(out, np.asarray(result), node, rounded)
             if at not in known:
                 raise Unknown(f"{node.op} gives no tensor of numbers", node)
-            for given in _named(node.inputs):  # memory follows the largest, not their sum
+            for given in dict.fromkeys(
+                _named(node.inputs)
+            ):  # memory follows the largest, not their sum
                 left[given] = left.get(given, len({u.node for u in self.facts.uses(given)})) - 1
                 if left[given] <= 0 and given is not value:
                     known.pop(given, None)
@@ -289,12 +292,15 @@ class Constants:
 
     def _decided(self, node: Node) -> None:
         """Raise where a rounding on the way would change what a node decides."""
+        if node in self._agreed:
+            return
         outcomes = []
         for rounded in (False, True):
             given = [self._values(v, rounded=rounded) if v.name else None for v in node.inputs]
             outcomes.append(_outcome(node, given)[0])
         if not np.array_equal(*outcomes):
             raise Unknown(f"{node.op} decides on a float, and rounding changes the outcome", node)
+        self._agreed.add(node)
 
     def _settled(self, value: AnyValue, array: Values, node: Node, rounded: bool) -> Values:
         """A result as the next node reads it."""
@@ -362,7 +368,7 @@ def why_not(node: Node, facts: Facts) -> str | None:
         return "it keeps a weight in the form that a quantizer wrote"
     if node.op in _RECURRENT:
         return f"{node.op} is a network of its own"
-    if any(a.ref_attr_name for a in node.proto.attribute):
+    if node.parametric:
         return "an attribute is a parameter of the function"
     if node.op == "Dropout":
         training = node.inputs[2] if len(node.inputs) > 2 and node.inputs[2].name else None
