@@ -110,6 +110,17 @@ def training_reason(node: Node) -> str | None:
     return f"{said}: its statistics come from the batch" if training else None
 
 
+def unfixed_reason(node: Node) -> str | None:
+    """Why a BatchNormalization is not one fixed map for each channel, as far as the node tells."""
+    if reason := training_reason(node):
+        return reason
+    if name := node.parameter("epsilon", "spatial"):
+        return f"{name} is a parameter of the function"
+    if node.scope.opsets[""] < 9 and node.attrs.get("spatial", 1) == 0:
+        return "spatial is 0: it has statistics for every position"
+    return None
+
+
 def batch_norm_affine(
     node: Node, facts: Facts
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]] | str:
@@ -120,12 +131,8 @@ def batch_norm_affine(
     They need not be finite: that is for the caller to see. Source: the definition of
     BatchNormalization in the ONNX operator specification.
     """
-    if reason := training_reason(node):
+    if reason := unfixed_reason(node):
         return reason
-    if name := node.parameter("epsilon", "spatial"):
-        return f"{name} is a parameter of the function"
-    if node.scope.opsets[""] < 9 and node.attrs.get("spatial", 1) == 0:
-        return "spatial is 0: it has statistics for every position"
     found: list[NDArray[np.float64]] = []
     for name, value in zip(PARAMETERS, node.inputs[1:], strict=False):
         constant = facts.constant(value)

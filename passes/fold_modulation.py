@@ -22,14 +22,13 @@ from numpy.typing import NDArray
 
 from onnxnorm.facts import AnyValue, Constant, Facts
 from onnxnorm.module import Node
-from onnxnorm.norm_operators import training_reason
+from onnxnorm.norm_operators import DEFAULT_EPSILON, unfixed_reason
 from onnxnorm.norms import Norm, find_norms
 from onnxnorm.port import is_real, rounded
 from onnxnorm.rewrite import Pass, Plan, Refusal, Rewriter
 
 Vector: TypeAlias = NDArray[np.float64]
 
-_EPSILON: Final = 1e-5  # BatchNormalization's schema default
 _SAME: Final = ("auto_pad", "dilations", "group", "kernel_shape", "pads", "strides")
 
 
@@ -230,19 +229,15 @@ def _map(norm: Norm, facts: Facts, features: int, rank: int) -> tuple[Vector, Ve
             parts.append(np.broadcast_to(full.astype(np.float64).reshape(-1), (features,)))
         return parts[0], parts[1]
     node = norm.node
-    if reason := training_reason(node):
+    if reason := unfixed_reason(node):
         return reason
-    if name := node.parameter("epsilon", "spatial"):
-        return f"{name} is a parameter of the function"
-    if node.scope.opsets[""] < 9 and node.attrs.get("spatial", 1) == 0:
-        return "spatial is 0: it has statistics for every position"
     found = [facts.constant(v) for v in node.inputs[1:5]]
     known = [c.float64() for c in found if c is not None and c.shape == (features,)]
     if len(known) != 4:
         return f"its parameters are not four constants of {features} channels"
     gamma, beta, mean, variance = known
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):  # the caller looks
-        scale = gamma / np.sqrt(variance + float(node.attrs.get("epsilon", _EPSILON)))
+        scale = gamma / np.sqrt(variance + float(node.attrs.get("epsilon", DEFAULT_EPSILON)))
         return scale, beta - mean * scale
 
 

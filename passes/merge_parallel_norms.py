@@ -15,18 +15,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from onnxnorm.facts import AnyValue, Facts
 from onnxnorm.module import Node
-from onnxnorm.norm_operators import training_reason
+from onnxnorm.norm_operators import DEFAULT_EPSILON, unfixed_reason
 from onnxnorm.port import is_real, rounded
 from onnxnorm.rewrite import Pass, Plan, Refusal, Rewriter
-
-_EPSILON: Final = 1e-5  # BatchNormalization's schema default
 
 
 @dataclass(frozen=True)
@@ -101,12 +99,8 @@ def _scaled(value: AnyValue, norm: Node, facts: Facts) -> _Scaled | None:
 
 
 def _why_not(norm: Node, value: AnyValue, scaled: _Scaled, facts: Facts) -> str | None:
-    if reason := training_reason(norm):
+    if reason := unfixed_reason(norm):
         return reason
-    if name := norm.parameter("epsilon", "spatial"):
-        return f"{name} is a parameter of the function"
-    if norm.scope.opsets[""] < 9 and norm.attrs.get("spatial", 1) == 0:
-        return "spatial is 0: it has statistics for every position"
     for each in (value, *(n.outputs[0] for n in scaled.nodes)):
         if (pinned := facts.pinned(each)) is not None:
             return f"'{each.name}' is {pinned}"
@@ -136,7 +130,7 @@ def _merged(norm: Node, node: Node, scaled: _Scaled, facts: Facts) -> _Sum | Ref
         return no(f"the factor is not one for each of {channels} channels")
     alpha = factor.reshape(-1)
     gamma, beta, mean, variance = (c.float64() for c in known)
-    epsilon = float(norm.attrs.get("epsilon", _EPSILON))
+    epsilon = float(norm.attrs.get("epsilon", DEFAULT_EPSILON))
     with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is refused below
         new = (
             rounded(gamma + alpha * np.sqrt(variance + epsilon), known[0].dtype),
