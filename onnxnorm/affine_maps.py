@@ -17,7 +17,7 @@ from onnxnorm.layout import Layout
 from onnxnorm.module import Node
 from onnxnorm.norm_operators import batch_norm_affine
 from onnxnorm.port import is_real
-from onnxnorm.transfer import Transfer
+from onnxnorm.transfer import Transfer, per_feature
 
 Vector = NDArray[np.float64]
 
@@ -204,8 +204,4 @@ def _numbers(constant: Constant, layout: Layout) -> Vector | None:
     size = int(np.prod(constant.shape))
     if size == 1:
         return np.full(layout.features, float(constant.float64().reshape(-1)[0]))
-    if not layout.covers(constant.shape) or size != layout.features:
-        return None
-    order = sorted(range(len(layout.parts)), key=lambda i: layout.parts[i].axis)
-    kept = constant.float64().reshape([layout.parts[i].size for i in order])
-    return np.asarray(kept.transpose(np.argsort(order)).reshape(-1))
+    return per_feature(constant, layout)

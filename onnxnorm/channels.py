@@ -25,7 +25,7 @@ from onnxnorm.facts import AnyValue, Constant, Facts
 from onnxnorm.gauge_region import Intake, intake
 from onnxnorm.layout import Layout, Part
 from onnxnorm.module import Node
-from onnxnorm.port import REAL, is_real, slots
+from onnxnorm.port import LINEAR, REAL, is_real, pads, slots
 from onnxnorm.statics import evaluate
 from onnxnorm.transfer import Basis, Link, Stop, Transfer, described
 
@@ -46,7 +46,6 @@ _MOVES: Final = frozenset(
      "Squeeze", "Tile", "Transpose", "Unsqueeze"}
 )  # fmt: skip
 _TARGETS: Final = {"Expand": 1, "Reshape": 1, "Resize": 3}  # inputs that name shapes
-_LINEAR: Final = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -559,7 +558,7 @@ _RULES: Final[dict[str, _Rule]] = {
     **dict.fromkeys(_ELEMENTWISE, _elementwise),
     **dict.fromkeys((*_POOLS, *_PER_CHANNEL), _per_channel),
     **dict.fromkeys(_MOVES, _moves),
-    **dict.fromkeys(_LINEAR, _linear),
+    **dict.fromkeys(LINEAR, _linear),
     **dict.fromkeys(("Shape", "Size"), _shape),
     "Concat": _concat,
     "Slice": _slice,
@@ -635,7 +634,6 @@ class Kept:
         return _open(self.found.tracks[value].labels.size) if known is None else known
 
     def _made(self, node: Node, result: AnyValue, track: Track) -> Vector | None:
-        size = track.labels.size
         if node.op in _ELEMENTWISE:
             return self._elementwise(node, track)
         if node.op == "BatchNormalization":
@@ -651,12 +649,12 @@ class Kept:
         if node.op == "Split" or (node.op == "Slice" and (node, 1) in self.found.targets):
             return self._piece(node, result)
         if node.op in _MOVES:
-            return self._moved(node, size)
+            return self._moved(node)
         if node.op == "Concat":
             return self._joined(node, track)
         if node in self.found.depthwise:
             return self._depthwise(node)
-        if node.op in _LINEAR:
+        if node.op in LINEAR:
             return self._written(node, track)
         return None
 
@@ -718,7 +716,7 @@ class Kept:
             return False
         return pads(node) and bool(node.attrs.get("count_include_pad", 0))
 
-    def _moved(self, node: Node, size: int) -> Vector | None:
+    def _moved(self, node: Node) -> Vector | None:
         source = self.found.tracks.get(node.inputs[0])
         if source is None:
             return None
@@ -729,8 +727,7 @@ class Kept:
         if node.op in ("Pad", "ReduceSum"):  # a sum, or a border of zeros
             known = np.where(known == 0.0, 0.0, np.nan)
         part = moved.parts[0]
-        made = np.tile(np.repeat(known, part.inner), part.outer)
-        return made if made.size == size else None
+        return np.tile(np.repeat(known, part.inner), part.outer)
 
     def _piece(self, node: Node, result: AnyValue) -> Vector | None:
         known, size = self.of(node.inputs[0]), self.found.tracks[result].labels.size
@@ -789,13 +786,6 @@ class Kept:
 def _open(size: int) -> Vector:
     """Channels that vary."""
     return np.full(size, np.nan)
-
-
-def pads(node: Node) -> bool:
-    """Whether a convolution or pooling reads zeros around its input, or may do so."""
-    if node.text("auto_pad", "NOTSET") not in ("NOTSET", "VALID", ""):
-        return True
-    return any(node.attrs.get("pads") or ())
 
 
 def bias_of(node: Node, facts: Facts) -> tuple[Node, int, Constant | None, float] | None:

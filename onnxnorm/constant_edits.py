@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from onnxnorm.facts import AnyValue, Constant, Facts
 from onnxnorm.module import Node
 from onnxnorm.port import rounded, row_blocks
-from onnxnorm.rewrite import Rewriter
+from onnxnorm.rewrite import Rewriter, outermost
 from onnxnorm.storage import Array
 
 Vector = NDArray[np.float64]
@@ -174,17 +174,10 @@ class ConstantEdits:
             key = edit.key(node, index)
             if key not in made or node.scope.is_function:
                 of = edit.constant.name if edit.constant is not None else node.outputs[0].name
-                place = _placed(node)
+                place = outermost(node)
                 made[key] = rw.constant(role, edit.array(), at=place, name=f"{of}_{role}")
             rw.rewire(node, index, made[key])
 
 
 def _lost(largest: Vector, smallest: float) -> bool:
     return bool(((largest > 0.0) & (largest < smallest)).any())
-
-
-def _placed(node: Node) -> Node:
-    """Where a new constant belongs: the main graph is seen from every body."""
-    while not node.scope.is_function and node.scope.owner is not None:
-        node = node.scope.owner
-    return node

@@ -32,16 +32,6 @@ from onnxnorm.storage import Array
 Values = NDArray[Any]
 
 LIMIT: Final = 256 << 20  # bytes that an operator may make of less
-_RANDOM: Final = frozenset(
-    {
-        "Bernoulli",
-        "Multinomial",
-        "RandomNormal",
-        "RandomNormalLike",
-        "RandomUniform",
-        "RandomUniformLike",
-    }
-)
 _QUANTIZED: Final = frozenset(
     {
         "ConvInteger",
@@ -362,7 +352,7 @@ def why_not(node: Node, facts: Facts) -> str | None:
         return f"{node.op} is an operator of the domain {node.domain}"
     if node.bodies:
         return f"{node.op} has bodies"
-    if node.op in _RANDOM:
+    if node.op in float64.RANDOM:
         return f"{node.op} draws other numbers in every run"
     if node.op in _QUANTIZED:
         return "it keeps a weight in the form that a quantizer wrote"
@@ -391,18 +381,23 @@ _BY_REFERENCE: Final = frozenset(
 )  # fmt: skip
 
 
+def call_of(node: Node, inputs: Sequence[Any]) -> float64.Call:
+    """A node on given inputs, as the table of operators in float64 takes it."""
+    attrs = {k: v.decode() if isinstance(v, bytes) else v for k, v in node.attrs.items()}
+    domain = node.domain or ""
+    present = tuple(bool(v.name) for v in node.outputs)
+    return float64.Call(
+        node.op, domain, node.scope.opsets.get(domain, 1), tuple(inputs), attrs, present
+    )
+
+
 def _outcome(node: Node, given: Sequence[Values | None]) -> Sequence[Any]:
     """The outputs of a node on arrays, floats in float64."""
     operator = float64.OPERATORS.get(("", node.op))
     with np.errstate(all="ignore"):
         if operator is None:
             return _reference(node, given)
-        attributes = {
-            name: value.decode() if isinstance(value, bytes) else value
-            for name, value in node.attrs.items()
-        }
-        version, wanted = node.scope.opsets.get("", 1), tuple(bool(v.name) for v in node.outputs)
-        return operator(float64.Call(node.op, "", version, tuple(given), attributes, wanted))
+        return operator(call_of(node, given))
 
 
 def _reference(node: Node, given: Sequence[Values | None]) -> Sequence[Any]:

@@ -10,9 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
 from onnxnorm.facts import AnyValue
 from onnxnorm.layout import Layout
 from onnxnorm.module import Node
@@ -31,10 +28,6 @@ class Consumer:
 
     inlet: Inlet
     layout: Layout
-
-    def factors(self, vector: NDArray[np.float64]) -> NDArray[np.float64]:
-        """A vector over the features as one entry for each row of the weight."""
-        return self.layout.spread(vector, 0).reshape(-1)
 
 
 @dataclass(frozen=True)

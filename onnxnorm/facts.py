@@ -207,6 +207,15 @@ class Facts:
             return "named by quantization annotations or training information"
         return None
 
+    @cached_property
+    def positions(self) -> dict[Node, int]:
+        """The place of each node in its scope; what reads a value comes behind what makes it."""
+        return {n: at for scope in self.module.scopes for at, n in enumerate(scope.nodes)}
+
+    def alone(self, value: AnyValue) -> bool:
+        """Whether a value has one reader, and nothing else needs it."""
+        return len(self.uses(value)) == 1 and self.pinned(value) is None
+
     def in_order(self, scope: Scope) -> Sequence[Node]:
         """The nodes of a scope, each after those that it reads from."""
         known = self._ordered.get(scope.path)
@@ -444,7 +453,7 @@ class Facts:
             ready = [
                 scope
                 for scope in waiting
-                if not any(_outermost(call.scope) in waiting for call in self._calls(scope))
+                if not any(call.scope.outermost in waiting for call in self._calls(scope))
             ]
             if not ready:
                 return  # functions that call each other: what the runtime does not load
@@ -571,13 +580,6 @@ def _meet(one: Type, other: Type) -> tuple[int | str | None, ...] | None:
     if one.shape is None or other.shape is None or len(one.shape) != len(other.shape):
         return None
     return tuple(a if a == b else None for a, b in zip(one.shape, other.shape, strict=True))
-
-
-def _outermost(scope: Scope) -> Scope:
-    """The main graph or the function that a body is in."""
-    while scope.parent is not None:
-        scope = scope.parent
-    return scope
 
 
 def _restore_shapes(graph: onnx.GraphProto) -> None:

@@ -115,15 +115,6 @@ class Flow:
         self.changes.append(Change(node, index, constant, found, factor, added, bias))
 
 
-def positions(facts: Facts) -> dict[Node, int]:
-    """The place of each node in the order of its scope; what reads a value comes behind it."""
-    known: dict[Node, int] | None = facts.kept.get("positions")
-    if known is None:
-        known = {n: i for scope in facts.module.scopes for i, n in enumerate(scope.nodes)}
-        facts.kept["positions"] = known
-    return known
-
-
 def fits(value: AnyValue, affine: Affine, transfer: Transfer) -> bool:
     """Whether a value is known to have entries of its own wherever the map varies."""
     return all(

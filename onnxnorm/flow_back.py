@@ -21,7 +21,7 @@ import numpy as np
 from onnxnorm.affine import Affine, Vector, extent, slim, varies
 from onnxnorm.change import absorbed
 from onnxnorm.facts import AnyValue
-from onnxnorm.flow import Addition, Flow, concatenated, dtype_of, fits, pad, positions
+from onnxnorm.flow import Addition, Flow, concatenated, dtype_of, fits, pad
 from onnxnorm.flow_forth import unseen
 from onnxnorm.module import Node
 from onnxnorm.moves import MOVES, Halt, moved
@@ -90,7 +90,7 @@ class _Walk:
         self.products = False  # whether a factor could have gone elsewhere
         self.choices = list(choices)
         self.counts: list[int] = []
-        self._order = positions(self.facts)
+        self._order = self.facts.positions
         self._pending: dict[AnyValue, Affine] = {value: affine}
         self._asked: dict[AnyValue, set[tuple[Node, int]]] = {
             value: {(reader, i) for i, v in enumerate(reader.inputs) if v is value}

@@ -21,12 +21,12 @@ import numpy as np
 
 from onnxnorm.affine import IDENTITY, LARGEST, Affine, Vector, aligned, extent, slim, varies
 from onnxnorm.facts import AnyValue, Constant, Use
-from onnxnorm.flow import Addition, Flow, Retune, concatenated, dtype_of, fits, pad, positions
+from onnxnorm.flow import Addition, Flow, Retune, concatenated, dtype_of, fits, pad
 from onnxnorm.layout import Layout, Part
 from onnxnorm.module import Node
 from onnxnorm.moves import MOVES, Halt, moved
 from onnxnorm.norm_operators import batch_norm_affine, norm_operator
-from onnxnorm.port import is_real, row_blocks
+from onnxnorm.port import LINEAR, is_real, row_blocks
 from onnxnorm.shift import UNSEEN, keys
 from onnxnorm.transfer import Stop, Transfer, described
 
@@ -85,7 +85,7 @@ class _Walk:
         self.blamed: set[Node] = set()
         self._maps: dict[AnyValue, Affine] = {}
         self._origins: dict[AnyValue, frozenset[Node]] = {}
-        self._order = positions(self.facts)
+        self._order = self.facts.positions
         self._heap: list[tuple[int, Node]] = []
         self._known: set[Node] = set()
 
@@ -106,7 +106,7 @@ class _Walk:
                 self.flow.between[node] = None
             for index, made in outputs.items():
                 output = node.outputs[index]
-                own = frozenset({node}) if node.op in _LINEAR and made.shifts else frozenset()
+                own = frozenset({node}) if node.op in LINEAR and made.shifts else frozenset()
                 if own and node in self.held:
                     stop = self._hold(node, made)
                     made, own = Affine.of(made.scale), frozenset()
@@ -611,7 +611,6 @@ def _arg(w: _Walk, node: Node, maps: Maps) -> Maps:
     return {0: IDENTITY}
 
 
-_LINEAR: Final = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 _BROADCASTS: Final = frozenset({"Add", "Sub", "Mul", "Div", "Max", "Min", "Mean", "Pow", "Sum"})
 _RULES: Final[dict[str, Callable[[_Walk, Node, Maps], Maps]]] = {
     **dict.fromkeys(("Add", "Sub", "Sum"), _add),

@@ -26,7 +26,7 @@ from onnxnorm.facts import AnyValue, Constant, Use
 from onnxnorm.layout import Layout
 from onnxnorm.module import Node
 from onnxnorm.norms import find_norms
-from onnxnorm.port import REAL, Slot, is_real, slots
+from onnxnorm.port import LINEAR, REAL, Slot, is_real, slots
 from onnxnorm.transfer import Basis, Demand, Link, Stop, Transfer, described
 
 # f(a x) = a f(x) for a > 0, feature by feature.
@@ -74,7 +74,7 @@ class Intake:
 
 def intake(node: Node, index: int, layout: Layout, transfer: Transfer) -> Intake | None:
     """The weight through which a node reads the features of its input `index`, if it is linear."""
-    if node.domain != "" or node.op not in ("MatMul", "Gemm", "Conv", "ConvTranspose"):
+    if node.domain != "" or node.op not in LINEAR:
         return None
     if len(node.inputs) < 2 or index > 1 or (index == 1 and node.op != "MatMul"):
         return None

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from onnxnorm.facts import AnyValue, Facts
 from onnxnorm.layout import Dims
 from onnxnorm.module import Node
+from onnxnorm.rearrange import MOVES
 from onnxnorm.transfer import Transfer
 
-MOVES: Final = frozenset({"Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 _LONGEST: Final = 6  # moves on one side; exporters write three
 # Sizes for axes of unknown length: two sets of primes, so that none is met by chance.
 _SIZES: Final = ((2, 3, 5, 7, 11, 13), (7, 5, 3, 11, 2, 17))
@@ -40,7 +40,7 @@ def undone(
     for i, j in sorted(pairs, key=sum, reverse=True):
         chain = [*before[:i][::-1], *behind[:j]]
         after = chain[-1].outputs[0]
-        if facts.pinned(after) is None and _is_identity(chain, i, transfer):
+        if facts.pinned(after) is None and _is_identity(chain, transfer):
             return chain[0].inputs[0], after
     return None
 
@@ -48,12 +48,12 @@ def undone(
 def _before(value: AnyValue, readers: Collection[Node], facts: Facts) -> list[Node]:
     """The moves that make a value, the last first."""
     found: list[Node] = []
-    alone = _alone(value, facts)
+    alone = facts.alone(value)
     if not alone and facts.pinned(value) is None:
         alone = all(use.node in readers for use in facts.uses(value))
     while len(found) < _LONGEST:
         node = facts.producer(value)
-        if node is None or not _moves(node) or not (alone or _alone(value, facts)):
+        if node is None or not _moves(node) or not (alone or facts.alone(value)):
             break
         alone = False
         found.append(node)
@@ -64,7 +64,7 @@ def _before(value: AnyValue, readers: Collection[Node], facts: Facts) -> list[No
 def _behind(value: AnyValue, facts: Facts) -> list[Node]:
     """The moves that a value goes through, the first first."""
     found: list[Node] = []
-    while len(found) < _LONGEST and _alone(value, facts):
+    while len(found) < _LONGEST and facts.alone(value):
         (use,) = facts.uses(value)
         if not _moves(use.node) or use.index != 0 or use.node.scope is not value.scope:
             break
@@ -77,11 +77,7 @@ def _moves(node: Node) -> bool:
     return node.domain == "" and node.op in MOVES
 
 
-def _alone(value: AnyValue, facts: Facts) -> bool:
-    return len(facts.uses(value)) == 1 and facts.pinned(value) is None
-
-
-def _is_identity(chain: Sequence[Node], split: int, transfer: Transfer) -> bool:
+def _is_identity(chain: Sequence[Node], transfer: Transfer) -> bool:
     """Whether a chain of moves puts every entry back; the map between them changes no shape."""
     shapes = [transfer.sizes.of(chain[0].inputs[0])]
     shapes += [transfer.sizes.of(node.outputs[0]) for node in chain]

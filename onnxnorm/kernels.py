@@ -77,9 +77,7 @@ def lack(name: str, node: Node, module: Module, *, cuda: bool = False) -> str | 
     if there.path is None or name not in there.operators:
         missing = "; ".join(there.missing) or f"it has no kernel for {name}"
         return f"the operator library is not there: {missing}"
-    scope = node.scope
-    while scope.parent is not None:
-        scope = scope.parent
+    scope = node.scope.outermost
     if scope.is_function:
         return "it stands in a model-local function, which may not call another one of ours"
     version, opset = module.proto.ir_version, scope.opsets[""]

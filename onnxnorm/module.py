@@ -251,6 +251,20 @@ class Scope:
         return isinstance(self.proto, onnx.FunctionProto)
 
     @property
+    def outermost(self) -> Scope:
+        """The main graph or the function that this scope is, or is in."""
+        return self if self.parent is None else self.parent.outermost
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether this is the body of an operator of ours."""
+        return (
+            isinstance(self.proto, onnx.FunctionProto)
+            and self.proto.domain == bodies.DOMAIN
+            and self.proto.name in bodies.OPERATORS
+        )
+
+    @property
     def nodes(self) -> list[Node]:
         """The nodes, in order."""
         nodes: list[Node] = self.graph.nodes

@@ -21,7 +21,7 @@ from onnx import TensorProto
 from onnxnorm.affine import Affine, Vector, aligned, extent, reshaped, varies
 from onnxnorm.facts import AnyValue, Constant
 from onnxnorm.module import Node
-from onnxnorm.port import is_real
+from onnxnorm.port import is_real, pads
 from onnxnorm.transfer import Transfer
 
 
@@ -286,17 +286,17 @@ def _split(t: Transfer, node: Node, v: Vector, way: Way) -> Vector:
 
 def _pad(t: Transfer, node: Node, v: Vector, way: Way) -> Vector:
     rank = t.rank(node.inputs[0])
-    pads, axes = t.numbers(node, 1, "pads"), None
+    amounts, axes = t.numbers(node, 1, "pads"), None
     if len(node.inputs) > 3 and node.inputs[3].name:
         axes = t.numbers(node, 3)
         if axes is None and v.size > 1:
             raise Halt("pads axes that are not known")
     if v.size == 1:
         return v
-    if pads is None or rank is None:
+    if amounts is None or rank is None:
         raise Halt("pads by an amount that is not constant")
     axes = list(range(rank)) if axes is None else axes
-    ends = zip(axes, pads, pads[len(axes) :], strict=False)
+    ends = zip(axes, amounts, amounts[len(axes) :], strict=False)
     return _outside(t, node, v, [a for a, before, behind in ends if before or behind])
 
 
@@ -347,10 +347,7 @@ def _sums(t: Transfer, node: Node) -> str:
 
 
 def _counts_padding(t: Transfer, node: Node) -> str:
-    pads = any(node.attrs.get("pads", ())) or node.text("auto_pad", "NOTSET") not in (
-        "NOTSET", "VALID", "",
-    )  # fmt: skip
-    if pads and node.attrs.get("count_include_pad", 0):
+    if pads(node) and node.attrs.get("count_include_pad", 0):
         return "averages with zeros that it pads"
     return "averages windows that stick out" if node.attrs.get("ceil_mode", 0) else ""
 

@@ -34,7 +34,6 @@ from onnxnorm.module import Node, Scope
 from onnxnorm.moment_rules import Moments
 from onnxnorm.moments import Form, Miss, Normal
 from onnxnorm.norm_operators import Axes, norm_operator
-from onnxnorm.ops import bodies
 from onnxnorm.region import Escape, Region, slice_back
 from onnxnorm.runtime_fusions import misfused
 from onnxnorm.statics import Statics
@@ -108,20 +107,10 @@ def find_norms(facts: Facts) -> list[Norm]:
     """
     found: list[Norm] | None = facts.kept.get("norms")
     if found is None:
-        scopes = [s for s in facts.module.scopes if not _is_body(s)]
+        scopes = [s for s in facts.module.scopes if not s.is_ours]
         found = [norm for scope in scopes for norm in _Recogniser(facts, scope).norms()]
         facts.kept["norms"] = found
     return found
-
-
-def _is_body(scope: Scope) -> bool:
-    """Whether a scope is the body of an operator of ours, whose calls are the norms."""
-    proto = scope.proto
-    return (
-        isinstance(proto, onnx.FunctionProto)
-        and proto.domain == bodies.DOMAIN
-        and proto.name in bodies.OPERATORS
-    )
 
 
 @dataclass

@@ -91,7 +91,7 @@ def convert(stored: Stored, opset: int, target: str, runtime: Version) -> Conver
     plans = [
         (scope, [(node, work.plan(node)) for node in scope.nodes])
         for scope in module.scopes
-        if not _is_ours(scope)
+        if not scope.is_ours
     ]
     for scope, decided in plans:
         work.apply(scope, decided)
@@ -130,15 +130,6 @@ def _signature(schema: onnx.defs.OpSchema) -> tuple[object, ...]:
     }
     counts = (schema.min_input, schema.max_input, schema.min_output, schema.max_output)
     return said(schema.inputs), said(schema.outputs), sorted(attributes.items()), counts
-
-
-def _is_ours(scope: Scope) -> bool:
-    proto = scope.proto
-    return (
-        isinstance(proto, onnx.FunctionProto)
-        and proto.domain == bodies.DOMAIN
-        and proto.name in bodies.OPERATORS
-    )
 
 
 def _standard(domain: str) -> bool:

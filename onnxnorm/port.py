@@ -177,6 +177,7 @@ _SLOTS: Final[dict[str, Callable[[Node, Facts], tuple[Slot, ...] | str]]] = {
     "Conv": _conv_slots,
     "ConvTranspose": _conv_slots,
 }
+LINEAR: Final = frozenset(_SLOTS)  # the linear operators with a weight
 
 
 @dataclass(frozen=True)
@@ -223,11 +224,8 @@ class Inlet:
             transposed = bool(node.attrs.get("transB", 0))
             features, gain = shape[0 if transposed else 1], float(node.attrs.get("alpha", 1.0))
             return cls(node, -1, -1, weight, features, transposed, gain)
-        pads = node.attrs.get("pads")
-        automatic = node.text("auto_pad", "NOTSET")
-        pads_now = automatic not in ("NOTSET", "VALID", "") or any(pads or ())
         if (
-            (pads_now and not padded)
+            (pads(node) and not padded)
             or node.attrs.get("group", 1) != 1
             or node.parameter("pads", "group", "auto_pad")
         ):
@@ -256,3 +254,10 @@ class Inlet:
             else:
                 out += vector[rows] @ block
         return out * self._gain
+
+
+def pads(node: Node) -> bool:
+    """Whether a convolution or pooling reads zeros around its input, or may do so."""
+    if node.text("auto_pad", "NOTSET") not in ("NOTSET", "VALID", ""):
+        return True
+    return any(node.attrs.get("pads") or ())

@@ -24,13 +24,13 @@ import onnx
 from numpy.typing import NDArray
 
 from onnxnorm import float64
+from onnxnorm.constants import call_of
 from onnxnorm.errors import VerificationError
 from onnxnorm.facts import AnyValue, Facts
 from onnxnorm.layout import Dim
 from onnxnorm.module import Node
 from onnxnorm.norms import Norm
 from onnxnorm.sizes import factors, find_sizes
-from onnxnorm.statics import call_of
 
 Array = NDArray[np.float64]
 

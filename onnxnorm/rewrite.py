@@ -531,9 +531,9 @@ class Rewriter:
         """Where a site changes the main graph; None where a part cannot be told apart."""
         if not plan.local:
             return None
-        nodes = dict.fromkeys(_outermost(n) for n in (*plan.nodes, *plan.inside))
+        nodes = dict.fromkeys(outermost(n) for n in (*plan.nodes, *plan.inside))
         if plan.outputs is None:
-            outputs = _outermost(plan.root).outputs
+            outputs = outermost(plan.root).outputs
         else:
             outputs = [o for v in plan.outputs for o in self._seen_outside(v)]
         if any(node.scope.is_function for node in nodes):
@@ -555,11 +555,11 @@ class Rewriter:
         node = self.facts.producer(value)
         if node is None or not isinstance(value, Value):
             return []
-        outer = _outermost(node)
+        outer = outermost(node)
         return [value] if outer is node else list(outer.outputs)
 
 
-def _outermost(node: Node) -> Node:
+def outermost(node: Node) -> Node:
     """The node of the main graph or of a function in whose bodies a node stands, or itself."""
     while node.scope.owner is not None:
         node = node.scope.owner

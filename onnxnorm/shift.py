@@ -299,7 +299,7 @@ def _beside(node: Node, index: int, layout: Layout, facts: Facts) -> Sink | str:
 
 def _sole(value: AnyValue, facts: Facts) -> Node | None:
     """The node that computes a value which one place alone reads."""
-    if len(facts.uses(value)) != 1 or facts.pinned(value) is not None:
+    if not facts.alone(value):
         return None
     producer = facts.producer(value)
     return None if producer is None or producer.domain != "" else producer

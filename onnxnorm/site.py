@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import onnx
-
 from onnxnorm.facts import AnyValue, Facts
 from onnxnorm.forms import NARROW
 from onnxnorm.layout import Dims
-from onnxnorm.module import Scope
 from onnxnorm.norms import Norm
 
 
@@ -47,7 +44,7 @@ class Site:
         given = before.element if before is not None else 0
         return cls(
             norm,
-            "onnx" if _is_in_function(norm.node.scope) else target,
+            "onnx" if norm.node.scope.outermost.is_function else target,
             norm.node.scope.opsets[""],
             norm.dims,
             given,
@@ -92,12 +89,6 @@ class Site:
         Operators have their statistics in float32 whatever the type is.
         """
         return self.wanted if self.given in NARROW else self.given
-
-
-def _is_in_function(scope: Scope) -> bool:
-    while scope.parent is not None:
-        scope = scope.parent
-    return isinstance(scope.proto, onnx.FunctionProto)
 
 
 def _is_centred(value: AnyValue, facts: Facts) -> bool:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxnorm import float64
-from onnxnorm.constants import most_elements
+from onnxnorm.constants import call_of, most_elements
 from onnxnorm.facts import AnyValue, Facts
 from onnxnorm.layout import Dim, Dims
 from onnxnorm.module import Node
@@ -187,16 +187,6 @@ class Statics:
         if most_elements(node, given) > LIMIT:
             return
         self._arrays[out] = evaluate(node, given)
-
-
-def call_of(node: Node, inputs: Sequence[Any]) -> float64.Call:
-    """A node on given inputs, as the table of operators in float64 takes it."""
-    attrs = {k: v.decode() if isinstance(v, bytes) else v for k, v in node.attrs.items()}
-    domain = node.domain or ""
-    present = tuple(bool(v.name) for v in node.outputs)
-    return float64.Call(
-        node.op, domain, node.scope.opsets.get(domain, 1), tuple(inputs), attrs, present
-    )
 
 
 def evaluate(node: Node, given: Iterable[Any]) -> NDArray[np.float64] | None:

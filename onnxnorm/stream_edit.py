@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from onnxnorm.facts import AnyValue, Constant
 from onnxnorm.module import Node
 from onnxnorm.port import rounded
-from onnxnorm.rewrite import Rewriter
+from onnxnorm.rewrite import Rewriter, outermost
 from onnxnorm.storage import Array
 from onnxnorm.transfer import Basis
 
@@ -80,17 +80,10 @@ class Edits:
             array = _result(edit)
             role = "centered" if edit.shift is None else "shifted"
             name = f"{constant.name if constant is not None else node.outputs[0].name}_{role}"
-            made = rw.constant(role, array, at=_placed(node), name=name)
+            made = rw.constant(role, array, at=outermost(node), name=name)
             if key is not None:
                 shared[key] = made
             rw.rewire(node, index, made)
-
-
-def _placed(node: Node) -> Node:
-    """Where a new constant belongs: the main graph is seen from every body."""
-    while not node.scope.is_function and node.scope.owner is not None:
-        node = node.scope.owner
-    return node
 
 
 def misfit(constant: Constant, basis: Basis) -> str | None:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from onnxnorm.facts import AnyValue, Constant, Facts
 from onnxnorm.layout import Layout, reshaped
 from onnxnorm.module import Node
-from onnxnorm.port import REAL, slots
+from onnxnorm.port import LINEAR, REAL, slots
 from onnxnorm.rewrite import Refusal
 from onnxnorm.sizes import Sizes
 
@@ -181,7 +181,7 @@ class Transfer:
                 return []
             moved = self.moved(node, layout)
             return [] if isinstance(moved, str) else [(output, moved)]
-        if node.op in _BACK and node.op not in _WRITERS:
+        if node.op in _BACK and node.op not in LINEAR:
             return [(output, layout)]
         if node.op == "Gemm" and index == 2:
             return [(output, layout)]
@@ -514,7 +514,7 @@ def _scaled(t: Transfer, node: Node, output: AnyValue, basis: Basis) -> Back:
         constant = t.facts.constant(node.inputs[by])
         if constant is None or not t.covers(node.inputs[of], basis.layout):
             continue
-        factors = _per_feature(constant, basis.layout)
+        factors = per_feature(constant, basis.layout)
         if factors is None:
             continue
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -527,7 +527,7 @@ def _scaled(t: Transfer, node: Node, output: AnyValue, basis: Basis) -> Back:
     return "multiplies feature by feature by what is computed"
 
 
-def _per_feature(constant: Constant, layout: Layout) -> NDArray[np.float64] | None:
+def per_feature(constant: Constant, layout: Layout) -> NDArray[np.float64] | None:
     """A constant as one number for each feature; None where it varies along other axes too."""
     if not layout.covers(constant.shape) or not layout.whole:
         return None
@@ -572,13 +572,12 @@ def _linear(t: Transfer, node: Node, output: AnyValue, basis: Basis) -> Back:
     return "writes this stream and is linear along another axis than the features"
 
 
-_WRITERS: Final = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose"})
 _Rule: TypeAlias = "Callable[[Transfer, Node, AnyValue, Basis], Back]"
 _BACK: Final[dict[str, _Rule]] = {
     **dict.fromkeys(_STRUCTURAL, _structural),
     **dict.fromkeys(("Add", "Sub", "Sum", "Mean"), _sum),
     **dict.fromkeys(("Mul", "Div"), _scaled),
-    **dict.fromkeys(_WRITERS, _linear),
+    **dict.fromkeys(LINEAR, _linear),
     "Where": _where,
     "Concat": _concat,
     "ScatterND": _scatter,

@@ -30,6 +30,7 @@ from onnxnorm import staging, storage
 from onnxnorm.errors import ModelError, OnnxNormError
 from onnxnorm.float64 import (
     OPERATORS,
+    RANDOM,
     Array,
     Call,
     NotImplementedHere,
@@ -45,16 +46,6 @@ FunctionKey: TypeAlias = tuple[str, str, str]
 # These only move values, so a float32 table is gathered from before it is widened.
 _MOVES: Final = frozenset(
     {"Identity", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Gather", "Slice"}
-)
-RANDOM: Final = frozenset(
-    {
-        "Bernoulli",
-        "Multinomial",
-        "RandomNormal",
-        "RandomNormalLike",
-        "RandomUniform",
-        "RandomUniformLike",
-    }
 )
 
 
@@ -598,7 +589,7 @@ def draw(
     """Return one draw of a random operator, in float64 or its integer type.
 
     Args:
-        op_type: One of `RANDOM`.
+        op_type: One of `float64.RANDOM`.
         attributes: The node's attributes.
         inputs: The node's inputs; may be empty where `shape` is given and no value is needed.
         rng: The source of randomness.

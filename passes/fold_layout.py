@@ -39,13 +39,12 @@ class FoldLayout(Pass):
         nodes = [n for n in facts.module.nodes() if _moves(n, facts)]
         if not nodes:
             return
-        place = {n: at for at, n in enumerate(facts.module.nodes())}
         for node in nodes:
             found = _shorter(node, facts, find_sizes(facts))
             if found is not None:  # what the file states may be stale
                 found = _shorter(node, facts, derived_sizes(facts))
             if found is None or found.order:
-                found = _known(node, found, facts, place) or found
+                found = _known(node, found, facts) or found
             if found is None:
                 continue
             # Also what makes the source, so that no other plan of this round takes it away.
@@ -85,7 +84,7 @@ class _Run:
     order: tuple[int, ...]
 
 
-def _known(node: Node, found: _Run | None, facts: Facts, place: dict[Node, int]) -> _Run | None:
+def _known(node: Node, found: _Run | None, facts: Facts) -> _Run | None:
     """The result of an earlier Transpose that is the same one of the same value."""
     if facts.pinned(node.outputs[0]) is not None:
         return None
@@ -98,7 +97,7 @@ def _known(node: Node, found: _Run | None, facts: Facts, place: dict[Node, int])
         if other.op != "Transpose" or other.domain or other.scope is not node.scope:
             continue
         same = tuple(other.attrs.get("perm", ())) == found.order and other not in found.run
-        if same and place[other] < place[node]:
+        if same and facts.positions[other] < facts.positions[node]:
             return _Run(other.outputs[0], found.run, ())
     return None
 

@@ -194,10 +194,9 @@ def _modulated(norm: Norm, facts: Facts) -> _Modulation | None:
 
 
 def _only_reader(value: AnyValue, op: str, facts: Facts) -> Node | None:
-    uses = facts.uses(value)
-    if len(uses) != 1 or facts.pinned(value) is not None:
+    if not facts.alone(value):
         return None
-    node = uses[0].node
+    node = facts.uses(value)[0].node
     return node if node.op == op and not node.domain and len(node.inputs) == 2 else None
 
 
@@ -251,7 +250,7 @@ def _change(norm: Norm, found: _Modulation, facts: Facts) -> _Change | Refusal:
         if isinstance(constants, str):
             return no(constants, node)
         result = node.outputs[0]
-        if len(facts.uses(result)) != 1 or facts.pinned(result) is not None:
+        if not facts.alone(result):
             return no(f"'{result.name}' has other readers", node)
         known.append(constants)
     factor, term = known

@@ -140,7 +140,7 @@ class LowerSkipNorm(Pass):
             return None
         if source.scope is not norm.scope or (reshape and reshape.scope is not norm.scope):
             return None
-        if _in_function(norm):
+        if norm.scope.outermost.is_function:
             return "onnxruntime 1.31.1 dies on its own operators in a model-local function"
         kind, _ = _NORMS[norm.op]
         form = residual(kind, self.target, version(self.runtime))
@@ -196,17 +196,7 @@ def _is_before(value: AnyValue, node: Node, facts: Facts) -> bool:
     made = facts.producer(value)
     if made is None or made.scope is not node.scope:
         return True
-    order = facts.kept.setdefault("order", {})
-    if node.scope not in order:
-        order[node.scope] = {n: place for place, n in enumerate(node.scope.nodes)}
-    return bool(order[node.scope][made] < order[node.scope][node])
-
-
-def _in_function(node: Node) -> bool:
-    scope = node.scope
-    while scope.parent is not None:
-        scope = scope.parent
-    return scope.is_function
+    return facts.positions[made] < facts.positions[node]
 
 
 def _misfit(norm: Node, add: Node, facts: Facts) -> str:

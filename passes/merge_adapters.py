@@ -108,7 +108,7 @@ def _adapter(node: Node, base: AnyValue, side: AnyValue, facts: Facts) -> _Adapt
         # Its bias stays behind it.
         bias = [v for v in linear.inputs if facts.constant(v) is not None]
         rest = [v for v in linear.inputs if facts.constant(v) is None]
-        if len(bias) != 1 or len(rest) != 1 or not _private(base, facts):
+        if len(bias) != 1 or len(rest) != 1 or not facts.alone(base):
             return None
         linear, base_product = facts.producer(rest[0]), rest[0]
     else:
@@ -116,7 +116,7 @@ def _adapter(node: Node, base: AnyValue, side: AnyValue, facts: Facts) -> _Adapt
     if linear is None or linear.op != "MatMul" or linear.domain or linear.scope is not node.scope:
         return None
     weight = _matrix(linear, facts)
-    if weight is None or not _private(base_product, facts):
+    if weight is None or not facts.alone(base_product):
         return None
     scale, factors, nodes = 1.0, list[Constant](), list[Node]()
     at = side
@@ -124,7 +124,7 @@ def _adapter(node: Node, base: AnyValue, side: AnyValue, facts: Facts) -> _Adapt
         made = facts.producer(at)
         if made is None or made.domain or made.scope is not node.scope:
             return None
-        if not _private(at, facts):
+        if not facts.alone(at):
             return None
         nodes.append(made)
         if made.op in ("Mul", "Div") and (step := _scalar(made, facts)) is not None:
@@ -143,10 +143,6 @@ def _adapter(node: Node, base: AnyValue, side: AnyValue, facts: Facts) -> _Adapt
     if not fits or len({c.dtype for c in (weight, *factors)}) != 1:
         return None
     return _Adapter(base, linear, weight, tuple(nodes), scale, tuple(factors))
-
-
-def _private(value: AnyValue, facts: Facts) -> bool:
-    return len(facts.uses(value)) == 1 and facts.pinned(value) is None
 
 
 def _matrix(node: Node, facts: Facts) -> Constant | None:

@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 
 from onnxnorm.affine_maps import Vector
@@ -40,7 +41,6 @@ from onnxnorm.channels import (
     Track,
     bias_of,
     find_coupling,
-    pads,
     row_sums,
     zero_rows,
 )
@@ -48,14 +48,13 @@ from onnxnorm.facts import AnyValue, Constant, Facts
 from onnxnorm.gauge_region import Intake, intake
 from onnxnorm.layout import Layout, Part
 from onnxnorm.module import Node, Value
-from onnxnorm.port import is_real, rounded, slots
+from onnxnorm.port import LINEAR, is_real, pads, rounded, slots
 from onnxnorm.rewrite import Pass, Plan, Refusal, Rewriter
 from onnxnorm.sizes import find_sizes
 from onnxnorm.storage import Array
 from onnxnorm.transfer import Stop, Transfer, described
 
 Mask = NDArray[np.bool_]
-_LINEAR = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ class PruneDeadChannels(Pass):
         for node in nodes:
             if node.domain != "" or not node.outputs or not node.outputs[0].name:
                 continue
-            if node.op in _LINEAR:
+            if node.op in LINEAR:
                 found = slots(node, facts)
                 if not isinstance(found, str):
                     first = found[0]
@@ -204,18 +203,12 @@ def _branches(found: Coupling, kept: Kept, transfer: Transfer) -> Iterator[Plan]
         numbers, track = kept.of(value), found.tracks[value]
         sums = None
         if numbers.any():
-            dtype = np.dtype(_numpy_type(element.element))
+            dtype = onnx.helper.tensor_dtype_to_np_dtype(element.element)
             sums = rounded(track.layout.spread(numbers, 0), dtype)
         count = track.labels.size
         note = f"all {count} channels of '{value.name}' are constant, and its branch goes"
         detail = Branch(node, index, sums)
         yield Plan(node, (node,), detail, local=False, into="Identity", note=note)
-
-
-def _numpy_type(element: int) -> Any:
-    import onnx
-
-    return onnx.helper.tensor_dtype_to_np_dtype(element)
 
 
 # ** single channels **
@@ -295,7 +288,7 @@ class Pruning:
         for value, track in self.found.tracks.items():
             node = self.facts.producer(value)
             size = track.labels.size
-            linear = node is not None and node.op in _LINEAR
+            linear = node is not None and node.op in LINEAR
             wanted[value] = math.gcd(size, max(1, self.options.multiple)) if linear else 1
         changed = True
         while changed:

@@ -727,7 +727,11 @@ MUTANTS = {
         "np.repeat(channels, block) if first",
     ),
     "a part that is not neutral": (moves, "(shape, way.neutral)", "(shape, 1 - way.neutral)"),
-    "padding counted": (moves, 'if pads and node.attrs.get("count_include_pad", 0)', "if False"),
+    "padding counted": (
+        moves,
+        'if pads(node) and node.attrs.get("count_include_pad", 0)',
+        "if False",
+    ),
     "the sign of a subtrahend": (flow_back, "signs[index] * affine.shift", "affine.shift"),
     "a shift on both sides": (
         flow_back,
