@@ -53,11 +53,7 @@ class Change:
         if self.constant is None:
             assert self.shift is not None, "an empty input is filled with a shift"
             return rounded(self.shift, self.dtype)
-        old = self.constant.array()
-        out = np.empty(self._shape(old), self.dtype)
-        for rows, result in self._results(old):
-            out[rows] = rounded(result, self.dtype)
-        return out
+        return changed(self.constant.array(), self.scale, self.shift, self.dtype)
 
     def misfit(self) -> str | None:
         """What the type cannot hold of the result, as a clause; None where it holds it.
@@ -68,7 +64,7 @@ class Change:
         role = "bias" if self.bias or self.constant is None else "weight"
         old = np.zeros((), self.dtype) if self.constant is None else self.constant.array()
         largest = 0.0
-        for _, result in self._results(old):
+        for _, result in results(old, self.scale, self.shift):
             if not np.isfinite(rounded(result, self.dtype).astype(np.float64)).all():
                 return f"the folded {role} is not finite in {self.dtype}"
             largest = max(largest, float(np.abs(result).max(initial=0.0)))
@@ -83,31 +79,6 @@ class Change:
         shift = () if self.shift is None else self.shift.shape
         shape = np.broadcast_shapes(old, self.scale.shape, shift)
         return int(np.prod(shape)) * np.dtype(self.dtype).itemsize
-
-    def _shape(self, old: Array) -> tuple[int, ...]:
-        shift = () if self.shift is None else self.shift.shape
-        return np.broadcast_shapes(old.shape, self.scale.shape, shift)
-
-    def _results(self, old: Array) -> Iterator[tuple[Any, Vector]]:
-        """Runs of rows whose float64 copies are small, and what they become."""
-        shape = self._shape(old)
-        if shape != old.shape or not shape:
-            yield ..., self._moved(old.astype(np.float64), self.scale, self.shift)
-            return
-        scale = self.scale.reshape((1,) * (old.ndim - self.scale.ndim) + self.scale.shape)
-        shift = self.shift
-        if shift is not None:
-            shift = shift.reshape((1,) * (old.ndim - shift.ndim) + shift.shape)
-        for rows in row_blocks(old):
-            factors = scale if scale.shape[0] == 1 else scale[rows]
-            added = shift if shift is None or shift.shape[0] == 1 else shift[rows]
-            yield rows, self._moved(old[rows].astype(np.float64), factors, added)
-
-    @staticmethod
-    def _moved(array: Vector, scale: Vector, shift: Vector | None) -> Vector:
-        with np.errstate(over="ignore", invalid="ignore"):  # misfit() looks at every result
-            moved: Vector = array * scale
-            return moved if shift is None else moved + shift
 
     @property
     def key(self) -> tuple[object, ...] | None:
@@ -213,3 +184,36 @@ def stage(changes: Iterable[Change], rw: Rewriter, names: dict[Node, str]) -> In
             made[key] = value
         inputs[change.node, change.index] = made[key]
     return inputs
+
+
+def results(old: Array, scale: Vector, shift: Vector | None) -> Iterator[tuple[Any, Vector]]:
+    """What scale * old + shift is in float64, in runs of rows whose copies are small."""
+    shape = _shape(old, scale, shift)
+    if shape != old.shape or not shape:
+        yield ..., _applied(old.astype(np.float64), scale, shift)
+        return
+    scale = scale.reshape((1,) * (old.ndim - scale.ndim) + scale.shape)
+    if shift is not None:
+        shift = shift.reshape((1,) * (old.ndim - shift.ndim) + shift.shape)
+    for rows in row_blocks(old):
+        factors = scale if scale.shape[0] == 1 else scale[rows]
+        added = shift if shift is None or shift.shape[0] == 1 else shift[rows]
+        yield rows, _applied(old[rows].astype(np.float64), factors, added)
+
+
+def changed(old: Array, scale: Vector, shift: Vector | None, dtype: np.dtype[Any]) -> Array:
+    """What scale * old + shift is: formed in float64, rounded once."""
+    out = np.empty(_shape(old, scale, shift), dtype)
+    for rows, result in results(old, scale, shift):
+        out[rows] = rounded(result, dtype)
+    return out
+
+
+def _applied(array: Vector, scale: Vector, shift: Vector | None) -> Vector:
+    with np.errstate(over="ignore", invalid="ignore"):  # misfits look at every result
+        moved: Vector = array * scale
+        return moved if shift is None else moved + shift
+
+
+def _shape(old: Array, scale: Vector, shift: Vector | None) -> tuple[int, ...]:
+    return np.broadcast_shapes(old.shape, scale.shape, () if shift is None else shift.shape)

@@ -15,9 +15,10 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from onnxnorm.change import changed, results
 from onnxnorm.facts import AnyValue, Constant, Facts
 from onnxnorm.module import Node
-from onnxnorm.port import rounded, row_blocks
+from onnxnorm.port import rounded
 from onnxnorm.rewrite import Rewriter, outermost
 from onnxnorm.storage import Array
 
@@ -53,20 +54,16 @@ class Edit:
         parts = [None if a is None else (a.shape, a.tobytes()) for a in (self.scale, self.shift)]
         return (self.constant.source, *parts)
 
+    @property
+    def _factors(self) -> Vector:
+        return np.ones(()) if self.scale is None else self.scale
+
     def array(self) -> Array:
         """The result: formed in float64, rounded once."""
         if self.constant is None:
             assert self.shift is not None, "an empty input is filled with a shift"
             return rounded(self.shift, self.dtype)
-        out: Array | None = None
-        before = self.constant.array()
-        for rows, block in self._blocks(before):
-            made = rounded(block, self.dtype)
-            if rows is None:
-                return made
-            out = np.empty_like(before) if out is None else out
-            out[rows] = made
-        return np.empty_like(before) if out is None else out
+        return changed(self.constant.array(), self._factors, self.shift, self.dtype)
 
     def misfit(self) -> str | None:
         """What the type cannot hold of the result, as a clause; None where it holds it.
@@ -80,7 +77,7 @@ class Edit:
         name, before = self.constant.name, self.constant.array()
         smallest = float(_finfo(self.dtype).smallest_normal)
         largest: Vector | None = None
-        for _, block in self._blocks(before):
+        for _, block in results(before, self._factors, self.shift):
             if not np.isfinite(rounded(block, self.dtype).astype(np.float64)).all():
                 return f"a '{name}' that is not finite in {self.dtype}"
             if self.scale is None or self.shift is not None or block.ndim == 0:
@@ -96,23 +93,6 @@ class Edit:
         if largest is not None and _lost(largest, smallest):
             return f"a '{name}' that is too small for {self.dtype}"
         return None
-
-    def _blocks(self, before: Array) -> Iterator[tuple[slice | None, Vector]]:
-        """Runs of rows, small enough that their float64 copies do not count; one where it grows."""
-        rank = before.ndim
-        given = [a for a in (self.scale, self.shift) if a is not None]
-        shape = np.broadcast_shapes(before.shape, *(a.shape for a in given))
-        whole = shape != before.shape or self.shift is not None or rank == 0
-        with np.errstate(over="ignore", invalid="ignore"):  # misfit() looks at every result
-            if whole or self.scale is None:
-                result = before.astype(np.float64)
-                result = result if self.scale is None else result * self.scale
-                yield None, result if self.shift is None else result + self.shift
-                return
-            scale = self.scale.reshape((1,) * (rank - self.scale.ndim) + self.scale.shape)
-            for rows in row_blocks(before):
-                factors = scale if scale.shape[0] == 1 else scale[rows]
-                yield rows, before[rows].astype(np.float64) * factors
 
 
 class ConstantEdits:

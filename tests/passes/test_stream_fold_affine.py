@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnxnorm import constant_edits, gauge
+from onnxnorm import change, constant_edits, gauge
 from onnxnorm.errors import OnnxNormError
 from onnxnorm.passes import stream_fold_affine
 from onnxnorm.passes.fold_affine import FoldAffine
@@ -567,8 +567,8 @@ MUTANTS = {
     "a cycle that disagrees": (
         gauge, "            if bool((np.abs(by - 1.0) <= _SAME).all()):", "            if True:"),
     "the shift before the scale": (
-        constant_edits, "yield None, result if self.shift is None else result + self.shift",
-        "yield None, result if self.shift is None else result - self.shift"),
+        change, "moved if shift is None else moved + shift",
+        "moved if shift is None else moved - shift"),
 }  # fmt: skip
 
 
@@ -620,6 +620,7 @@ def test_mutants_are_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     names = mutated(source, old, new)
     if source is gauge:
         monkeypatch.setattr(stream_fold_affine, "Gauge", names["Gauge"])
-    elif source is constant_edits:
-        monkeypatch.setattr(stream_fold_affine, "ConstantEdits", names["ConstantEdits"])
+    elif source is change:
+        for piece in ("changed", "results"):
+            monkeypatch.setattr(constant_edits, piece, names[piece])
     assert not agrees(names if source is stream_fold_affine else vars(stream_fold_affine))
