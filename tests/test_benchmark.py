@@ -14,7 +14,6 @@ from models import RECIPES
 from tools import benchmark, measured
 from tools.benchmark import ORIGINAL, Cell
 
-ROOT: Final = Path(__file__).parents[1]
 TIMED: Final[dict[str, Any]] = {
     "ratio": 0.8,
     "interval": [0.75, 0.85],

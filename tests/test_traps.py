@@ -113,7 +113,7 @@ def test_trap_14_statistics_that_are_computed() -> None:
     )
     left, why = folded(source(body))
     assert left == ["Conv", "ReduceMean", "BatchNormalization"]
-    assert any("mean 'e' is not constant" in w or "also read by node" in w for w in why)
+    assert any("mean 'e' is not constant" in w for w in why)
 
 
 @pytest.mark.parametrize("op", ["Relu (a)", "LeakyRelu (a)", "MaxPool <kernel_shape = [2,2]> (a)"])
@@ -153,6 +153,7 @@ def test_trap_18_float16_overflows() -> None:
         value.type.tensor_type.elem_type = TensorProto.FLOAT16
     done = run(model, *RULES)
     assert not done.applied
+    assert any("not finite in float16" in r.reason for r in done.remarks)
 
 
 def test_trap_28_weights_of_a_hypernetwork() -> None:
@@ -228,8 +229,7 @@ def test_trap_37_a_batch_of_any_size(count: int) -> None:
     model = source("a = Conv (x, w) r = MaxPool <kernel_shape = [2,2]> (a) y = BN (r, g, h, m, q)")
     done = run(model, *RULES)
     assert operators(done) == ["Conv", "MaxPool"]
-    if count:
-        assert_parity(model, done.stored.complete(), shapes={"x": (count, 2, 5, 6)})
+    assert_parity(model, done.stored.complete(), shapes={"x": (count, 2, 5, 6)})
 
 
 def test_trap_38_one_channel() -> None:

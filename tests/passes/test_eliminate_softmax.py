@@ -109,14 +109,6 @@ def test_goldens(name: str) -> None:
     assert_rewrites(before, after, RULE)
 
 
-def holds(name: str) -> bool:
-    try:
-        assert_rewrites(*GOLDENS[name], RULE)
-    except (AssertionError, OnnxNormError, ValueError, IndexError):
-        return False
-    return True
-
-
 REFUSALS: Final[dict[str, tuple[str, str]]] = {
     "another axis": (
         graph("p = Softmax <axis: int = 2> (x) y = ArgMax <axis: int = 1> (p)"),
@@ -300,10 +292,9 @@ MUTANTS: Final[dict[str, tuple[str, str, str]]] = {
 
 
 @pytest.mark.parametrize("name", [name for name in MUTANTS if MUTANTS[name][2]])
-def test_mutants_are_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mutants_are_caught(name: str) -> None:
     old, new, refusal = MUTANTS[name]
     mutant = mutated(eliminate_softmax, old, new)["EliminateSoftmax"]()
-    monkeypatch.setattr(f"{__name__}.RULE", mutant)
     with pytest.raises((AssertionError, OnnxNormError)):
         assert_refuses(REFUSALS[refusal][0], mutant, REFUSALS[refusal][1])
 

@@ -18,7 +18,7 @@ from onnxnorm.passes.lower_norms import LowerNorms
 from onnxnorm.passes.lower_skip_norm import LowerSkipNorm
 from onnxnorm.pipeline import Pipeline
 from onnxnorm.testing import assert_parity, assert_refuses, assert_rewrites, assert_sound, run
-from tests.mutants import mutated
+from tests.mutants import computes_the_same, mutated
 from tests.networks import transformer
 
 CUDA: Final = LowerSkipNorm("ort-cuda")
@@ -45,10 +45,8 @@ def graph(
 
 LN: Final = "y = LayerNormalization <epsilon = 0.25> (s, g, c)"
 RMS: Final = "y = SimplifiedLayerNormalization <epsilon = 0.25> (s, g)"
-LATE: Final = "s = Add (a, b) r = Reshape (s, t) y = LayerNormalization <epsilon = 0.25> (r, g, c)"
 SKIP: Final = "com.microsoft.SkipLayerNormalization <epsilon: float = 0.25>"
 SKIP_RMS: Final = "com.microsoft.SkipSimplifiedLayerNormalization <epsilon: float = 0.25>"
-SHAPES: Final = ", int64[4] t, int64[3] f, float[N,3,2] a3"
 
 # name -> before, after
 GOLDENS: Final[dict[str, tuple[str, str]]] = {
@@ -317,9 +315,4 @@ def test_mutants_are_caught(name: str) -> None:
     old, new, golden = MUTANTS[name]
     rule = mutated(lower_skip_norm, old, new)["LowerSkipNorm"]("ort-cuda")
     before, _ = GOLDENS[golden]
-    try:
-        done = run(before, rule)
-        assert_parity(before, done.stored.complete())
-    except Exception:  # whatever finds it
-        return
-    pytest.fail("nothing noticed")
+    assert not computes_the_same(before, rule)
