@@ -146,48 +146,41 @@ void norm(const NormCall& call, const std::vector<Dim>& kept, const std::vector<
   }
 }
 
+/// Calls `work` with a value of the type that `type` names.
+template <class Work>
+void for_type(Type type, const Work& work) {
+  switch (type) {
+    case kF32:
+      return work(float{});
+    case kF16:
+      return work(F16{});
+    case kBF16:
+      return work(BF16{});
+    case kF64:
+      return work(double{});
+    case kTypes:
+      break;
+  }
+}
+
 }  // namespace
 
 void run(const SoftmaxCall& call, void* raw_stream) {
   const auto layout = layout_of(call);
   if (layout.elements == 0) return;
   const auto stream = static_cast<Stream>(raw_stream);
-  const auto with = [&](auto type) {
+  for_type(call.type, [&](auto type) {
     softmax<decltype(type)>(call, layout.items, layout.axis, layout.innermost, stream);
-  };
-  switch (call.type) {
-    case kF32:
-      return with(float{});
-    case kF16:
-      return with(F16{});
-    case kBF16:
-      return with(BF16{});
-    case kF64:
-      return with(double{});
-    case kTypes:
-      break;
-  }
+  });
 }
 
 void run(const NormCall& call, void* raw_stream) {
   const auto layout = layout_of(call);
   if (layout.elements == 0) return;
   const auto stream = static_cast<Stream>(raw_stream);
-  const auto with = [&](auto type) {
+  for_type(call.type, [&](auto type) {
     norm<decltype(type)>(call, layout.kept, layout.reduced, layout.innermost, stream);
-  };
-  switch (call.type) {
-    case kF32:
-      return with(float{});
-    case kF16:
-      return with(F16{});
-    case kBF16:
-      return with(BF16{});
-    case kF64:
-      return with(double{});
-    case kTypes:
-      break;
-  }
+  });
 }
 
 }  // namespace onnxnorm::cuda
