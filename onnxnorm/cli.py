@@ -421,7 +421,8 @@ def passes(*, as_json: bool) -> None:
         on = "on by default" if row["default"] else "off unless asked for"
         click.echo(f"{row['name']}  ({on})\n    {row['summary']}\n    {row['equation']}")
         for key, option in row["options"].items():
-            click.echo(f"    {key}={option['default']}  ({option['type']})")
+            shown = "by the target" if option["default"] is None else option["default"]
+            click.echo(f"    {key}={shown}  ({option['type'].removesuffix(' | None')})")
 
 
 @cli.command()

@@ -107,11 +107,11 @@ def _convert(name: str, key: str, value: str, kind: str) -> Any:
     try:
         if kind == "bool":
             return {"true": True, "1": True, "false": False, "0": False}[value.lower()]
-        return {"int": int, "float": float, "str": str}[kind](value)
+        return {"int": int, "float": float, "str": str}[kind.removesuffix(" | None")](value)
     except (ValueError, KeyError):
         raise UsageError(
             f"'{value}' is not a value for {name}'s option {key}",
-            f"It takes a value of type {kind}.",
+            f"It takes a value of type {kind.removesuffix(' | None')}.",
         ) from None
 
 

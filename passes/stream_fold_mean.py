@@ -31,6 +31,7 @@ from onnxnorm.rewrite import Pass, Plan, Refusal, Rewriter
 from onnxnorm.shift import Sinks, sinks
 from onnxnorm.stream import Choice, Group, Prices, find_streams
 from onnxnorm.stream_edit import Edits, misfit
+from onnxnorm.stream_prices import times
 from onnxnorm.transfer import Link, Stop, described
 
 
@@ -39,16 +40,20 @@ class StreamFoldMean(Pass):
     """Turn layer norms into RMS norms, stream by stream.
 
     Attributes:
-        centering: What a ReduceMean and a Sub cost, in units of what one converted norm saves.
-        add: What an Add for beta costs that no bias can take, in the same unit.
+        centering: What a ReduceMean and a Sub cost, in units of what one converted norm saves; by
+            default what `onnxnorm.stream_prices` has for the target.
+        add: What an Add for beta costs that no bias can take, in the same unit and by default from
+            the same table.
         copy_mb: What a copy of a shared weight costs, for each MB.
         max_copy_mb: A weight that others read unchanged is copied up to this size.
+        target: `onnx`, `ort-cpu` or `ort-cuda`; given by --target.
     """
 
-    centering: float = 2.0
-    add: float = 0.8
+    centering: float | None = None
+    add: float | None = None
     copy_mb: float = 0.1
     max_copy_mb: int = 32
+    target: str = "onnx"
 
     name: ClassVar = "stream-fold-mean"
     summary: ClassVar = "the mean out of residual streams: layer norms become RMS norms"
@@ -122,8 +127,12 @@ class Survey:
         self.facts = facts
         self.options = options
         self.streams = find_streams(facts)
+        known, self.measured = times(options.target)
+        centering, add = known.prices
+        self.centering = centering if options.centering is None else options.centering
+        self.add = add if options.add is None else options.add
         self.prices = Prices(
-            centering=options.centering,
+            centering=self.centering,
             copy=options.copy_mb,
             max_copy=options.max_copy_mb * 1_000_000,
         )
@@ -134,7 +143,7 @@ class Survey:
             if norm.kind == "layer_norm" and norm.recognised and self._one_type(norm):
                 self.betas[norm] = self._beta(norm)
                 paid = isinstance(self.betas[norm], str)
-                self.gains[norm] = 1.0 - (options.add if paid else 0.0)
+                self.gains[norm] = 1.0 - (self.add if paid else 0.0)
         self.choice = self._choose()
 
     def _one_type(self, norm: GivenNorm) -> bool:
@@ -262,17 +271,21 @@ class Survey:
 
     def _price(self, group: Group, added: set[GivenNorm]) -> str:
         """What a site costs and gains."""
-        saved, options = len(group.norms), self.options
+        saved = len(group.norms)
         parts = [f"{saved} converted, which saves {saved:g}"]
         if group.explicit:
             names = ", ".join(f"'{v.name}'" for v in group.explicit)
             number = len(group.explicit)
-            price = f"{options.centering:g}{' each' if number > 1 else ''}"
+            price = f"{self.centering:g}{' each' if number > 1 else ''}"
             parts.append(f"{number} centered at run time ({names}) for {price}")
         if len(added) == 1:
-            parts.append(f"1 bias added behind its norm for {options.add:g}")
+            parts.append(f"1 bias added behind its norm for {self.add:g}")
         elif added:
-            parts.append(f"{len(added)} biases added behind their norms for {options.add:g} each")
+            parts.append(f"{len(added)} biases added behind their norms for {self.add:g} each")
+        given = self.options
+        by_table = (group.explicit and given.centering is None) or (added and given.add is None)
+        if by_table and not self.measured:
+            parts.append(_UNMEASURED.format(given.target))
         return "; ".join(parts)
 
     def _folded(self, bypassed: list[tuple[AnyValue, AnyValue]]) -> list[Node]:
@@ -301,7 +314,7 @@ class Survey:
             stop = min(writers, key=lambda pair: pair[0])[1]
             count = len({s.why for _, s in writers})
             more = f" (and {count - 1} more)" if count > 1 else ""
-            price = self.options.centering
+            price = self.centering
             reason = (
                 f"{stop.why}{more}: taking its mean out at run time costs {price:g} times what a"
                 f" converted norm saves, which the norms that would gain do not repay"
@@ -310,7 +323,7 @@ class Survey:
             return Refusal(reason, at, _PRICE, norm.node)
         if isinstance(beta, str):
             reason = (
-                f"its bias would need an Add, since {beta}; that costs {self.options.add:g} times"
+                f"its bias would need an Add, since {beta}; that costs {self.add:g} times"
                 " what the mean saves"
             )
             return Refusal(reason, norm.node.label, "stream-fold-mean{add=0} does it.", norm.node)
@@ -345,6 +358,7 @@ class Survey:
 
 
 _SHAPES: Final = "Export the model with static feature sizes, or run shape inference on it."
+_UNMEASURED: Final = "nothing was measured for {}: these are the CPU's prices"
 _PRICE: Final = "stream-fold-mean{centering=...} sets the price."
 
 

@@ -110,6 +110,7 @@ class Options(FoldBatchnorm):
     flag: bool = False
     share: float = 0.5
     word: str = "a"
+    limit: float | None = None
 
 
 def test_options_of_every_type(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,6 +120,7 @@ def test_options_of_every_type(monkeypatch: pytest.MonkeyPatch) -> None:
         Options(3, True, 0.25, "b")
     ]
     assert options(Options)["share"] == ("float", 0.5)
-    for bad in ("flag=yes", "share=x"):
+    assert select("options{limit=0.5}") == [Options(limit=0.5)]
+    for bad in ("flag=yes", "share=x", "limit=x"):
         with pytest.raises(UsageError):
             select(f"options{{{bad}}}")

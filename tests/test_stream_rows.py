@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 from typing import Any
 
@@ -47,6 +48,28 @@ def test_a_stream_that_converts() -> None:
     assert "<summary>Streams (1)</summary>" in markdown
     assert "- 16 features: 5 of 5 norms would convert\n  - " in markdown
     assert "5 converted, which saves 5" in markdown
+
+
+def test_the_price_that_decided_is_in_every_report() -> None:
+    net = Net()
+    x = net.linear(net.input("x", ["n", 4, 6]), 6, 8)
+    for _ in range(8):  # 16 norms, and 8 token mixers whose mean only a centering takes out
+        turned = net.op("Transpose", net.norm(x, 8), perm=[0, 2, 1])
+        x = net.op("Add", x, net.op("Transpose", net.mlp(turned, 4), perm=[0, 2, 1]))
+        x = net.op("Add", x, net.mlp(net.norm(x, 8), 8))
+    model = net.model(net.op("Tanh", net.linear(net.norm(x, 8), 8, 3)))
+    report = inspected(model, passes="stream-fold-mean{centering=1.2}")
+    (stream,) = report["streams"]
+    (price,) = stream["price"]
+    assert price.startswith("17 converted, which saves 17; 8 centered at run time (")
+    assert price.endswith(") for 1.2 each; 8 biases added behind their norms for 0.8 each")
+    assert price in printed(report)
+    assert price in html.unescape(render_markdown(report)).replace("\\", "")
+    dear = inspected(model, passes="stream-fold-mean{centering=2.5}")
+    said = "costs 2.5 times what a converted norm saves"
+    assert {said in b["reason"] for b in dear["streams"][0]["blocked"]} == {True}
+    assert said in printed(dear, verbose=True)
+    assert said in html.unescape(render_markdown(dear)).replace("\\", "")
 
 
 def _layer_norms(report: dict[str, Any]) -> list[dict[str, Any]]:

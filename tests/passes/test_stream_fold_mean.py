@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from onnx.reference import ReferenceEvaluator
 from onnxnorm import layout as layout_module
 from onnxnorm import port as port_module
 from onnxnorm import shift as shift_module
-from onnxnorm import staging, storage
+from onnxnorm import staging, storage, stream_prices
 from onnxnorm import stream as stream_module
 from onnxnorm import transfer as transfer_module
 from onnxnorm.passes.lower_norms import LowerNorms
@@ -394,6 +395,32 @@ def test_trap_a_mixer_writes_over_tokens() -> None:
     dear = folded(mixer(2), StreamFoldMean(centering=9.0))
     assert not dear.applied
     assert named(reasons(dear), "costs 9 times what a converted norm saves")
+
+
+@pytest.mark.parametrize("target", ["onnx", "ort-cpu", "ort-cuda"])
+def test_prices_are_those_of_the_target_unless_they_are_given(
+    target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = transformer(layers=1, stem="gelu")  # 3 norms, 1 centering
+    dear = replace(stream_prices.times("onnx")[0], centering=26.0)
+    monkeypatch.setitem(stream_prices.MEASURED, target, dear)
+    refused = run(model, StreamFoldMean(target=target))
+    assert not refused.applied
+    assert named(reasons(refused), "costs 100 times what a converted norm saves")
+    for other in {"onnx", "ort-cpu"} - {target}:
+        assert converted(run(model, StreamFoldMean(target=other))) == 3
+    assert converted(run(model, StreamFoldMean(target=target, centering=2.0))) == 3
+
+
+def test_the_note_names_the_prices_and_says_where_nothing_was_measured() -> None:
+    def note(rule: StreamFoldMean) -> str:
+        (remark,) = run(transformer(layers=1, stem="gelu"), rule).applied
+        return remark.note
+
+    unmeasured = "nothing was measured for ort-cuda: these are the CPU's prices"
+    assert note(StreamFoldMean()).endswith("for 2")
+    assert note(StreamFoldMean(target="ort-cuda")).endswith(f"for 2; {unmeasured}")
+    assert note(StreamFoldMean(target="ort-cuda", centering=1.5)).endswith("for 1.5")
 
 
 def test_trap_a_tied_table_is_centered_or_cloned_by_its_price() -> None:
