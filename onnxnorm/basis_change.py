@@ -55,10 +55,15 @@ class BasisChange:
     @property
     def outputs(self) -> tuple[AnyValue, ...]:
         """What means the same before and after."""
-        return tuple(dict.fromkeys(inlet.node.outputs[0] for inlet, _ in self.readers))
+        results = dict.fromkeys(inlet.node.outputs[0] for inlet, _ in self.readers)
+        return tuple(v for v in results if v not in self.values)
 
     def stage(self, rw: Rewriter, v: NDArray[np.float64], role: str) -> Weights:
-        """The new constants: writers times V, readers with V transposed in front."""
+        """The new constants: writers times V, readers with V transposed in front.
+
+        A layer that reads a norm and writes the stream, as in x + RMS(x) W, gets V^T W V.
+        """
+        reading = {inlet.node: (inlet, layout) for inlet, layout in self.readers}
         made: dict[tuple[object, ...], AnyValue] = {}
 
         def constant(key: tuple[object, ...], name: str, array: Array, node: Node) -> AnyValue:
@@ -72,13 +77,16 @@ class BasisChange:
             source, axis = demand.constant.source, demand.basis.layout.parts[0].axis
             array = demand.constant.float64()
             moved = np.moveaxis(np.tensordot(array, v, axes=(axis, 0)), -1, axis)
+            key: tuple[object, ...] = (source, axis, "writer")
+            if demand.index == 1 and node in reading:
+                inlet, layout = reading.pop(node)
+                moved = inlet.mixed(_blocks(layout, v), moved)
+                key = (*key, inlet.weight_axis, layout)
             changed = rounded(moved, demand.constant.dtype)
-            key = (source, axis, "writer")
             found[node, demand.index] = constant(key, demand.constant.name, changed, node)
-        for inlet, layout in self.readers:
-            blocks = np.kron(np.eye(layout.parts[0].outer), v.T).astype(np.float64)
+        for inlet, layout in reading.values():
             place = (inlet.weight.source, inlet.weight_axis, layout)
-            changed = inlet.mixed(blocks)
+            changed = rounded(inlet.mixed(_blocks(layout, v)), inlet.weight.dtype)
             found[inlet.node, 1] = constant(place, inlet.weight.name, changed, inlet.node)
         return found
 
@@ -196,3 +204,8 @@ def _plain(layout: Layout, *, outer: bool = False) -> bool:
     if len(layout.parts) != 1 or layout.parts[0].inner != 1:
         return False
     return outer or layout.parts[0].outer == 1
+
+
+def _blocks(layout: Layout, v: NDArray[np.float64]) -> NDArray[np.float64]:
+    """V transposed, once for each run of features on the axis."""
+    return np.kron(np.eye(layout.parts[0].outer), v.T).astype(np.float64)

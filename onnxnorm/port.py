@@ -237,11 +237,13 @@ class Inlet:
         """The axis of the weight, from the left, that is contracted."""
         return 1 if self._transposed else 0
 
-    def mixed(self, matrix: NDArray[np.float64]) -> Array:
-        """W' with f'(x) = f(x M), formed in float64 and rounded once."""
-        weight = self.weight.array()
-        moved = np.tensordot(matrix, weight.astype(np.float64), axes=(1, self.weight_axis))
-        return rounded(np.moveaxis(moved, 0, self.weight_axis), weight.dtype)
+    def mixed(
+        self, matrix: NDArray[np.float64], weight: NDArray[np.float64] | None = None
+    ) -> NDArray[np.float64]:
+        """W' with f'(x) = f(x M), in float64; of another weight in place of its own if given."""
+        array = self.weight.float64() if weight is None else weight
+        moved = np.tensordot(matrix, array, axes=(1, self.weight_axis))
+        return np.moveaxis(moved, 0, self.weight_axis)
 
     def through(self, vector: NDArray[np.float64]) -> NDArray[np.float64]:
         """The vector times W in float64, one entry for each output feature."""

@@ -6,9 +6,11 @@
 V are the first d - 1 columns of the reflection that takes 1 / sqrt(d) to the last axis. Exact over
 the reals for streams whose writers have no mean (stream-fold-mean) and whose norms have no affine
 (fold-norm-affine). In floating point every weight is formed in float64 and rounded once. A width of
-d - 1 is rarely a good one for matrix multiplication, so it has to be asked for. Source: Z. Jiang,
-J. Gu, H. Zhu, D. Z. Pan, "Pre-RMSNorm and Pre-CRMSNorm Transformers" (2023), section 3; they drop
-the last feature, an orthonormal basis keeps the norm what it is.
+d - 1 is rarely a good one for matrix multiplication, so it has to be asked for. Shapes that the
+graph computes keep their meaning: what is computed from the size of a stream still gets d, and
+where a stream is brought to a computed shape, that is made smaller there. Source: Z. Jiang, J. Gu,
+H. Zhu, D. Z. Pan, "Pre-RMSNorm and Pre-CRMSNorm Transformers" (2023), section 3; they drop the last
+feature, an orthonormal basis keeps the norm what it is.
 """
 
 from __future__ import annotations
@@ -61,11 +63,15 @@ class StreamCompress(Pass):
             if isinstance(targets, Stop):
                 yield targets.refusal(root)
                 continue
+            measured = _measured(change, streams)
+            if isinstance(measured, Stop):
+                yield measured.refusal(root)
+                continue
             inside = sorted(change.inside, key=streams.order.__getitem__)
             yield Plan(
                 root,
-                tuple(dict.fromkeys((root, *inside))),
-                _Detail(change, tuple(stream.norms), tuple(inside), targets),
+                tuple(dict.fromkeys((root, *inside, *measured))),
+                _Detail(change, tuple(stream.norms), tuple(inside), targets, measured),
                 outputs=change.outputs,
                 local=False,
             )
@@ -90,11 +96,6 @@ class StreamCompress(Pass):
         for norm in norms:
             if norm.gamma is None:
                 return Stop(norm.node, f"{described(norm.node)} has no scale to correct")
-        for value in change.values:
-            for use in streams.facts.uses(value):
-                if use.node.op in ("Shape", "Size"):
-                    told = f"{described(use.node)} computes with the width of '{value.name}'"
-                    return Stop(use.node, told)
         return None
 
     def apply(self, plan: Plan, rw: Rewriter) -> None:
@@ -103,7 +104,7 @@ class StreamCompress(Pass):
         change = detail.change
         weights = change.stage(rw, complement(change.features), "compressed")
         new: dict[AnyValue, AnyValue] = {}
-        readers = {inlet.node for inlet, _ in change.readers}
+        readers = {i.node for i, _ in change.readers if i.node.outputs[0] not in change.values}
         parameters = {
             key: value for norm in detail.norms for key, value in _parameters(norm, change, rw)
         }
@@ -116,11 +117,29 @@ class StreamCompress(Pass):
             for index, value in enumerate(node.inputs):
                 given = weights.get((node, index)) or parameters.get((node, index))
                 if given is None and (node, index) in detail.targets:
-                    target = np.asarray(detail.targets[node, index], np.int64)
-                    given = rw.constant("target", target, at=node)
+                    target = detail.targets[node, index]
+                    given = rw.constant("target", np.asarray(target.sizes, np.int64), at=node)
+                    if target.removed:
+                        given = rw.add("Sub", [value, given], "target", at=node)
                 inputs.append(given if given is not None else new.get(value, value))
             made = rw.copy(node, inputs, "compressed", attrs=_attributes(node, detail, change))
             new.update(zip(node.outputs, made, strict=True))
+        for node, missing in detail.measured.items():
+            made = rw.copy(node, [new[node.inputs[0]]], "compressed")
+            rw.replace("Add", [made[0], rw.constant("missing", missing, at=node)], at=node)
+
+
+@dataclass(frozen=True)
+class _Target:
+    """A shape that names the width.
+
+    Attributes:
+        sizes: The new shape; or, if it is computed, what to take away from it.
+        removed: Whether it is computed.
+    """
+
+    sizes: list[int]
+    removed: bool
 
 
 @dataclass(frozen=True)
@@ -128,7 +147,8 @@ class _Detail:
     change: BasisChange
     norms: tuple[GivenNorm, ...]
     inside: tuple[Node, ...]
-    targets: dict[tuple[Node, int], list[int]]
+    targets: dict[tuple[Node, int], _Target]
+    measured: dict[Node, NDArray[np.int64]]
 
 
 def complement(size: int) -> NDArray[np.float64]:
@@ -184,24 +204,42 @@ def _attributes(node: Node, detail: _Detail, change: BasisChange) -> dict[str, A
     return {}
 
 
-def _targets(change: BasisChange, streams: Streams) -> dict[tuple[Node, int], list[int]] | Stop:
-    """The shapes that name the width, with the new one; or a node whose shape is not known."""
-    found: dict[tuple[Node, int], list[int]] = {}
+def _targets(change: BasisChange, streams: Streams) -> dict[tuple[Node, int], _Target] | Stop:
+    """The shapes that name the width; or a node whose shape is not known."""
+    found: dict[tuple[Node, int], _Target] = {}
     for node in change.inside:
-        if node.op not in ("Reshape", "Expand", "Resize", "Pad", "Tile"):
+        if node.op not in ("Reshape", "Expand", "Resize"):
             continue
         layout = change.values.get(node.outputs[0])
-        if layout is None or node.op in ("Pad", "Tile"):
+        if layout is None:
             continue
-        target = streams.sizes.integers(node.inputs[1]) if node.op != "Resize" else None
-        constant = streams.facts.constant(node.inputs[1])
-        if target is None or constant is None:
+        target = streams.sizes.entries(node.inputs[1]) if node.op != "Resize" else None
+        axis, part = layout.parts[0].axis, layout.parts[0]
+        if target is None or (target.size >= -axis and not isinstance(target[axis], int)):
             return Stop(node, f"{described(node)} computes its shape")
-        axis = layout.parts[0].axis
-        if len(target) < -axis:
+        if target.size < -axis:
             return Stop(node, f"{described(node)} has a shape that does not name the features")
-        if target[axis] == layout.parts[0].extent:
-            changed = list(target)
-            changed[axis] = layout.parts[0].outer * (change.features - 1)
-            found[node, 1] = changed
+        if target[axis] != part.extent:
+            continue  # 1, 0 and -1 fit every width
+        fixed = streams.facts.constant(node.inputs[1]) is not None
+        sizes = target.tolist() if fixed else [0] * target.size
+        sizes[axis] = part.outer * (change.features - 1) if fixed else part.outer
+        found[node, 1] = _Target(sizes, removed=not fixed)
+    return found
+
+
+def _measured(change: BasisChange, streams: Streams) -> dict[Node, NDArray[np.int64]] | Stop:
+    """The nodes that take the shape of a value, with what the new shape lacks of the old."""
+    found: dict[Node, NDArray[np.int64]] = {}
+    for value, layout in change.values.items():
+        for use in streams.facts.uses(value):
+            node, rank = use.node, streams.transfer.rank(value)
+            if node.op not in ("Shape", "Size") or node in found:
+                continue
+            bounds = node.parameter("start", "end")
+            if node.op == "Size" or rank is None or bounds:
+                return Stop(node, f"{described(node)} computes with the width of '{value.name}'")
+            missing = np.zeros(rank, np.int64)
+            missing[layout.parts[0].axis] = layout.parts[0].outer
+            found[node] = missing[node.attrs.get("start", 0) : node.attrs.get("end", rank)]
     return found
