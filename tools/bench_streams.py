@@ -1,6 +1,7 @@
 """What an RMS norm in place of a layer norm saves, in onnxruntime's own profile.
 
-    python tools/bench_streams.py [--only gpt2-768] [--target onnx] [--depth 3] [--rounds 9] [--runs 12]
+    python tools/bench_streams.py [--only gpt2-768] [--target onnx] [--depth 3]
+        [--rounds 9] [--runs 12]
 
 For GPT-2-like and ViT-like models (models/streams.py) at width 768 and 1024, before and after the
 default passes, under ORT_ENABLE_ALL and one thread: milliseconds of a run that the profile gives to
