@@ -39,7 +39,7 @@ from onnxnorm.layout import Layout
 from onnxnorm.module import Node
 from onnxnorm.port import REAL
 from onnxnorm.sizes import find_sizes
-from onnxnorm.transfer import Basis, Blind, Demand, Link, Stop, Transfer, described
+from onnxnorm.transfer import Basis, Blind, Demand, Link, Stop, Transfer, described, quantized
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,8 @@ class Streams:
         node = self.facts.producer(value)
         known = self.facts.type(value)
         if known is not None and known.element and known.element not in REAL:
-            return Stop(node, f"'{value.name}' does not hold real numbers")
+            told = Stop(node, f"'{value.name}' does not hold real numbers")
+            return told if node is None else quantized(node) or told
         if node is None:
             return Stop(None, f"'{value.name}' is {self._origin(value)}")
         norm = self._made.get(value)

@@ -130,7 +130,8 @@ class Transfer:
         """What has to change for `output` to change by `basis`."""
         rule = _BACK.get(node.op) if node.domain == "" else None
         if rule is None:
-            return Stop(node, f"{described(node)} writes this stream and is not linear")
+            told = f"{described(node)} writes this stream and is not linear"
+            return quantized(node) or Stop(node, told)
         if node.parametric:
             return Stop(node, f"{described(node)} has a parameter of the function")
         try:
@@ -202,6 +203,8 @@ class Transfer:
         if node.domain == "" and index == 0 and self._ignores_mean(node, basis):
             return Blind(node, f"{described(node)} does not see the mean")
         what = described(node)
+        if node.op in _QUANTIZED:
+            return Stop(node, f"{what} rounds this stream with its mean{_FIRST}")
         if node.op in ("MatMul", "Gemm", "Conv", "ConvTranspose", "Einsum"):
             return Stop(node, f"{what} reads this stream without a norm in front of it")
         if node.op in ("Mul", "Div"):
@@ -339,7 +342,10 @@ def _gather(t: Transfer, node: Node, layout: Layout, forth: bool) -> Layout | st
 
 
 def _split(t: Transfer, node: Node, layout: Layout, forth: bool) -> Layout | str:
-    return _other_axes(t, node, layout, [int(node.attrs.get("axis", 0))], "splits")
+    moved = _other_axes(t, node, layout, [int(node.attrs.get("axis", 0))], "splits")
+    if moved == "splits the features":
+        return "cuts the features into parts: the mean of all is not the mean of each"
+    return moved
 
 
 def _pad(t: Transfer, node: Node, layout: Layout, forth: bool) -> Layout | str:
@@ -567,11 +573,56 @@ def _linear(t: Transfer, node: Node, output: AnyValue, basis: Basis) -> Back:
             if layout.only_axis(axis) and rank is not None and rank >= 2 and t.rank(other):
                 # A mixes rows: every column, and so every feature, is treated alike.
                 return (Demand(of, basis),)
+    dequantized = _dequantized(t, node)
+    if isinstance(found, str) and dequantized is not None:
+        return f"writes this stream with a weight from {described(dequantized)}{_FIRST}"
     if isinstance(found, str):
         return f"writes this stream, and {found}"
     return "writes this stream and is linear along another axis than the features"
 
 
+def _dequantized(t: Transfer, node: Node) -> Node | None:
+    """The node that makes an operand of a linear layer of quantized constants, if one does."""
+    for value in node.inputs:
+        producer = t.facts.producer(value)
+        while producer is not None and producer.op in ("Transpose", "Reshape", "Cast"):
+            producer = t.facts.producer(producer.inputs[0])
+        if producer is None or producer.op != "DequantizeLinear":
+            continue
+        if t.facts.constant(producer.inputs[0]) is not None:
+            return producer
+    return None
+
+
+def quantized(node: Node) -> Stop | None:
+    """A writer that computes in quantized numbers, in words; None for any other."""
+    if node.op not in _QUANTIZED:
+        return None
+    return Stop(node, f"{described(node)} writes this stream in quantized numbers{_FIRST}")
+
+
+_FIRST: Final = " (optimize the model before it is quantized)"
+# Of the standard's domain and of onnxruntime's.
+_QUANTIZED: Final = frozenset(
+    {
+        "ConvInteger",
+        "DequantizeLinear",
+        "DynamicQuantizeLinear",
+        "DynamicQuantizeMatMul",
+        "GatherBlockQuantized",
+        "MatMulBnb4",
+        "MatMulInteger",
+        "MatMulIntegerToFloat",
+        "MatMulNBits",
+        "QGemm",
+        "QLinearAdd",
+        "QLinearConcat",
+        "QLinearConv",
+        "QLinearMatMul",
+        "QLinearMul",
+        "QuantizeLinear",
+    }
+)
 _Rule: TypeAlias = "Callable[[Transfer, Node, AnyValue, Basis], Back]"
 _BACK: Final[dict[str, _Rule]] = {
     **dict.fromkeys(_STRUCTURAL, _structural),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -421,6 +422,85 @@ def test_the_note_names_the_prices_and_says_where_nothing_was_measured() -> None
     assert note(StreamFoldMean()).endswith("for 2")
     assert note(StreamFoldMean(target="ort-cuda")).endswith(f"for 2; {unmeasured}")
     assert note(StreamFoldMean(target="ort-cuda", centering=1.5)).endswith("for 1.5")
+
+
+def _dequantized(net: Net, *shape: int) -> str:
+    """A weight in int8 with one scale for each column."""
+    levels = net.keep(net.random.integers(-90, 120, size=shape).astype(np.int8), "levels")
+    scales = net.keep(0.004 + 0.004 * net.random.random(size=shape[-1]), "scales")
+    zeros = net.keep(np.zeros(shape[-1], np.int8), "zeros")
+    return net.op("DequantizeLinear", levels, scales, zeros, axis=1)
+
+
+def _weight_only(net: Net, x: str) -> str:
+    return net.op("MatMul", x, _dequantized(net, 6, 8))
+
+
+def _transposed_weight(net: Net, x: str) -> str:
+    return net.op("Gemm", x, net.op("Transpose", _dequantized(net, 8, 6), perm=[1, 0]))
+
+
+def _dynamic(net: Net, x: str) -> str:
+    quantized, scale, zero = net.many("DynamicQuantizeLinear", x, outputs=3)
+    levels = net.keep(net.random.integers(-90, 120, size=(6, 8)).astype(np.int8), "levels")
+    product = net.op("MatMulInteger", quantized, levels, zero)
+    wide = net.op("Cast", product, to=onnx.TensorProto.FLOAT)
+    return net.op("Mul", wide, net.op("Mul", scale, net.scalar(0.005)))
+
+
+def _static(net: Net, x: str) -> str:
+    levels = net.keep(net.random.integers(-90, 120, size=(6, 8)).astype(np.int8), "levels")
+    zero = net.keep(np.asarray(0, np.int8))
+    scales = [net.scalar(v) for v in (0.05, 0.005, 0.05)]
+    x = net.op("QuantizeLinear", x, scales[0], zero)
+    y = net.op("QLinearMatMul", x, scales[0], zero, levels, scales[1], zero, scales[2], zero)
+    return net.op("DequantizeLinear", y, scales[2], zero)
+
+
+@pytest.mark.parametrize(
+    ("write", "by"),
+    [
+        (_weight_only, "DequantizeLinear"),
+        (_transposed_weight, "writes this stream with a weight from DequantizeLinear"),
+        (_dynamic, "MatMulInteger"),
+        (_static, "DequantizeLinear"),
+    ],
+)
+def test_trap_a_quantized_writer_says_that_the_order_is_wrong(
+    write: Callable[[Net, str], str], by: str
+) -> None:
+    net = Net()
+    x = write(net, net.input("x", ["n", 6]))
+    x = net.op("Add", x, net.mlp(net.norm(x, 8), 8))
+    model = net.model(net.linear(net.norm(x, 8), 8, 3))
+    refused = run(model, StreamFoldMean(centering=50.0))
+    assert not refused.applied
+    assert named(reasons(refused), by, "(optimize the model before it is quantized)")
+    assert converted(folded(model, StreamFoldMean(centering=1.0))) == 2
+
+
+def test_trap_a_stream_that_is_rounded_says_that_the_order_is_wrong() -> None:
+    net = Net()
+    x = net.linear(net.input("x", ["n", 6]), 6, 8)
+    scale, zero = net.scalar(0.05), net.keep(np.asarray(0, np.int8))
+    rounded = net.op("DequantizeLinear", net.op("QuantizeLinear", x, scale, zero), scale, zero)
+    y = net.op("Add", net.linear(net.norm(x, 8), 8, 3), net.linear(rounded, 8, 3))
+    refused = run(net.model(y), RULE)
+    assert not refused.applied
+    said = "rounds this stream with its mean (optimize the model before it is quantized)"
+    assert named(reasons(refused), "QuantizeLinear", said)
+
+
+def test_trap_a_split_along_the_features() -> None:
+    net = Net()
+    x = net.linear(net.input("x", ["n", 6]), 6, 8)
+    left, right = net.many("Split", x, outputs=2, axis=-1)
+    gated = net.op("Mul", left, net.op("Sigmoid", right))
+    y = net.op("Add", net.linear(net.norm(x, 8), 8, 3), net.linear(gated, 4, 3))
+    refused = run(net.model(y), RULE)
+    assert not refused.applied
+    said = "cuts the features into parts: the mean of all is not the mean of each"
+    assert named(reasons(refused), "Split", said)
 
 
 def test_trap_a_tied_table_is_centered_or_cloned_by_its_price() -> None:
