@@ -17,6 +17,7 @@ from typing import Final, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from onnxnorm.einsum import Equation
 from onnxnorm.facts import AnyValue, Constant, Facts
 from onnxnorm.layout import Layout, reshaped
 from onnxnorm.module import Node
@@ -182,6 +183,11 @@ class Transfer:
                 return []
             moved = self.moved(node, layout)
             return [] if isinstance(moved, str) else [(output, moved)]
+        if node.op == "Einsum":
+            equation = Equation.of(node)
+            carried = None if equation is None else equation.carried(layout.axes, index)
+            to = dict(zip(layout.axes, carried[1], strict=True)) if carried is not None else None
+            return [] if to is None else [(output, layout.moved(to))]
         if node.op in _BACK and node.op not in LINEAR:
             return [(output, layout)]
         if node.op == "Gemm" and index == 2:
@@ -581,6 +587,19 @@ def _linear(t: Transfer, node: Node, output: AnyValue, basis: Basis) -> Back:
     return "writes this stream and is linear along another axis than the features"
 
 
+def _einsum(t: Transfer, node: Node, output: AnyValue, basis: Basis) -> Back:
+    """Linear in the one operand that has the features, which treats every other axis alike."""
+    equation = Equation.of(node)
+    if equation is None:
+        return "has an equation that takes a diagonal or is not known"
+    carried = equation.carried(basis.layout.axes)
+    if carried is None:
+        return "writes each feature from several operands"
+    index, axes = carried
+    moved = basis.layout.moved(dict(zip(basis.layout.axes, axes, strict=True)))
+    return (Demand(index, Basis(moved, basis.scale)),)
+
+
 def _dequantized(t: Transfer, node: Node) -> Node | None:
     """The node that makes an operand of a linear layer of quantized constants, if one does."""
     for value in node.inputs:
@@ -629,6 +648,7 @@ _BACK: Final[dict[str, _Rule]] = {
     **dict.fromkeys(("Add", "Sub", "Sum", "Mean"), _sum),
     **dict.fromkeys(("Mul", "Div"), _scaled),
     **dict.fromkeys(LINEAR, _linear),
+    "Einsum": _einsum,
     "Where": _where,
     "Concat": _concat,
     "ScatterND": _scatter,

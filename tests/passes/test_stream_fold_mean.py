@@ -424,6 +424,53 @@ def test_the_note_names_the_prices_and_says_where_nothing_was_measured() -> None
     assert note(StreamFoldMean(target="ort-cuda", centering=1.5)).endswith("for 1.5")
 
 
+@pytest.mark.parametrize(
+    ("equation", "given", "weight", "back"),
+    [
+        ("bsi,id->bsd", (4, 6), (6, 8), None),
+        ("...i,id->...d", (4, 6), (6, 8), None),
+        ("id,bsi->bsd", (4, 6), (6, 8), None),
+        ("bsi,di->bsd", (4, 6), (8, 6), None),
+        ("bsi,ihe->bshe", (4, 6), (6, 2, 4), (0, 0, 8)),
+        ("bshi,hid->bsd", (4, 2, 3), (2, 3, 8), None),
+        ("bsi,id", (4, 6), (6, 8), "sorted"),  # the result is bds: in the order of the alphabet
+    ],
+)
+def test_an_einsum_writes_a_stream(
+    equation: str, given: tuple[int, ...], weight: tuple[int, ...], back: Any
+) -> None:
+    net = Net()
+    x = net.input("x", ["n", *given])
+    operands = [x, net.matrix(*weight)]
+    x = net.op("Einsum", *(operands[::-1] if equation[0] == "i" else operands), equation=equation)
+    if back == "sorted":
+        x = net.op("Transpose", x, perm=[0, 2, 1])
+    elif back is not None:
+        x = net.op("Reshape", x, net.ints(*back))
+    x = net.op("Add", x, net.vector(8, 0.4))
+    # And one that mixes the tokens, which treats every feature alike.
+    x = net.op("Einsum", x, net.matrix(4, 4), equation="bsd,st->btd")
+    x = net.op("Add", x, net.mlp(net.norm(x, 8), 8))
+    done = folded(net.model(net.linear(net.norm(x, 8), 8, 3)))
+    assert (converted(done), centerings(done)) == (2, 0)
+
+
+@pytest.mark.parametrize(
+    ("equation", "shape"), [("bsi,sid->bsd", (4, 6, 8)), ("bsd,sd->bsd", (4, 8))]
+)
+def test_an_einsum_whose_operands_share_an_axis(equation: str, shape: tuple[int, ...]) -> None:
+    net = Net()
+    x = net.linear(net.input("x", ["n", 4, 6]), 6, 8 if shape[-2] == 4 else 6)
+    x = net.op("Einsum", x, net.matrix(*shape), equation=equation)
+    x = net.op("Add", x, net.mlp(net.norm(x, 8), 8))
+    model = net.model(net.linear(net.norm(x, 8), 8, 3))
+    if equation == "bsi,sid->bsd":  # other weights for every token: linear all the same
+        assert (converted(folded(model)), centerings(folded(model))) == (2, 0)
+        return
+    refused = run(model, StreamFoldMean(centering=50.0))
+    assert named(reasons(refused), "Einsum", "writes each feature from several operands")
+
+
 def _dequantized(net: Net, *shape: int) -> str:
     """A weight in int8 with one scale for each column."""
     levels = net.keep(net.random.integers(-90, 120, size=shape).astype(np.int8), "levels")
