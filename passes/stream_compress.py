@@ -32,6 +32,7 @@ from onnxnorm.rewrite import Pass, Plan, Refusal, Rewriter
 from onnxnorm.stream import Streams, find_streams
 from onnxnorm.transfer import Demand, Stop, described
 
+_SITE: Final = "stream-compress:"
 _finfo: Final[Callable[[Any], Any]] = ml_dtypes.finfo  # it has no types of its own
 
 
@@ -53,6 +54,12 @@ class StreamCompress(Pass):
         """Every stream that an RMS norm reads."""
         for stream, change in basis_changes(facts):
             root = stream.norms[0].node
+            nodes = [node for norm in stream.norms for node in norm.nodes]
+            if any(n.site.startswith(_SITE) for n in nodes):
+                continue  # a moment ago, by this run
+            if any(n.made_by.startswith(_SITE) for n in nodes):
+                yield Refusal("it is compressed already", root.label, node=root)
+                continue
             streams = find_streams(facts)
             if isinstance(change, BasisChange):
                 change = self._checked(change, stream.norms, streams) or change

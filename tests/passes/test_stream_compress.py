@@ -210,8 +210,10 @@ def test_a_stream_with_a_mean_is_refused() -> None:
 
 def test_a_stream_is_compressed_once() -> None:
     done = compressed(transformer())
+    assert not reasons(done), "what it has just done it does not look at again"
     again = run(done.stored.complete(), *FIRST, StreamCompress())
     assert not again.applied
+    assert reasons(again) == ["it is compressed already"]
 
 
 def test_the_basis_spans_what_has_no_mean() -> None:
