@@ -109,6 +109,49 @@ def test_a_large_common_mean_costs_no_more_than_its_own_rounding(axis: int, tmp_
 
 
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+@pytest.mark.parametrize("channels", [5, 8, 9, 96])
+def test_channels_far_from_the_first_ones_cost_no_digits(
+    isa: str, channels: int, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(9)
+    values = rng.standard_normal((2, channels, 150))
+    values[:, 0] += 3e4  # one channel, or all that the kernel guesses a mean from
+    values[1, :8] += 3e4
+    values[:, :, ::7] = 1.1  # and columns that have no deviation
+    inputs: list[Array] = [
+        values.astype(np.float32),
+        rng.standard_normal((channels, 1)).astype(np.float32),
+        rng.standard_normal((channels, 1)).astype(np.float32),
+    ]
+    attributes = {"axes": [1], "epsilon": EPSILON}
+    with instruction_set(isa):
+        found = run(model_of("ChannelLayerNormalization", inputs, **attributes), inputs, tmp_path)
+    assert_expected(found, "ChannelLayerNormalization", inputs, attributes)
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+def test_special_values_stay_in_their_column(isa: str, tmp_path: Path) -> None:
+    values = np.random.default_rng(10).standard_normal((1, 20, 150)).astype(np.float32)
+    inputs: list[Array] = [values, np.ones(1, np.float32), np.zeros(1, np.float32)]
+    attributes = {"axes": [1], "epsilon": EPSILON}
+    model = model_of("ChannelLayerNormalization", inputs, **attributes)
+    with instruction_set(isa):
+        plain = run(model, inputs, tmp_path)
+        for column, row in ((3, 0), (70, 19), (149, 8)):
+            values[0, row, column] = [np.nan, np.inf, -np.inf][row % 3]
+        found = run(model, inputs, tmp_path)
+    special = np.isin(np.arange(150), [3, 70, 149])
+    assert np.isnan(found[0, :, special]).all()
+    assert_expected(
+        found[:, :, ~special],
+        "ChannelLayerNormalization",
+        [values[:, :, ~special], *inputs[1:]],
+        attributes,
+    )
+    np.testing.assert_allclose(found[:, :, ~special], plain[:, :, ~special], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("silu", [False, True], ids=["plain", "silu"])
 @pytest.mark.parametrize(

@@ -814,43 +814,28 @@ void flush(ColumnSums<L>& sums, ptrdiff_t padded) {
   }
 }
 
-// What the columns of a tile are normalized with: ((x - center) - rest) * inverse.
-template <class L>
-struct ColumnStatistics {
-  alignas(64) L center[kTileWidth];
-  alignas(64) L rest[kTileWidth];
-  alignas(64) L inverse[kTileWidth];
+// What `B` vectors of columns are normalized with, and the sums that it comes from.
+//   y = (x - center) * inverse + shift,  shift = -rest * inverse
+// `rest` is what the center, which has to be a number of the lane's type, is off the mean by.
+template <class L, int B>
+struct ColumnBlock {
+  Vec<L> center[B];
+  Vec<L> first[B];
+  Vec<L> second[B];
+
+  ONNXNORM_INLINE void clear() {
+    for (int u = 0; u < B; ++u) first[u] = second[u] = Vec<L>{};
+  }
+  ONNXNORM_INLINE void take(int u, Vec<L> x) {
+    const Vec<L> d = x - center[u];
+    first[u] += d;
+    second[u] += d * d;
+  }
 };
 
-// The moments down `unroll` vectors of columns in scratch memory, and what follows from them.
-// `s.center` holds the sums.
-template <class L, int unroll>
-ONNXNORM_INLINE void column_statistics(const L* column, ptrdiff_t padded, ptrdiff_t n,
-                                       const Columns& c, ColumnStatistics<L>& s, ptrdiff_t j) {
-  constexpr int W = Lane<L>::kWidth;
-  const L share = static_cast<L>(1 / static_cast<double>(n));
-  Vec<L> center[unroll], first[unroll], second[unroll];
-  for (int u = 0; u < unroll; ++u) {
-    center[u] = c.centered ? load<L>(s.center + j + u * W) * share : splat<L>(0);
-    first[u] = second[u] = splat<L>(0);
-  }
-  for (ptrdiff_t k = 0; k < n; ++k) {
-    for (int u = 0; u < unroll; ++u) {
-      const Vec<L> d = load<L>(column + k * padded + u * W) - center[u];
-      first[u] += d;
-      second[u] += d * d;
-    }
-  }
-  for (int u = 0; u < unroll; ++u) {
-    first[u] = c.centered ? first[u] * share : splat<L>(0);  // what the center is off by
-    const Vec<L> variance = second[u] * share - first[u] * first[u];
-    // Not max: a NaN has to stay one.
-    const Vec<L> guarded = (variance < 0 ? Vec<L>{} : variance) + static_cast<L>(c.epsilon);
-    store<L>(s.center + j + u * W, center[u]);
-    store<L>(s.rest + j + u * W, first[u]);
-    store<L>(s.inverse + j + u * W, 1 / square_root(guarded));
-  }
-}
+// Columns whose guessed center is too far from the mean, in units of the deviation: the moments
+// about it would lose digits. Also where there is a NaN, so that special values take one way.
+constexpr int kFarSquared = 3;
 
 // A scale and a bias along a row of columns.
 template <class T>
@@ -862,101 +847,135 @@ struct RowFactors {
   L one_bias;
 };
 
-// One row of the output: neighbours in memory, so that no more pages are in use than rows.
-template <class T, bool vectors, bool silu>
-ONNXNORM_INLINE void columns_row(const typename LaneOf<T>::Type* row, T* y, ptrdiff_t width,
-                                 const ColumnStatistics<typename LaneOf<T>::Type>& s,
-                                 const RowFactors<T>& f) {
+template <class T>
+ONNXNORM_INLINE RowFactors<T> factors_of(const Columns& c, const Walk& walk, ptrdiff_t k,
+                                         ptrdiff_t column) {
+  using L = typename LaneOf<T>::Type;
+  const T* scale = static_cast<const T*>(c.scale) + walk.start.scale + walk.table[k].scale;
+  const T* bias = static_cast<const T*>(c.bias);
+  if (bias != nullptr) bias += walk.start.bias + walk.table[k].bias;
+  const bool scales = c.scale_step == 1;
+  const bool biases = bias != nullptr && c.bias_step == 1;
+  return {scales ? scale + column : nullptr, biases ? bias + column : nullptr,
+          scales ? L(0) : load_one<T>(scale, 0),
+          biases || bias == nullptr ? L(0) : load_one<T>(bias, 0)};
+}
+
+// `B` vectors of neighbouring columns from `column` of the tile on, or the first `width` of one
+// vector. x is read once, row by row, into scratch memory; what is known of a column stays in
+// registers, three of them for each vector, which fit where there are 16. The moments are taken on
+// that way about the mean of the first rows, and once more about the mean where that was far from
+// it.
+template <class T, int B, bool vectors, bool silu>
+void columns_block(const Columns& c, const Walk& walk, ptrdiff_t column, ptrdiff_t width,
+                   typename LaneOf<T>::Type* scratch) {
   using L = typename LaneOf<T>::Type;
   constexpr int W = Lane<L>::kWidth;
-  const auto value = [&](ptrdiff_t j, Vec<L> g, Vec<L> b) __attribute__((always_inline)) {
-    const Vec<L> d = (load<L>(row + j) - load<L>(s.center + j)) - load<L>(s.rest + j);
-    Vec<L> out = d * load<L>(s.inverse + j) * g + b;
-    if constexpr (silu) out = silu_of<L>(out);
-    return out;
+  constexpr ptrdiff_t kLine = 64 / ptrdiff_t{sizeof(T)};
+  constexpr int kHead = 8;
+  const ptrdiff_t n = walk.entries;
+  const L share = static_cast<L>(1 / static_cast<double>(n));
+  const T* x = static_cast<const T*>(c.x) + walk.start.x + column;
+  T* y = static_cast<T*>(c.y) + walk.start.x + column;
+  const auto get = [width](const T* p, int u) __attribute__((always_inline)) {
+    if (B > 1 || width == W) return load_as<T>(p + u * W);
+    return load_some_as<T>(p, width, 0);
   };
-  Vec<L> g = splat<L>(f.one_scale);
-  Vec<L> b = splat<L>(f.one_bias);
-  ptrdiff_t j = 0;
-#pragma GCC unroll 4
-  for (; j + W <= width; j += W) {
-    if constexpr (vectors) {
-      if (f.scale != nullptr) g = load_as<T>(f.scale + j);
-      if (f.bias != nullptr) b = load_as<T>(f.bias + j);
-    }
-    put_vector<T>(y + j, value(j, g, b), W, false);
+
+  ColumnBlock<L, B> block;
+  for (int u = 0; u < B; ++u) {
+    block.center[u] = Vec<L>{};
+    if (!c.centered) continue;
+    const auto head = [&](int k)
+                          __attribute__((always_inline)) { return get(x + walk.table[k].x, u); };
+    // By pairs: the mean of equal values has to be that value.
+    block.center[u] = n < kHead ? head(0)
+                                : (((head(0) + head(1)) + (head(2) + head(3))) +
+                                   ((head(4) + head(5)) + (head(6) + head(7)))) *
+                                      L(1.0 / kHead);
   }
-  if (j < width) {
-    if constexpr (vectors) {
-      if (f.scale != nullptr) g = load_some_as<T>(f.scale + j, width - j, 0);
-      if (f.bias != nullptr) b = load_some_as<T>(f.bias + j, width - j, 0);
+  block.clear();
+  for (ptrdiff_t k = 0; k < n; ++k) {
+    const ptrdiff_t at = walk.table[k].x;
+    for (ptrdiff_t i = 0; i < width; i += kLine) __builtin_prefetch(y + at + i, 1, 2);
+    for (int u = 0; u < B; ++u) {
+      const Vec<L> v = get(x + at, u);
+      store<L>(scratch + (k * B + u) * W, v);
+      block.take(u, v);
     }
-    store_some_as<T>(y + j, value(j, g, b), width - j);
+  }
+
+  Vec<L> rest[B], variance[B];
+  bool near = true;
+  const auto settle = [&]() __attribute__((always_inline)) {
+    for (int u = 0; u < B; ++u) {
+      rest[u] = c.centered ? block.first[u] * share : Vec<L>{};
+      variance[u] = block.second[u] * share - rest[u] * rest[u];
+    }
+  };
+  settle();
+  for (int u = 0; u < B; ++u) near &= all_within(rest[u] * rest[u], variance[u] * kFarSquared);
+  for (int u = 0; u < B; ++u) {  // center + rest, and what that rounds off
+    const Vec<L> mean = block.center[u] + rest[u];
+    rest[u] -= mean - block.center[u];
+    block.center[u] = mean;
+  }
+  if (__builtin_expect(!near, 0)) {
+    block.clear();
+    for (ptrdiff_t k = 0; k < n; ++k) {
+      for (int u = 0; u < B; ++u) block.take(u, load<L>(scratch + (k * B + u) * W));
+    }
+    settle();
+  }
+
+  Vec<L> inverse[B], shift[B];
+  for (int u = 0; u < B; ++u) {
+    // Not max: a NaN has to stay one.
+    const Vec<L> guarded = (variance[u] < 0 ? Vec<L>{} : variance[u]) + static_cast<L>(c.epsilon);
+    inverse[u] = 1 / square_root(guarded);
+    shift[u] = -rest[u] * inverse[u];
+  }
+  for (ptrdiff_t k = 0; k < n; ++k) {
+    const ptrdiff_t at = walk.table[k].x;
+    const RowFactors<T> f = factors_of<T>(c, walk, k, column);
+    Vec<L> g = splat<L>(f.one_scale);
+    Vec<L> b = splat<L>(f.one_bias);
+    for (int u = 0; u < B; ++u) {
+      if constexpr (vectors) {
+        if (f.scale != nullptr) g = get(f.scale, u);
+        if (f.bias != nullptr) b = get(f.bias, u);
+      }
+      const Vec<L> v = load<L>(scratch + (k * B + u) * W) - block.center[u];
+      Vec<L> out = (v * inverse[u] + shift[u]) * g + b;
+      if constexpr (silu) out = silu_of<L>(out);
+      put_vector<T>(y + at + u * W, out, B > 1 ? W : width, false);
+    }
+  }
+}
+
+// The columns fit the scratch memory. Sums over the axes are in the lane's type, of at most
+// kScratchBytes / 64 entries.
+template <class T, bool vectors, bool silu>
+void columns_in_scratch(const Columns& c, const Walk& walk) {
+  using L = typename LaneOf<T>::Type;
+  constexpr int W = Lane<L>::kWidth;
+  alignas(64) L scratch[kScratchBytes / sizeof(L)];
+  ptrdiff_t j = 0;
+  for (; j + kUnroll * W <= c.width; j += kUnroll * W) {
+    columns_block<T, kUnroll, vectors, silu>(c, walk, j, kUnroll * W, scratch);
+  }
+  for (; j < c.width; j += W) {
+    const ptrdiff_t width = c.width - j < W ? c.width - j : W;
+    columns_block<T, 1, vectors, silu>(c, walk, j, width, scratch);
   }
 }
 
 template <class T, bool vectors>
-ONNXNORM_INLINE void columns_row(const typename LaneOf<T>::Type* row, T* y, const Columns& c,
-                                 const ColumnStatistics<typename LaneOf<T>::Type>& s,
-                                 const RowFactors<T>& f) {
+void columns_in_scratch(const Columns& c, const Walk& walk) {
   if (c.silu)
-    columns_row<T, vectors, true>(row, y, c.width, s, f);
+    columns_in_scratch<T, vectors, true>(c, walk);
   else
-    columns_row<T, vectors, false>(row, y, c.width, s, f);
-}
-
-// The columns fit the scratch memory: x is read once, and the rest happens in cache. Sums over the
-// axes are in the lane's type, of at most kScratchBytes / 64 entries.
-template <class T>
-void columns_in_scratch(const Columns& c, const Walk& walk, ptrdiff_t padded) {
-  using L = typename LaneOf<T>::Type;
-  constexpr int W = Lane<L>::kWidth;
-  constexpr int U = 4;
-  const ptrdiff_t n = walk.entries;
-  alignas(64) L scratch[kScratchBytes / sizeof(L)];
-  ColumnStatistics<L> s;
-  const T* x = static_cast<const T*>(c.x) + walk.start.x;
-  T* y = static_cast<T*>(c.y) + walk.start.x;
-  for (ptrdiff_t i = 0; i < padded; i += W) store<L>(s.center + i, splat<L>(0));
-  for (ptrdiff_t k = 0; k < n; ++k) {
-    const ptrdiff_t at = walk.table[k].x;
-    L* row = scratch + k * padded;
-    const auto keep = [&](ptrdiff_t j, Vec<L> v) __attribute__((always_inline)) {
-      store<L>(row + j, v);
-      store<L>(s.center + j, load<L>(s.center + j) + v);
-    };
-    ptrdiff_t j = 0;
-#pragma GCC unroll 4
-    for (; j + W <= c.width; j += W) keep(j, load_as<T>(x + at + j));
-    if (j < c.width) keep(j, load_some_as<T>(x + at + j, c.width - j, 0));
-    for (ptrdiff_t i = 0; i < c.width; i += 64 / ptrdiff_t{sizeof(T)}) {
-      __builtin_prefetch(y + at + i, 1, 2);
-    }
-  }
-  ptrdiff_t j = 0;
-  for (; j + U * W <= c.width; j += U * W) {
-    column_statistics<L, U>(scratch + j, padded, n, c, s, j);
-  }
-  for (; j < c.width; j += W) column_statistics<L, 1>(scratch + j, padded, n, c, s, j);
-  const bool scales = c.scale_step == 1;
-  const bool biases = c.bias != nullptr && c.bias_step == 1;
-  for (ptrdiff_t k = 0; k < n; ++k) {
-    const Offsets& entry = walk.table[k];
-    const T* scale = static_cast<const T*>(c.scale) + walk.start.scale + entry.scale;
-    const T* bias = nullptr;
-    if (c.bias != nullptr) bias = static_cast<const T*>(c.bias) + walk.start.bias + entry.bias;
-    const RowFactors<T> factors{scales ? scale : nullptr, biases ? bias : nullptr,
-                                scales ? L(0) : load_one<T>(scale, 0),
-                                biases || bias == nullptr ? L(0) : load_one<T>(bias, 0)};
-    for (ptrdiff_t i = 0; i < c.width; i += 64 / ptrdiff_t{sizeof(T)}) {
-      __builtin_prefetch(x + entry.x + c.width + i, 0, 2);
-    }
-    const L* row = scratch + k * padded;
-    if (__builtin_expect(scales || biases, 0))
-      columns_row<T, true>(row, y + entry.x, c, s, factors);
-    else
-      columns_row<T, false>(row, y + entry.x, c, s, factors);
-  }
+    columns_in_scratch<T, vectors, false>(c, walk);
 }
 
 // The columns do not fit: x is read once a sweep.
@@ -1040,7 +1059,10 @@ void norm_columns(const Columns& c, const Walk& walk) {
   // Never fewer than 16 columns, so that the entries are bounded too.
   const ptrdiff_t counted = padded < 16 ? 16 : padded;
   if (walk.table != nullptr && walk.entries <= kScratchBytes / ptrdiff_t{sizeof(L)} / counted) {
-    columns_in_scratch<T>(c, walk, padded);
+    if (c.scale_step == 1 || (c.bias != nullptr && c.bias_step == 1))
+      columns_in_scratch<T, true>(c, walk);
+    else
+      columns_in_scratch<T, false>(c, walk);
   } else {
     columns_by_sweeps<T>(c, walk, padded);
   }

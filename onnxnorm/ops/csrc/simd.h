@@ -289,6 +289,32 @@ ONNXNORM_INLINE bool any_above(Vec<double> a, Vec<double> b) {
 #endif
 }
 
+// Is every lane of a at most b? A NaN is not.
+template <class V>
+ONNXNORM_INLINE bool all_within(V a, V b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(a[0]) == 4)
+    return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_NLE_UQ) == 0;
+  else
+    return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_NLE_UQ) == 0;
+#elif defined(__AVX2__)
+  if constexpr (sizeof(a[0]) == 4)
+    return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_NLE_UQ)) == 0;
+  else
+    return _mm256_movemask_pd(_mm256_cmp_pd((__m256d)a, (__m256d)b, _CMP_NLE_UQ)) == 0;
+#elif defined(__SSE2__)
+  if constexpr (sizeof(a[0]) == 4)
+    return _mm_movemask_ps(_mm_cmpnle_ps((__m128)a, (__m128)b)) == 0;
+  else
+    return _mm_movemask_pd(_mm_cmpnle_pd((__m128d)a, (__m128d)b)) == 0;
+#else
+  for (unsigned i = 0; i < sizeof(V) / sizeof(a[0]); ++i) {
+    if (!(a[i] <= b[i])) return false;
+  }
+  return true;
+#endif
+}
+
 // Writes past the caches; `p` is aligned to a vector. `fence` has to follow before others read.
 template <class L>
 ONNXNORM_INLINE void stream(L* p, Vec<L> v) {
