@@ -787,285 +787,222 @@ void norm_affine(const Affine& a) {
     affine_steps<T, false>(a);
 }
 
-// Sums down the columns: in the lane's type over kRun entries, in float64 beyond.
+// What is known of the columns of a tile, in the first-level cache. While rows are taken, `first`
+// and `second` are sums of x - center and of its square, with what their roundings lost so far
+// (Kahan's sums); in the end y = (x - center) * first + second.
 template <class L>
-struct ColumnSums {
-  static constexpr ptrdiff_t kRun = 256;
-  alignas(64) L first[kTileWidth];
-  alignas(64) L second[kTileWidth];
-  double total_first[kTileWidth];
-  double total_second[kTileWidth];
+struct ColumnStatistics {
+  alignas(64) L center[kNormWidth];
+  alignas(64) L first[kNormWidth];
+  alignas(64) L second[kNormWidth];
+  alignas(64) L lost_first[kNormWidth];
+  alignas(64) L lost_second[kNormWidth];
 };
 
-template <class L>
-void clear(ColumnSums<L>& sums, ptrdiff_t padded) {
-  for (ptrdiff_t j = 0; j < padded; ++j) {
-    sums.first[j] = sums.second[j] = 0;
-    sums.total_first[j] = sums.total_second[j] = 0;
-  }
-}
-
-template <class L>
-void flush(ColumnSums<L>& sums, ptrdiff_t padded) {
-  for (ptrdiff_t j = 0; j < padded; ++j) {
-    sums.total_first[j] += sums.first[j];
-    sums.total_second[j] += sums.second[j];
-    sums.first[j] = sums.second[j] = 0;
-  }
-}
-
-// What `B` vectors of columns are normalized with, and the sums that it comes from.
-//   y = (x - center) * inverse + shift,  shift = -rest * inverse
-// `rest` is what the center, which has to be a number of the lane's type, is off the mean by.
-template <class L, int B>
-struct ColumnBlock {
-  Vec<L> center[B];
-  Vec<L> first[B];
-  Vec<L> second[B];
-
-  ONNXNORM_INLINE void clear() {
-    for (int u = 0; u < B; ++u) first[u] = second[u] = Vec<L>{};
-  }
-  ONNXNORM_INLINE void take(int u, Vec<L> x) {
-    const Vec<L> d = x - center[u];
-    first[u] += d;
-    second[u] += d * d;
-  }
-};
-
-// Columns whose guessed center is too far from the mean, in units of the deviation: the moments
-// about it would lose digits. Also where there is a NaN, so that special values take one way.
+// A variance is taken about a guess of the mean. Where that is off by more than the root of so many
+// variances, too many digits would be lost, and it is taken once more about the mean.
 constexpr int kFarSquared = 3;
+constexpr int kGuessed = 8;  // entries that the guess is the mean of
 
-// A scale and a bias along a row of columns.
-template <class T>
-struct RowFactors {
-  using L = typename LaneOf<T>::Type;
-  const T* scale;  // null: `one_scale` for all
-  const T* bias;
-  L one_scale;
-  L one_bias;
+// The entries of the normalized axes in order.
+class Entries {
+ public:
+  explicit Entries(const Walk& walk) : walk_(walk) {
+    if (walk.table == nullptr) walk.first(walk.self);
+  }
+  ONNXNORM_INLINE Offsets next() {
+    if (walk_.table == nullptr) return walk_.next(walk_.self);
+    const Offsets at = walk_.table[k_++];
+    return {walk_.start.x + at.x, walk_.start.scale + at.scale, walk_.start.bias + at.bias};
+  }
+
+ private:
+  const Walk& walk_;
+  ptrdiff_t k_ = 0;
 };
 
-template <class T>
-ONNXNORM_INLINE RowFactors<T> factors_of(const Columns& c, const Walk& walk, ptrdiff_t k,
-                                         ptrdiff_t column) {
-  using L = typename LaneOf<T>::Type;
-  const T* scale = static_cast<const T*>(c.scale) + walk.start.scale + walk.table[k].scale;
-  const T* bias = static_cast<const T*>(c.bias);
-  if (bias != nullptr) bias += walk.start.bias + walk.table[k].bias;
-  const bool scales = c.scale_step == 1;
-  const bool biases = bias != nullptr && c.bias_step == 1;
-  return {scales ? scale + column : nullptr, biases ? bias + column : nullptr,
-          scales ? L(0) : load_one<T>(scale, 0),
-          biases || bias == nullptr ? L(0) : load_one<T>(bias, 0)};
-}
-
-// `B` vectors of neighbouring columns from `column` of the tile on, or the first `width` of one
-// vector. x is read once, row by row, into scratch memory; what is known of a column stays in
-// registers, three of them for each vector, which fit where there are 16. The moments are taken on
-// that way about the mean of the first rows, and once more about the mean where that was far from
-// it.
-template <class T, int B, bool vectors, bool silu>
-void columns_block(const Columns& c, const Walk& walk, ptrdiff_t column, ptrdiff_t width,
-                   typename LaneOf<T>::Type* scratch) {
-  using L = typename LaneOf<T>::Type;
-  constexpr int W = Lane<L>::kWidth;
-  constexpr ptrdiff_t kLine = 64 / ptrdiff_t{sizeof(T)};
-  constexpr int kHead = 8;
-  const ptrdiff_t n = walk.entries;
-  const L share = static_cast<L>(1 / static_cast<double>(n));
-  const T* x = static_cast<const T*>(c.x) + walk.start.x + column;
-  T* y = static_cast<T*>(c.y) + walk.start.x + column;
-  const auto get = [width](const T* p, int u) __attribute__((always_inline)) {
-    if (B > 1 || width == W) return load_as<T>(p + u * W);
-    return load_some_as<T>(p, width, 0);
-  };
-
-  ColumnBlock<L, B> block;
-  for (int u = 0; u < B; ++u) {
-    block.center[u] = Vec<L>{};
-    if (!c.centered) continue;
-    const auto head = [&](int k)
-                          __attribute__((always_inline)) { return get(x + walk.table[k].x, u); };
-    // By pairs: the mean of equal values has to be that value.
-    block.center[u] = n < kHead ? head(0)
-                                : (((head(0) + head(1)) + (head(2) + head(3))) +
-                                   ((head(4) + head(5)) + (head(6) + head(7)))) *
-                                      L(1.0 / kHead);
-  }
-  block.clear();
-  for (ptrdiff_t k = 0; k < n; ++k) {
-    const ptrdiff_t at = walk.table[k].x;
-    for (ptrdiff_t i = 0; i < width; i += kLine) __builtin_prefetch(y + at + i, 1, 2);
-    for (int u = 0; u < B; ++u) {
-      const Vec<L> v = get(x + at, u);
-      store<L>(scratch + (k * B + u) * W, v);
-      block.take(u, v);
-    }
-  }
-
-  Vec<L> rest[B], variance[B];
-  bool near = true;
-  const auto settle = [&]() __attribute__((always_inline)) {
-    for (int u = 0; u < B; ++u) {
-      rest[u] = c.centered ? block.first[u] * share : Vec<L>{};
-      variance[u] = block.second[u] * share - rest[u] * rest[u];
-    }
-  };
-  settle();
-  for (int u = 0; u < B; ++u) near &= all_within(rest[u] * rest[u], variance[u] * kFarSquared);
-  for (int u = 0; u < B; ++u) {  // center + rest, and what that rounds off
-    const Vec<L> mean = block.center[u] + rest[u];
-    rest[u] -= mean - block.center[u];
-    block.center[u] = mean;
-  }
-  if (__builtin_expect(!near, 0)) {
-    block.clear();
-    for (ptrdiff_t k = 0; k < n; ++k) {
-      for (int u = 0; u < B; ++u) block.take(u, load<L>(scratch + (k * B + u) * W));
-    }
-    settle();
-  }
-
-  Vec<L> inverse[B], shift[B];
-  for (int u = 0; u < B; ++u) {
-    // Not max: a NaN has to stay one.
-    const Vec<L> guarded = (variance[u] < 0 ? Vec<L>{} : variance[u]) + static_cast<L>(c.epsilon);
-    inverse[u] = 1 / square_root(guarded);
-    shift[u] = -rest[u] * inverse[u];
-  }
-  for (ptrdiff_t k = 0; k < n; ++k) {
-    const ptrdiff_t at = walk.table[k].x;
-    const RowFactors<T> f = factors_of<T>(c, walk, k, column);
-    Vec<L> g = splat<L>(f.one_scale);
-    Vec<L> b = splat<L>(f.one_bias);
-    for (int u = 0; u < B; ++u) {
-      if constexpr (vectors) {
-        if (f.scale != nullptr) g = get(f.scale, u);
-        if (f.bias != nullptr) b = get(f.bias, u);
-      }
-      const Vec<L> v = load<L>(scratch + (k * B + u) * W) - block.center[u];
-      Vec<L> out = (v * inverse[u] + shift[u]) * g + b;
-      if constexpr (silu) out = silu_of<L>(out);
-      put_vector<T>(y + at + u * W, out, B > 1 ? W : width, false);
-    }
-  }
-}
-
-// The columns fit the scratch memory. Sums over the axes are in the lane's type, of at most
-// kScratchBytes / 64 entries.
-template <class T, bool vectors, bool silu>
-void columns_in_scratch(const Columns& c, const Walk& walk) {
-  using L = typename LaneOf<T>::Type;
-  constexpr int W = Lane<L>::kWidth;
-  alignas(64) L scratch[kScratchBytes / sizeof(L)];
+// `take(j, count)` for vectors of neighbouring columns; `count` is known where it is a whole
+// vector.
+template <class L, class Take>
+ONNXNORM_INLINE void for_columns(ptrdiff_t width, const Take& take) {
+  constexpr ptrdiff_t W = Lane<L>::kWidth;
   ptrdiff_t j = 0;
-  for (; j + kUnroll * W <= c.width; j += kUnroll * W) {
-    columns_block<T, kUnroll, vectors, silu>(c, walk, j, kUnroll * W, scratch);
+#pragma GCC unroll 4
+  for (; j + W <= width; j += W) take(j, W);
+  if (j < width) take(j, width - j);
+}
+
+template <class T>
+ONNXNORM_INLINE Vec<typename LaneOf<T>::Type> load_columns(const T* p, ptrdiff_t count) {
+  if (count == Lane<typename LaneOf<T>::Type>::kWidth) return load_as<T>(p);
+  return load_some_as<T>(p, count, 0);
+}
+
+template <class L>
+ONNXNORM_INLINE void add_to(L* sum, L* lost, Vec<L> more) {
+  const Vec<L> old = load<L>(sum);
+  const Vec<L> mended = more - load<L>(lost);
+  const Vec<L> now = old + mended;
+  // What an infinite sum lost is no number, and must not make it none.
+  store<L>(lost, now < kInfinity<L> ? (now - old) - mended : Vec<L>{});
+  store<L>(sum, now);
+}
+
+template <class T, int rows, class L = typename LaneOf<T>::Type>
+ONNXNORM_INLINE void take_rows(const T* x, const ptrdiff_t (&at)[rows], ptrdiff_t width,
+                               ColumnStatistics<L>& s) {
+  for_columns<L>(width, [&](ptrdiff_t j, ptrdiff_t count) __attribute__((always_inline)) {
+    const Vec<L> center = load<L>(s.center + j);
+    Vec<L> first{}, second{};
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) {
+      const Vec<L> d = load_columns<T>(x + at[r] + j, count) - center;
+      first += d;
+      second += d * d;
+    }
+    add_to<L>(s.first + j, s.lost_first + j, first);
+    add_to<L>(s.second + j, s.lost_second + j, second);
+  });
+}
+
+// The means of x - center and of its square, into `s.first` and `s.second`.
+template <class T, class L = typename LaneOf<T>::Type>
+void column_moments(const Columns& c, const Walk& walk, ColumnStatistics<L>& s) {
+  constexpr int kRows = 8;
+  const T* x = static_cast<const T*>(c.x);
+  const ptrdiff_t n = walk.entries;
+  for_columns<L>(c.width, [&](ptrdiff_t j, ptrdiff_t) __attribute__((always_inline)) {
+    store<L>(s.first + j, Vec<L>{});
+    store<L>(s.second + j, Vec<L>{});
+    store<L>(s.lost_first + j, Vec<L>{});
+    store<L>(s.lost_second + j, Vec<L>{});
+  });
+  Entries entries(walk);
+  ptrdiff_t k = 0;
+  for (; k + kRows <= n; k += kRows) {
+    ptrdiff_t at[kRows];
+    for (ptrdiff_t& offset : at) offset = entries.next().x;
+    take_rows<T>(x, at, c.width, s);
   }
-  for (; j < c.width; j += W) {
-    const ptrdiff_t width = c.width - j < W ? c.width - j : W;
-    columns_block<T, 1, vectors, silu>(c, walk, j, width, scratch);
+  for (; k < n; ++k) {
+    const ptrdiff_t at[1] = {entries.next().x};
+    take_rows<T>(x, at, c.width, s);
+  }
+  const L share = static_cast<L>(1 / static_cast<double>(n));
+  for_columns<L>(c.width, [&](ptrdiff_t j, ptrdiff_t) __attribute__((always_inline)) {
+    store<L>(s.first + j, load<L>(s.first + j) * share);
+    store<L>(s.second + j, load<L>(s.second + j) * share);
+  });
+}
+
+// A guess of the mean, from entries that are spread over the axes where that costs nothing.
+template <class T, class L = typename LaneOf<T>::Type>
+void guess_centers(const Columns& c, const Walk& walk, ColumnStatistics<L>& s) {
+  const T* x = static_cast<const T*>(c.x);
+  const ptrdiff_t n = walk.entries;
+  const T* heads[kGuessed];
+  Entries entries(walk);
+  const ptrdiff_t first = entries.next().x;
+  for (ptrdiff_t i = 0; i < kGuessed; ++i) {
+    const ptrdiff_t spread = i * n / kGuessed;  // the first one over and over where there are few
+    heads[i] = x + (walk.table == nullptr ? first : walk.start.x + walk.table[spread].x);
+  }
+  for_columns<L>(c.width, [&](ptrdiff_t j, ptrdiff_t count) __attribute__((always_inline)) {
+    const auto head = [&](int i) __attribute__((always_inline)) {
+      return load_columns<T>(heads[i] + j, count);
+    };
+    // By pairs: the mean of equal values has to be that value.
+    const Vec<L> sum =
+        ((head(0) + head(1)) + (head(2) + head(3))) + ((head(4) + head(5)) + (head(6) + head(7)));
+    store<L>(s.center + j, c.centered ? sum * L(1.0 / kGuessed) : Vec<L>{});
+  });
+}
+
+// Moves each center to the mean, and leaves in `s.first` what it, as a number of the lane's type,
+// is still off by. False: one was too far for its variance to be right, or there is a NaN.
+template <class L>
+bool move_to_mean(const Columns& c, ColumnStatistics<L>& s) {
+  bool near = true;
+  for_columns<L>(c.width, [&](ptrdiff_t j, ptrdiff_t) __attribute__((always_inline)) {
+    const Vec<L> rest = load<L>(s.first + j);
+    const Vec<L> variance = load<L>(s.second + j) - rest * rest;
+    near &= all_within(rest * rest, variance * L(kFarSquared));
+    const Vec<L> guess = load<L>(s.center + j);
+    const Vec<L> mean = guess + rest;
+    store<L>(s.center + j, mean);
+    store<L>(s.first + j, rest - (mean - guess));
+    store<L>(s.second + j, variance);
+  });
+  return near;
+}
+
+template <class T, class L = typename LaneOf<T>::Type>
+void column_statistics(const Columns& c, const Walk& walk, ColumnStatistics<L>& s) {
+  guess_centers<T>(c, walk, s);
+  column_moments<T>(c, walk, s);
+  if (c.centered && !move_to_mean<L>(c, s)) {
+    column_moments<T>(c, walk, s);
+    move_to_mean<L>(c, s);
+  }
+  for_columns<L>(c.width, [&](ptrdiff_t j, ptrdiff_t) __attribute__((always_inline)) {
+    const Vec<L> variance = load<L>(s.second + j);
+    // Not max: a NaN has to stay one.
+    const Vec<L> guarded = (variance < 0 ? Vec<L>{} : variance) + static_cast<L>(c.epsilon);
+    const Vec<L> inverse = 1 / square_root(guarded);
+    const Vec<L> rest = c.centered ? load<L>(s.first + j) : Vec<L>{};
+    store<L>(s.first + j, inverse);
+    store<L>(s.second + j, -rest * inverse);
+  });
+}
+
+// Two sweeps over a tile that the second-level cache keeps: statistics, then results. A row of a
+// tile lies in one page or two and is as long as a prefetcher needs to see.
+template <class T, bool vectors, bool silu>
+void columns_of(const Columns& c, const Walk& walk) {
+  using L = typename LaneOf<T>::Type;
+  ColumnStatistics<L> s;
+  column_statistics<T>(c, walk, s);
+  const T* x = static_cast<const T*>(c.x);
+  T* y = static_cast<T*>(c.y);
+  const bool scales = c.scale_step == 1;
+  const bool biases = c.bias != nullptr && c.bias_step == 1;
+  Entries entries(walk);
+  Offsets at = entries.next();
+  for (ptrdiff_t k = 0; k < walk.entries; ++k) {
+    const Offsets then = k + 1 < walk.entries ? entries.next() : at;
+    const T* scale = static_cast<const T*>(c.scale) + at.scale;
+    const T* bias = c.bias == nullptr ? nullptr : static_cast<const T*>(c.bias) + at.bias;
+    Vec<L> g = splat<L>(scales ? L(0) : load_one<T>(scale, 0));
+    Vec<L> b = splat<L>(biases || bias == nullptr ? L(0) : load_one<T>(bias, 0));
+    for_columns<L>(c.width, [&](ptrdiff_t j, ptrdiff_t count) __attribute__((always_inline)) {
+      __builtin_prefetch(y + then.x + j, 1, 2);
+      if constexpr (vectors) {
+        if (scales) g = load_columns<T>(scale + j, count);
+        if (biases) b = load_columns<T>(bias + j, count);
+      }
+      const Vec<L> d = load_columns<T>(x + at.x + j, count) - load<L>(s.center + j);
+      Vec<L> out = (d * load<L>(s.first + j) + load<L>(s.second + j)) * g + b;
+      if constexpr (silu) out = silu_of<L>(out);
+      put_vector<T>(y + at.x + j, out, count, false);
+    });
+    at = then;
   }
 }
 
 template <class T, bool vectors>
-void columns_in_scratch(const Columns& c, const Walk& walk) {
+void columns_of(const Columns& c, const Walk& walk) {
   if (c.silu)
-    columns_in_scratch<T, vectors, true>(c, walk);
+    columns_of<T, vectors, true>(c, walk);
   else
-    columns_in_scratch<T, vectors, false>(c, walk);
-}
-
-// The columns do not fit: x is read once a sweep.
-template <class T>
-void columns_by_sweeps(const Columns& c, const Walk& walk, ptrdiff_t padded) {
-  using L = typename LaneOf<T>::Type;
-  constexpr int W = Lane<L>::kWidth;
-  const ptrdiff_t n = walk.entries;
-  alignas(64) L row[kTileWidth];
-  alignas(64) L center[kTileWidth];
-  alignas(64) L low[kTileWidth];
-  alignas(64) L inverse[kTileWidth];
-  ColumnSums<L> sums;
-  const T* x = static_cast<const T*>(c.x);
-  const auto read = [&](const Offsets& at) {
-    stage<T>(Source{x + at.x, nullptr, 1, 0, 1.0}, 0, c.width, row);
-  };
-  for (ptrdiff_t j = 0; j < padded; ++j) center[j] = 0;
-  if (c.centered) {
-    clear(sums, padded);
-    walk.first(walk.self);
-    for (ptrdiff_t k = 0; k < n; ++k) {
-      read(walk.next(walk.self));
-      for (ptrdiff_t j = 0; j < padded; j += W) {
-        store<L>(sums.first + j, load<L>(sums.first + j) + load<L>(row + j));
-      }
-      if ((k + 1) % ColumnSums<L>::kRun == 0) flush(sums, padded);
-    }
-    flush(sums, padded);
-    for (ptrdiff_t j = 0; j < padded; ++j) {
-      center[j] = static_cast<L>(sums.total_first[j] / static_cast<double>(n));
-    }
-  }
-  clear(sums, padded);
-  walk.first(walk.self);
-  for (ptrdiff_t k = 0; k < n; ++k) {
-    read(walk.next(walk.self));
-    for (ptrdiff_t j = 0; j < padded; j += W) {
-      const Vec<L> d = load<L>(row + j) - load<L>(center + j);
-      store<L>(sums.first + j, load<L>(sums.first + j) + d);
-      store<L>(sums.second + j, load<L>(sums.second + j) + d * d);
-    }
-    if ((k + 1) % ColumnSums<L>::kRun == 0) flush(sums, padded);
-  }
-  flush(sums, padded);
-  for (ptrdiff_t j = 0; j < padded; ++j) {
-    const double rest = c.centered ? sums.total_first[j] / static_cast<double>(n) : 0;
-    const double variance = sums.total_second[j] / static_cast<double>(n) - rest * rest;
-    low[j] = static_cast<L>(rest);
-    // Not max: a NaN has to stay one.
-    inverse[j] = static_cast<L>(1 / sqrt((variance < 0 ? 0 : variance) + c.epsilon));
-  }
-  const T* scale = static_cast<const T*>(c.scale);
-  const T* bias = static_cast<const T*>(c.bias);
-  T* y = static_cast<T*>(c.y);
-  walk.first(walk.self);
-  for (ptrdiff_t k = 0; k < n; ++k) {
-    const Offsets at = walk.next(walk.self);
-    read(at);
-    const L one_scale = load_one<T>(scale, at.scale);
-    const L one_bias = bias == nullptr ? L(0) : load_one<T>(bias, at.bias);
-    for (ptrdiff_t j = 0; j < c.width; j += W) {
-      const ptrdiff_t rest = c.width - j < W ? c.width - j : W;
-      Vec<L> g = splat<L>(one_scale);
-      Vec<L> b = splat<L>(one_bias);
-      if (c.scale_step == 1) g = load_some_as<T>(scale + at.scale + j, rest, 0);
-      if (bias != nullptr && c.bias_step == 1) b = load_some_as<T>(bias + at.bias + j, rest, 0);
-      const Vec<L> d = (load<L>(row + j) - load<L>(center + j)) - load<L>(low + j);
-      Vec<L> out = d * load<L>(inverse + j) * g + b;
-      if (c.silu) out = silu_of<L>(out);
-      put_vector<T>(y + at.x + j, out, rest, false);
-    }
-  }
+    columns_of<T, vectors, false>(c, walk);
 }
 
 template <class T>
 void norm_columns(const Columns& c, const Walk& walk) {
-  using L = typename LaneOf<T>::Type;
-  constexpr int W = Lane<L>::kWidth;
-  const ptrdiff_t padded = (c.width + W - 1) / W * W;
-  // Never fewer than 16 columns, so that the entries are bounded too.
-  const ptrdiff_t counted = padded < 16 ? 16 : padded;
-  if (walk.table != nullptr && walk.entries <= kScratchBytes / ptrdiff_t{sizeof(L)} / counted) {
-    if (c.scale_step == 1 || (c.bias != nullptr && c.bias_step == 1))
-      columns_in_scratch<T, true>(c, walk);
-    else
-      columns_in_scratch<T, false>(c, walk);
-  } else {
-    columns_by_sweeps<T>(c, walk, padded);
-  }
+  if (c.scale_step == 1 || (c.bias != nullptr && c.bias_step == 1))
+    columns_of<T, true>(c, walk);
+  else
+    columns_of<T, false>(c, walk);
 }
 
 template <class T>

@@ -108,8 +108,11 @@ struct Walk {
   Offsets start;
 };
 
-// A walk of at most so many entries has a table: all that fit the scratch memory in 16 columns.
-constexpr ptrdiff_t kTableEntries = 1024;
+// A walk of at most so many entries has a table.
+constexpr ptrdiff_t kTableEntries = 4096;
+
+// Columns that one call of a norm treats at most.
+constexpr ptrdiff_t kNormWidth = 512;
 
 struct Columns {
   const void* x;
@@ -118,7 +121,7 @@ struct Columns {
   const void* bias;  // null: none
   ptrdiff_t scale_step;
   ptrdiff_t bias_step;
-  ptrdiff_t width;  // at most kTileWidth
+  ptrdiff_t width;  // at most kNormWidth
   double epsilon;
   bool centered;  // layer norm; else RMS norm
   bool silu;

@@ -9,6 +9,7 @@ namespace onnxnorm {
 namespace {
 
 constexpr std::int64_t kGrain = 32 * 1024;  // elements that are worth a task of their own
+constexpr std::int64_t kTile = 128 * 1024;  // elements that are read twice
 constexpr std::size_t kX = 0, kScale = 1, kBias = 2;
 constexpr std::int64_t kBytes[kTypes] = {4, 2, 2, 8};
 
@@ -127,12 +128,9 @@ void run_columns(Plan plan, const Parallel& parallel) {
   const Dim inner = plan.kept.empty() ? Dim{1, {}, false} : plan.kept.back();
   if (!plan.kept.empty()) plan.kept.pop_back();
   const std::int64_t n = product(plan.reduced);
-  const std::int64_t lane = call.type == kF64 ? 8 : 4;
-  const std::int64_t fits = kScratchBytes / lane / n;
-  // Whole cache lines, and whole blocks of the widest kernel where there is room for one.
-  const std::int64_t width = fits < 16   ? kTileWidth
-                             : fits < 64 ? fits / 16 * 16
-                                         : std::min<std::int64_t>(fits / 64 * 64, kTileWidth);
+  // Whole cache lines, and tiles of one size.
+  const std::int64_t most = std::clamp<std::int64_t>(kTile / n / 64 * 64, 64, kNormWidth);
+  const std::int64_t width = ceil_div(ceil_div(inner.size, ceil_div(inner.size, most)), 64) * 64;
   const std::int64_t blocks = ceil_div(inner.size, width);
   const std::int64_t items = product(plan.kept) * blocks;
   const std::int64_t each = std::max<std::int64_t>(1, kGrain / (n * std::min(width, inner.size)));
