@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from graphlib import CycleError, TopologicalSorter
 from types import TracebackType
 from typing import Any, Final, TypeAlias
 
@@ -110,6 +111,23 @@ def names_read(node: onnx.NodeProto) -> set[str]:
             found |= names_read(inner)
         found |= {output.name for output in graph.output}
     return found
+
+
+def _in_order(nodes: Sequence[onnx.NodeProto]) -> tuple[onnx.NodeProto, ...]:
+    """The nodes, each behind those that it reads: as they are if possible.
+
+    The specification asks for that order, but onnxruntime sorts by itself, and converters to float16
+    leave their Casts at the end.
+    """
+    made = {name: index for index, node in enumerate(nodes) for name in node.output if name}
+    needs = [{made[name] for name in names_read(node) if name in made} for node in nodes]
+    if all(max(need, default=-1) < index for index, need in enumerate(needs)):
+        return tuple(nodes)
+    try:
+        order = tuple(TopologicalSorter(dict(enumerate(needs))).static_order())
+    except CycleError:  # of names that a body has for values of its own
+        return tuple(nodes)
+    return tuple(nodes[index] for index in order)
 
 
 class Evaluator:
@@ -228,7 +246,7 @@ class Evaluator:
     def _plan(self, owner: onnx.GraphProto | onnx.FunctionProto) -> _Plan:
         found = self._plans.get(id(owner))
         if found is None:
-            nodes = tuple(owner.node)
+            nodes = _in_order(owner.node)
             last: dict[str, int] = {}
             for index, node in enumerate(nodes):
                 last.update(dict.fromkeys([*names_read(node), *node.output], index))

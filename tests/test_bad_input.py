@@ -687,6 +687,20 @@ def test_what_is_legal_passes_through(place: Bench, which: str) -> None:
     place.passes_through(place.write(model))
 
 
+def test_nodes_in_no_order_are_optimized_and_compared(place: Bench) -> None:
+    model = parser.parse_model(
+        f"{HEAD} main (float[1,2,3,3] x) => (float[1,2,3,3] y)" + SMALL.partition("y)")[2]
+    )
+    nodes = list(reversed(model.graph.node))
+    assert len(nodes) > 1
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    path = place.write(model)
+    done = place.command("optimize", path, place.out, *CPU)
+    assert (done.code, done.err) == (0, ""), done
+    assert len(onnx.load(place.out).graph.node) == 1
+
+
 def test_a_convolution_of_nothing(place: Bench) -> None:
     model = parser.parse_model(
         f"{HEAD} main (float[0,2,3,3] x) => (float[0,2,3,3] y)" + SMALL.partition("y)")[2]

@@ -52,6 +52,19 @@ def test_values_are_float64_and_exact_where_float32_is_not() -> None:
     np.testing.assert_array_equal(y, [1.0, 1.0 / 3.0])
 
 
+def test_nodes_need_not_be_sorted() -> None:
+    proto = parser.parse_model(
+        HEAD + "g (float[2] x, bool c) => (float[2] y)"
+        "{ y = Add (b, a)"
+        "  b = If (c) <then_branch = t () => (float[2] u) { u = Neg (a) },"
+        "             else_branch = e () => (float[2] v) { v = Abs (a) }>"
+        "  a = Exp (x) }"
+    )
+    x = np.array([0.0, 1.0], np.float32)
+    found = Evaluator(storage.from_proto(proto)).run({"x": x, "c": np.array(False)})
+    np.testing.assert_allclose(found["y"], 2 * np.exp([0.0, 1.0]))
+
+
 def test_an_attribute_keeps_the_value_of_the_file() -> None:
     text = HEAD + (
         "g (float[1,1,1] x, float[1] s, float[1] b, float[1] m, float[1] v) => (float[1,1,1] y)"
