@@ -116,8 +116,8 @@ def names_read(node: onnx.NodeProto) -> set[str]:
 def _in_order(nodes: Sequence[onnx.NodeProto]) -> tuple[onnx.NodeProto, ...]:
     """The nodes, each behind those that it reads: as they are if possible.
 
-    The specification asks for that order, but onnxruntime sorts by itself, and converters to float16
-    leave their Casts at the end.
+    The specification asks for that order, but onnxruntime sorts by itself, and converters to
+    float16 leave their Casts at the end.
     """
     made = {name: index for index, node in enumerate(nodes) for name in node.output if name}
     needs = [{made[name] for name in names_read(node) if name in made} for node in nodes]

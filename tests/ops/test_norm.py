@@ -123,7 +123,7 @@ def test_channels_far_from_those_of_the_guess_cost_no_digits(
         rng.standard_normal((channels, 1)).astype(np.float32),
         rng.standard_normal((channels, 1)).astype(np.float32),
     ]
-    attributes = {"axes": [1], "epsilon": EPSILON}
+    attributes: dict[str, Any] = {"axes": [1], "epsilon": EPSILON}
     with instruction_set(isa):
         found = run(model_of("ChannelLayerNormalization", inputs, **attributes), inputs, tmp_path)
     assert_expected(found, "ChannelLayerNormalization", inputs, attributes)
@@ -139,7 +139,7 @@ def test_special_values_stay_in_their_column(isa: str, centered: bool, tmp_path:
     for column, row, value in ((3, 0, np.nan), (70, 19, np.inf), (149, 8, -np.inf)):
         values[0, row, column] = value
     name = f"Channel{'Layer' if centered else 'RMS'}Normalization"
-    attributes = {"axes": [1], "epsilon": EPSILON}
+    attributes: dict[str, Any] = {"axes": [1], "epsilon": EPSILON}
     with instruction_set(isa):
         found = run(model_of(name, inputs, **attributes), inputs, tmp_path)
     with np.errstate(invalid="ignore"):
