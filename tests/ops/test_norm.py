@@ -97,11 +97,14 @@ def test_the_ways_through_memory(
     assert_expected(found, "ChannelLayerNormalization", inputs, attributes)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("axis", [1, 2])
-def test_a_large_common_mean_costs_no_more_than_its_own_rounding(axis: int, tmp_path: Path) -> None:
+def test_a_large_common_mean_costs_no_more_than_its_own_rounding(
+    axis: int, dtype: Any, tmp_path: Path
+) -> None:
     values = np.random.default_rng(6).standard_normal((4, 48, 64)) + 10_000
-    values = values.astype(np.float32)
-    inputs: list[Array] = [values, np.ones(1, np.float32), np.zeros(1, np.float32)]
+    values = values.astype(dtype)
+    inputs: list[Array] = [values, np.ones(1, dtype), np.zeros(1, dtype)]
     model = model_of("ChannelLayerNormalization", inputs, axes=[axis], epsilon=EPSILON)
     found = run(model, inputs, tmp_path)
     attributes = {"axes": [axis], "epsilon": EPSILON}

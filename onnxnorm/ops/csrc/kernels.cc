@@ -736,13 +736,13 @@ void affine_row(const Affine& a) {
   const T* scale = static_cast<const T*>(a.scale);
   const T* bias = static_cast<const T*>(a.bias);
   T* y = static_cast<T*>(a.y);
-  const L high = static_cast<L>(a.mean);
-  const L low = static_cast<L>(a.mean - high);
+  const L center = static_cast<L>(a.center);
+  const L rest = static_cast<L>((a.center - center) + a.rest);
   const L inverse = static_cast<L>(a.inverse);
   const L one_scale = scale_step == Step::kZero ? load_one<T>(scale, 0) : L(0);
   const L one_bias = bias_step == Step::kZero && bias != nullptr ? load_one<T>(bias, 0) : L(0);
   const auto finish = [=](Vec<L> v, Vec<L> g, Vec<L> b) __attribute__((always_inline)) {
-    v = ((v - high) - low) * inverse * g + b;
+    v = ((v - center) - rest) * inverse * g + b;
     if constexpr (silu) v = silu_of<L>(v);
     return v;
   };
@@ -756,12 +756,12 @@ void affine_row(const Affine& a) {
     store_as<T>(y + i, finish(load_as<T>(x + i), g, b));
   }
   if (i < a.n) {
-    const ptrdiff_t rest = a.n - i;
+    const ptrdiff_t last = a.n - i;
     Vec<L> g = splat<L>(one_scale);
     Vec<L> b = splat<L>(one_bias);
-    if constexpr (scale_step == Step::kOne) g = load_some_as<T>(scale + i, rest, 0);
-    if constexpr (bias_step == Step::kOne) b = load_some_as<T>(bias + i, rest, 0);
-    store_some_as<T>(y + i, finish(load_some_as<T>(x + i, rest, 0), g, b), rest);
+    if constexpr (scale_step == Step::kOne) g = load_some_as<T>(scale + i, last, 0);
+    if constexpr (bias_step == Step::kOne) b = load_some_as<T>(bias + i, last, 0);
+    store_some_as<T>(y + i, finish(load_some_as<T>(x + i, last, 0), g, b), last);
   }
 }
 

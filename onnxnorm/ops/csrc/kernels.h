@@ -77,7 +77,9 @@ struct Softmax {
   void (*tile)(const Tile& tile);
 };
 
-// y = (x - mean) * inverse * scale + bias, for n neighbours; scale and bias advance by 0 or 1.
+// y = (x - center - rest) * inverse * scale + bias, for n neighbours; scale and bias advance by 0
+// or
+// 1. The mean is center + rest, and not known as well by one number of the lane's type.
 struct Affine {
   const void* x;
   void* y;
@@ -86,7 +88,8 @@ struct Affine {
   ptrdiff_t scale_step;
   ptrdiff_t bias_step;
   ptrdiff_t n;
-  double mean;
+  double center;
+  double rest;
   double inverse;  // 1 / sqrt(variance + epsilon)
   bool silu;
 };

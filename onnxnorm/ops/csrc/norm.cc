@@ -115,7 +115,7 @@ void run_segments(Plan plan, std::vector<Dim> whole, const Parallel& parallel) {
                               plan.at(call.scale.data, offset[kScale]), plan.bias(offset[kBias]),
                               static_cast<std::ptrdiff_t>(segment.stride[kScale]),
                               static_cast<std::ptrdiff_t>(segment.stride[kBias]),
-                              static_cast<std::ptrdiff_t>(segment.size), center + rest, inverse,
+                              static_cast<std::ptrdiff_t>(segment.size), center, rest, inverse,
                               call.silu});
       }
     }
