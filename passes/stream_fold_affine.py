@@ -8,8 +8,10 @@ into what feeds it, since one side of the Add is the stream. But the whole strea
 other units: what reads it linearly is multiplied by D, what writes it by D^-1, c goes into the bias
 of the branch, and the skip path is a bare Add. Between two places where the stream has to be what
 it is, as outputs of the graph or readers that are not linear, one affine stays; and where D leaves
-its bounds, one stays and D begins anew behind it. Relu and max pooling are crossed where all scales
-are above 0. Exact over the reals. In floating point each constant is formed in float64 and rounded
+its bounds, one stays and D begins anew behind it. An affine whose shift no bias takes stays whole
+unless a node goes with its scale: an Add in place of one BatchNormalization would save nothing, and
+what stays takes up any D. Relu and max pooling are crossed where all scales are above 0. Exact over
+the reals. In floating point each constant is formed in float64 and rounded
 once, and a factor for each feature changes no rounding error but by underflow and overflow, from
 which the bound on D keeps away. `onnxnorm.gauge_region` has the rules, and
 `onnxnorm.gauge` the choice.
@@ -33,21 +35,15 @@ from onnxnorm.affine_maps import Map, Vector
 from onnxnorm.constant_edits import ConstantEdits
 from onnxnorm.facts import AnyValue, Constant, Facts
 from onnxnorm.gauge import Gauge
-from onnxnorm.gauge_region import Region, Writer, find_regions
+from onnxnorm.gauge_region import Region, find_regions
+from onnxnorm.gauge_shift import Shifts
 from onnxnorm.inverse_moves import undone
-from onnxnorm.module import Node
 from onnxnorm.port import rounded
 from onnxnorm.rewrite import Pass, Plan, Refusal, Rewriter
 from onnxnorm.sizes import find_sizes
 from onnxnorm.storage import Array
 from onnxnorm.transfer import Stop, Transfer, described
 
-# What a shift goes through unchanged, feature by feature.
-_MOVES: Final = frozenset(
-    {"Cast", "Dropout", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
-)
-_TABLES: Final = frozenset({"Expand", "Gather"})  # each entry of the result is one of the table
-_BIASED: Final = {"Conv": 1, "ConvTranspose": 1, "Gemm": 11}  # the opset from which it may lack one
 _HALF_BOUND: Final = 6  # float16 has 15 binary digits above 1, and activations need the others
 
 
@@ -78,25 +74,36 @@ class StreamFoldAffine(Pass):
     def _decided(self, region: Region, transfer: Transfer) -> Iterator[Plan | Refusal]:
         facts = transfer.facts
         bound, pinned = self._bound(region, facts), _pinned(region, facts)
-        kept = {**self._begun(region), **pinned}
-        gauge = Gauge(region, bound, kept)
-        change = Rescaling(region, gauge, transfer)
+        begun = {**self._begun(region), **pinned}
+        gauge, change, unpaid = self._settled(region, bound, begun, transfer)
         stays = dict(gauge.stays)
-        if kept != pinned:  # those that stay because they stayed before: why they did
-            stays.update(Gauge(region, bound, pinned).stays)
-        if change.gone:
+        if begun != pinned:  # those that stay because they stayed before: why they did
+            stays.update(Gauge(region, bound, {**pinned, **unpaid}).stays)
+        if change.gone or change.undone:
             stop = _apart(region) or change.misfit() or self._grown(change, facts)
             if stop is None:
                 yield change.plan()
             else:
                 stays.update(dict.fromkeys(gauge.removed, stop))
-        else:
-            for step in gauge.removed:
-                told = f"no bias in front of {described(step.node)} takes its shift"
-                stays[step] = Stop(step.node, f"{told}, and an Add in its place would save nothing")
         for step, stop in stays.items():
             if not step.uniform:
                 yield stop.refusal(step.node)
+
+    def _settled(
+        self, region: Region, bound: float, kept: dict[Map, Stop], transfer: Transfer
+    ) -> tuple[Gauge, Rescaling, dict[Map, Stop]]:
+        """The factors with which no map gives way to an Add alone, and the maps that stay for it.
+
+        A map that stays has any ratio of factors and takes shifts as its Add would, so the others
+        are as free as before.
+        """
+        unpaid: dict[Map, Stop] = {}
+        while True:
+            gauge = Gauge(region, bound, {**kept, **unpaid})
+            change = Rescaling(region, gauge, transfer)
+            if not change.unpaid:
+                return gauge, change, unpaid
+            unpaid.update(change.unpaid)
 
     def _bound(self, region: Region, facts: Facts) -> float:
         half = onnx.TensorProto.FLOAT16
@@ -136,7 +143,7 @@ class StreamFoldAffine(Pass):
             assert shift is not None, "a map that stays does something"
             made = rw.constant("shift", shift, at=step.node)
             rw.replace("Add", [value, made], at=step.node)
-        for before, after, shift in change.undone:
+        for before, after, _, shift in change.undone:
             if shift is None:
                 rw.redirect(after, before)
                 continue
@@ -176,7 +183,9 @@ class Rescaling:
         gone: The maps whose nodes go.
         written: The maps that are written anew, as a Mul and an Add of these constants.
         undone: Values before and after moves that undo each other when the maps between them are
-            gone, with the shift that one of these leaves.
+            gone, with the map that leaves a shift there, and the shift.
+        unpaid: The maps of one node that would give way to one Add, with what keeps their shift
+            from a bias.
     """
 
     def __init__(self, region: Region, gauge: Gauge, transfer: Transfer) -> None:
@@ -185,14 +194,12 @@ class Rescaling:
         self.transfer = transfer
         self.facts = transfer.facts
         self.edits = ConstantEdits()
-        self.gone: list[Map] = []
+        self.shifts = Shifts(region, self.facts, self.edits)
+        self.gone = self.shifts.gone
         self.written: list[tuple[Map, Array | None, Array | None]] = []
-        self.undone: list[tuple[AnyValue, AnyValue, Array | None]] = []
-        self._adds: dict[Map, Vector] = {}  # what is still added at a map
-        self._maps = {node: s for s in region.maps for node in (s.node, *s.nodes)}
-        self._writers: dict[AnyValue, list[Writer]] = {}
-        for writer in region.writers:
-            self._writers.setdefault(writer.value, []).append(writer)
+        self.undone: list[tuple[AnyValue, AnyValue, Map | None, Array | None]] = []
+        self.unpaid: dict[Map, Stop] = {}
+        self._adds = self.shifts.adds
         self._scale()
         self._shift()
         self._undo()
@@ -250,17 +257,9 @@ class Rescaling:
     def _shift(self) -> None:
         removed = set(self.gauge.removed)
         for step in self.region.maps:
-            if step.scale is not None and step not in removed:
-                continue
-            factor = self.gauge.factor(step.result)
-            shift = None if step.shift is None else step.shift / factor
-            alone = self.facts.pinned(step.result) is None
-            parts = (*step.nodes, step.node)
-            if alone and (shift is None or self._placed(step.source, shift, parts)):
-                self.gone.append(step)
-            else:
-                assert shift is not None, "a scale alone goes"
-                self._adds[step] = shift
+            if step.scale is None or step in removed:
+                factor = self.gauge.factor(step.result)
+                self.shifts.settle(step, None if step.shift is None else step.shift / factor)
 
     def _undo(self) -> None:
         """Find the moves that are for nothing when the maps between them are gone."""
@@ -278,16 +277,20 @@ class Rescaling:
             left = [s for s in run if s in self._adds]
             if pair is None or (left and pair[0] not in self.region.values):
                 continue
-            shift = None
+            last, shift = None, None
             for last in left:  # one at most: it takes what the others add
                 layout = self.region.values[pair[0]]
                 shift = rounded(layout.spread(self._adds.pop(last), 0), self._dtype(last))
-            self.undone.append((*pair, shift))
+            self.undone.append((*pair, last, shift))
 
     def _add(self) -> None:
         """Write what is still added."""
         for step, shift in self._adds.items():
             if step.scale is not None:
+                if not step.nodes:
+                    stop = self.shifts.stops[step]
+                    told = f"{stop.why}, and an Add in place of it would save nothing"
+                    self.unpaid[step] = Stop(stop.node, told)
                 self._write(step, None, shift)
                 continue
             assert step.shift is not None, "it adds something"
@@ -300,73 +303,6 @@ class Rescaling:
                 sign = -1.0 if step.node.op == "Sub" else 1.0
                 spread = step.layout.spread(sign * more, rank)
                 self.edits.shift(step.node, index, constant, spread)
-
-    def _placed(self, value: AnyValue, shift: Vector, readers: tuple[Node, ...]) -> bool:
-        """Add a shift to what makes a value for one map alone; whether there is such a thing."""
-        while True:
-            uses = [u.node for u in self.facts.uses(value) if u.node.op not in ("Shape", "Size")]
-            alone = set(uses) <= set(readers) if len(readers) > 1 else uses == list(readers)
-            if self.facts.pinned(value) is not None or not alone:
-                return False
-            node = self.facts.producer(value)
-            if node is None or value not in self.region.values:
-                return False
-            step = self._maps.get(node)
-            if step is None:
-                break
-            if step in self._adds:
-                self._adds[step] = self._adds[step] + shift
-                return True
-            if step not in self.gone:
-                return False
-            value, readers = step.source, (*step.nodes, step.node)
-        link = self.region.links.get(value)
-        if link is None:
-            return self._into(value, node, shift)
-        if node.op in ("Add", "Sub", "Sum"):
-            for demand in link.demands:
-                sign = -1.0 if node.op == "Sub" and demand.index == 1 else 1.0
-                if demand.constant is not None:
-                    spread = demand.basis.layout.spread(sign * shift, len(demand.constant.shape))
-                    self.edits.shift(node, demand.index, demand.constant, spread)
-                    return True
-            return any(
-                self._placed(
-                    node.inputs[d.index], -shift if node.op == "Sub" and d.index else shift, (node,)
-                )
-                for d in link.demands
-            )
-        table = link.demands[0].constant
-        if node.op in _TABLES and table is not None:
-            spread = link.demands[0].basis.layout.spread(shift, len(table.shape))
-            self.edits.shift(node, 0, table, spread)
-            return True
-        if node.op in _MOVES:
-            return self._placed(node.inputs[0], shift, (node,))
-        return False
-
-    def _into(self, value: AnyValue, node: Node, shift: Vector) -> bool:
-        """Add a shift to the bias of the linear operator that makes a value."""
-        own = [w for w in self._writers.get(value, ()) if w.slot is not None]
-        if not own or own[0].slot is None:
-            return False
-        vector = own[0].layout.spread(shift, 0).reshape(-1)
-        for writer in own:
-            slot = writer.slot
-            if slot is not None and slot.bias:
-                if slot.gain == 0.0:
-                    return False
-                self.edits.shift(node, slot.index, slot.constant, slot.spread(vector) / slot.gain)
-                return True
-        if node.scope.opsets[""] < _BIASED.get(node.op, 1 << 30):
-            return False
-        if node.op == "Gemm":
-            gain = float(node.attrs.get("beta", 1.0))
-            if gain == 0.0:
-                return False
-            vector = vector.reshape(-1, *(1,) * (-own[0].slot.output_axis - 1)) / gain
-        self.edits.shift(node, 2, None, vector, own[0].constant.dtype)
-        return True
 
     def misfit(self) -> Stop | None:
         """The first constant whose type cannot hold what it would become."""
@@ -381,14 +317,17 @@ class Rescaling:
 
     def plan(self) -> Plan:
         """The site."""
-        first = self.gone[0]
+        shifted = [step for _, _, step, _ in self.undone if step is not None]
+        first = [*self.gone, *shifted][0]
         changed = [n for n, _, _ in self.edits] + [s.node for s, _, _ in self.written]
         region = self.region
         inside = [self.facts.producer(v) for v in region.values]
         readers = [intake.node for _, intake in region.intakes]
-        maps = [*self.gone, *(s for s, _, _ in self.written)]
+        maps = [*self.gone, *shifted, *(s for s, _, _ in self.written)]
         parts = [n for s in maps for n in (*s.nodes, s.node)]
-        moves = [self.facts.producer(after) for _, after, shift in self.undone if shift is not None]
+        moves = [
+            self.facts.producer(after) for _, after, step, _ in self.undone if step is not None
+        ]
         changed += [node for node in moves if node is not None]
         return Plan(
             first.node,

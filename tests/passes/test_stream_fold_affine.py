@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnxnorm import change, constant_edits, gauge
+from onnxnorm import change, constant_edits, gauge, gauge_shift
 from onnxnorm.passes import stream_fold_affine
 from onnxnorm.passes.fold_affine import FoldAffine
 from onnxnorm.passes.stream_fold_affine import StreamFoldAffine
@@ -139,26 +139,87 @@ def test_relu_is_crossed_by_scales_above_zero() -> None:
     assert_rewrites(before, after, RULE)
 
 
-def test_a_shift_without_a_bias_stays_as_an_add() -> None:
-    # The first norm has no bias in front of it, and the second has.
+UNIT = "float[2] m = {0.0, 0.0}, float[2] e = {1.0, 1.0}"
+
+
+def test_an_operator_whose_shift_has_no_bias_stays() -> None:
+    # The first norm has no bias in front of it, and an Add is no less than it is; the second has.
     before = graph(
         "h = MatMul (x, u)\n f = MatMul (h, v)\n r = Add (h, f)\n"
         " k = BatchNormalization <epsilon = 0.0> (r, s, t, m, e)\n d = MatMul (k, v)\n"
         " g = Add (d, b)\n q = Add (k, g)\n"
         " n = BatchNormalization <epsilon = 0.0> (q, s, t, m, e)\n y = MatMul (n, w)\n",
         f"{A}, {B}, {C}, float[2] b = {{1.0, 1.0}}, float[2] s = {{2.0, 4.0}},"
-        " float[2] t = {1.0, 2.0}, float[2] m = {0.0, 0.0}, float[2] e = {1.0, 1.0}",
+        f" float[2] t = {{1.0, 2.0}}, {UNIT}",
     )
     after = graph(
-        "h = MatMul (x, u)\n f = MatMul (h, v)\n r = Add (h, f)\n k = Add (r, k_shift)\n"
+        "h = MatMul (x, u)\n f = MatMul (h, v)\n r = Add (h, f)\n"
+        " k = BatchNormalization <epsilon = 0.0> (r, s, t, m, e)\n d = MatMul (k, v)\n"
+        " g = Add (d, b_rescaled)\n q = Add (k, g)\n y = MatMul (q, w_rescaled)\n",
+        f"{A}, {B}, float[2] b_rescaled = {{1.5, 1.5}}, float[2] s = {{2.0, 4.0}},"
+        f" float[2] t = {{1.0, 2.0}}, float[2,2] w_rescaled = {{2.0, -2.0, 8.0, 4.0}}, {UNIT}",
+    )
+    done = assert_rewrites(before, after, RULE)
+    refused = {r.site: (r.at, r.reason) for r in done.remarks if r.outcome == "refused"}
+    assert refused == {
+        "stream-fold-affine:k": (
+            "f",
+            "the linear layer 'f' has no bias, and an Add in place of it would save nothing",
+        )
+    }
+
+
+def test_a_shift_without_a_bias_stays_as_an_add_where_nodes_go() -> None:
+    # Written out, the first norm loses its Mul: the Add stays, in the new units.
+    before = graph(
+        "h = MatMul (x, u)\n f = MatMul (h, v)\n r = Add (h, f)\n"
+        " p = Mul (r, s)\n k = Add (p, t)\n d = MatMul (k, v)\n"
+        " g = Add (d, b)\n q = Add (k, g)\n"
+        " n = BatchNormalization <epsilon = 0.0> (q, s, t, m, e)\n y = MatMul (n, w)\n",
+        f"{A}, {B}, {C}, float[2] b = {{1.0, 1.0}}, float[2] s = {{2.0, 4.0}},"
+        f" float[2] t = {{1.0, 2.0}}, {UNIT}",
+    )
+    after = graph(
+        "h = MatMul (x, u)\n f = MatMul (h, v)\n r = Add (h, f)\n k = Add (r, t_rescaled)\n"
         " d = MatMul (k, v_rescaled)\n g = Add (d, b_rescaled)\n q = Add (k, g)\n"
         " y = MatMul (q, w_rescaled)\n",
         # b / 2 + t / 4 and b / 4 + t / 16
-        f"float[2] b_rescaled = {{0.75, 0.375}}, float[2] k_shift = {{0.5, 0.5}}, {A}, {B},"
+        f"float[2] b_rescaled = {{0.75, 0.375}}, float[2] t_rescaled = {{0.5, 0.5}}, {A}, {B},"
         " float[2,2] v_rescaled = {2.0, 0.5, 2.0, 3.0},"
         " float[2,2] w_rescaled = {4.0, -4.0, 32.0, 16.0}",
     )
     assert_rewrites(before, after, RULE)
+
+
+def test_a_shift_without_a_bias_stays_as_an_add_where_transposes_go() -> None:
+    turn = "Transpose <perm = [0, 2, 1]>"
+    before = graph(
+        f"h = MatMul (x, u)\n c = MatMul (h, v)\n r = Add (h, c)\n p = {turn} (r)\n"
+        f" k = BatchNormalization <epsilon = 0.0> (p, s, t, m, e)\n n = {turn} (k)\n"
+        " y = MatMul (n, w)\n",
+        f"{A}, {B}, {C}, float[2] s = {{2.0, 4.0}}, float[2] t = {{1.0, 2.0}}, {UNIT}",
+        x="N,3,2",
+        y="N,3,2",
+    )
+    after = graph(
+        "h = MatMul (x, u)\n c = MatMul (h, v)\n r = Add (h, c)\n n = Add (r, n_shift)\n"
+        " y = MatMul (n, w_rescaled)\n",
+        f"float[2] n_shift = {{0.5, 0.5}}, {A}, {B},"
+        " float[2,2] w_rescaled = {2.0, -2.0, 8.0, 4.0}",
+        x="N,3,2",
+        y="N,3,2",
+    )
+    assert_rewrites(before, after, RULE)
+
+
+def test_a_norm_that_stays_takes_the_shift_of_what_is_behind_it() -> None:
+    model = _followed()
+    done = run(model, RULE)
+    counts = Counter(n.op_type for n in model.graph.node)
+    counts["BatchNormalization"] -= 1
+    assert Counter(n.op_type for n in done.stored.proto.graph.node) == counts
+    assert_parity(model, done.stored.complete())
+    assert_sound(model, done, RULE)
 
 
 def test_one_norm_stays_between_two_fixed_ends() -> None:
@@ -538,8 +599,8 @@ MUTANTS = {
         stream_fold_affine, "writer.spread(1.0 / self.gauge.factor(writer.value))",
         "writer.spread(self.gauge.factor(writer.value))"),
     "a shift in the units of the model": (
-        stream_fold_affine, "shift = None if step.shift is None else step.shift / factor",
-        "shift = step.shift"),
+        stream_fold_affine, "None if step.shift is None else step.shift / factor)",
+        "step.shift)"),
     "a kept norm with the old mean": (
         stream_fold_affine, "(3, 1.0 / before)", "(3, 1.0 / after)"),
     "a kept norm with the old bias": (
@@ -548,8 +609,11 @@ MUTANTS = {
         stream_fold_affine, 'after / before if step.node.op == "Div" else before / after',
         'before / after if step.node.op == "Div" else after / before'),
     "a shift that others read too": (
-        stream_fold_affine, "if self.facts.pinned(value) is not None or not alone:",
-        "if self.facts.pinned(value) is not None:"),
+        gauge_shift, "if (stop := self._unshared(value, readers)) is not None:",
+        "if stop := None:"),
+    "the bias of a norm that stays": (
+        gauge_shift, "self.edits.shift, step.node, 2, bias, shift",
+        "self.edits.shift, step.node, 2, bias, 0.5 * shift"),
     "the shift of a sum that stays": (
         stream_fold_affine, "else step.shift / after", "else step.shift"),
     "the shift that moves leave": (
@@ -579,7 +643,7 @@ def agrees(names: dict[str, Any]) -> bool:
     ]
     models = [post_norm_transformer(**o) for o in options]
     models.append(post_norm_resnet(signed=True, seed=3))
-    models += [_looped(), post_norm_transformer(style="unified", bias=False)]
+    models += [_looped(), _followed(), post_norm_transformer(style="unified", bias=False)]
     # The product of three leaves its bound, and that of the last one counts from the other end.
     models.append(post_norm_transformer(style="sum", stem="gelu", whole=True, low=2.0**-19))
     rule = names["StreamFoldAffine"](bound=40)
@@ -601,6 +665,16 @@ def _looped() -> onnx.ModelProto:
     return net.model(net.op("Sigmoid", net.op("Div", y, net.vector(8, 2.0))), net.op("Tanh", r))
 
 
+def _followed() -> onnx.ModelProto:
+    """Two norms in a row between fixed ends."""
+    net = Net()
+    x = net.op("Sigmoid", net.linear(net.input("x", ["batch", 6, 5]), 5, 5))
+    x = net.op("Add", x, net.op("MatMul", net.matrix(6, 6), x))
+    for _ in range(2):
+        x = channel_norm(net, x, 6, style="operator", tokens=False)
+    return net.model(net.op("Sigmoid", x))
+
+
 def test_what_the_mutants_are_held_against_agrees() -> None:
     assert agrees(vars(stream_fold_affine))
 
@@ -609,8 +683,9 @@ def test_what_the_mutants_are_held_against_agrees() -> None:
 def test_mutants_are_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     source, old, new = MUTANTS[name]
     names = mutated(source, old, new)
-    if source is gauge:
-        monkeypatch.setattr(stream_fold_affine, "Gauge", names["Gauge"])
+    if source in (gauge, gauge_shift):
+        piece = "Gauge" if source is gauge else "Shifts"
+        monkeypatch.setattr(stream_fold_affine, piece, names[piece])
     elif source is change:
         for piece in ("changed", "results"):
             monkeypatch.setattr(constant_edits, piece, names[piece])
