@@ -143,6 +143,7 @@ class Region:
         intakes: The weights that read them.
         links: How the node that makes a value treats its inputs.
         joins: Whether two of the values are added: whether it is a residual stream.
+        torn: Values that have their features in two places.
     """
 
     features: int
@@ -155,6 +156,7 @@ class Region:
     intakes: list[tuple[AnyValue, Intake]] = field(default_factory=list)
     links: dict[AnyValue, Link] = field(default_factory=dict)
     joins: bool = False
+    torn: set[AnyValue] = field(default_factory=set)
 
 
 def find_regions(transfer: Transfer) -> Iterator[Region]:
@@ -233,6 +235,7 @@ class _Explorer:
         elif known != layout:
             told = f"'{value.name}' has its features in two places"
             self.region.fixed.setdefault(value, Stop(self.facts.producer(value), told))
+            self.region.torn.add(value)
         if tied is not None:
             self.region.ties.append((tied, value))
 

@@ -10,8 +10,13 @@ of the branch, and the skip path is a bare Add. Between two places where the str
 it is, as outputs of the graph or readers that are not linear, one affine stays; and where D leaves
 its bounds, one stays and D begins anew behind it. An affine whose shift no bias takes stays whole
 unless a node goes with its scale: an Add in place of one BatchNormalization would save nothing, and
-what stays takes up any D. Relu and max pooling are crossed where all scales are above 0. Exact over
-the reals. In floating point each constant is formed in float64 and rounded
+what stays takes up any D. Relu and max pooling are crossed where all scales are above 0. In front
+of the Relu of a pre-activation the shift goes too: the stream is stored with it, and the next
+branch takes it back.
+
+    h' = h + f(relu(a h + c))    ->    h~ = h + c / a,   h~' = h~ + f(a relu(h~)) + c' / a' - c / a
+
+Exact over the reals. In floating point each constant is formed in float64 and rounded
 once, and a factor for each feature changes no rounding error but by underflow and overflow, from
 which the bound on D keeps away. `onnxnorm.gauge_region` has the rules, and
 `onnxnorm.gauge` the choice.

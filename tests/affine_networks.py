@@ -165,6 +165,55 @@ def post_norm_resnet(
     return net.model(net.op("Gemm", x, net.matrix(size, 4), net.vector(4)))
 
 
+def pre_activation_resnet(
+    *,
+    blocks: int = 3,
+    size: int = 6,
+    act: Literal["Relu", "LeakyRelu", "Sigmoid"] = "Relu",
+    style: Style = "operator",
+    signed: bool = False,
+    low: float = 1.0,
+    pool: bool = False,
+    kind: Literal["Add", "Sub", "Sum"] = "Add",
+    dtype: Any = np.float32,
+    seed: int = 0,
+) -> onnx.ModelProto:
+    """A residual CNN with the norm in front of the branch: x' = x + f(relu(norm(x))).
+
+    Args:
+        blocks: Number of blocks.
+        size: Channels.
+        act: What follows each norm.
+        style: How its norms are written.
+        signed: Some scales are below 0.
+        low: The least absolute scale.
+        pool: The second block halves the image, and its skip path is a max pooling.
+        kind: How the branch is added.
+        dtype: The type.
+        seed: Of the weights.
+    """
+    net = Net(dtype=dtype, seed=seed)
+
+    def conv(x: str, before: int, stride: int = 1) -> str:
+        weight = net.matrix(size, before, 3, 3)
+        strides = [stride, stride]
+        return net.op("Conv", x, weight, net.vector(size, 0.2), pads=[1] * 4, strides=strides)
+
+    def norm(x: str) -> str:
+        y = channel_norm(net, x, size, style=style, signed=signed, low=low, tokens=False)
+        return net.op(act, y)
+
+    x = conv(net.input("x", ["batch", 3, 8, 8]), 3)
+    for block in range(blocks):
+        halves = pool and block == 1
+        branch = conv(net.op("Relu", conv(norm(x), size)), size, 2 if halves else 1)
+        if halves:
+            x = net.op("MaxPool", x, kernel_shape=[1, 1], strides=[2, 2])
+        x = net.op(kind, *((branch, x) if block % 2 else (x, branch)))
+    x = net.op("Flatten", net.op("GlobalAveragePool", norm(x)))
+    return net.model(net.op("Gemm", x, net.matrix(size, 4), net.vector(4)))
+
+
 def graph_transformer(*, layers: int = 2, size: int = 8, seed: int = 0) -> onnx.ModelProto:
     """A graph transformer with norms of fixed statistics behind its additions, on masked graphs.
 

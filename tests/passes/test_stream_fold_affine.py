@@ -24,6 +24,7 @@ from tests.affine_networks import (
     graph_transformer,
     post_norm_resnet,
     post_norm_transformer,
+    pre_activation_resnet,
 )
 from tests.mutants import computes_the_same, mutated
 from tests.networks import Net
@@ -222,6 +223,31 @@ def test_a_norm_that_stays_takes_the_shift_of_what_is_behind_it() -> None:
     assert_sound(model, done, RULE)
 
 
+def test_a_shift_that_the_next_sum_takes_back() -> None:
+    # relu(2 h + 2) = 2 relu(h + 1): h gets 1 from its bias, and the branch gives it back.
+    one = "float[2,2,1,1]"
+    before = graph(
+        "h = Conv (x, u, b)\n k = BatchNormalization <epsilon = 0.0> (h, s, t, m, e)\n"
+        " n = Relu (k)\n f = Conv (n, v, c)\n r = Add (h, f)\n y = Conv (r, w)\n",
+        f"{one} u = {{1.0, 2.0, 3.0, 4.0}}, {one} v = {{2.0, 1.0, 1.0, 3.0}},"
+        f" {one} w = {{1.0, -1.0, 2.0, 1.0}}, float[2] b = {{1.0, 1.0}}, float[2] c = {{3.0, 5.0}},"
+        f" float[2] s = {{2.0, 4.0}}, float[2] t = {{2.0, -2.0}}, {UNIT}",
+        x="N,2,3,3",
+        y="N,2,3,3",
+    )
+    after = graph(
+        "h = Conv (x, u, b_rescaled)\n n = Relu (h)\n f = Conv (n, v_rescaled, c_rescaled)\n"
+        " r = Add (h, f)\n y = Conv (r, w)\n",
+        f"float[2] b_rescaled = {{2.0, 0.5}}, float[2] c_rescaled = {{2.0, 5.5}},"
+        f" {one} u = {{1.0, 2.0, 3.0, 4.0}}, {one} v_rescaled = {{4.0, 4.0, 2.0, 12.0}},"
+        f" {one} w = {{1.0, -1.0, 2.0, 1.0}}",
+        x="N,2,3,3",
+        y="N,2,3,3",
+    )
+    done = assert_rewrites(before, after, RULE)
+    assert [site.site for site in done.applied] == ["stream-fold-affine:k"]
+
+
 def test_one_norm_stays_between_two_fixed_ends() -> None:
     # x is an input and read as it is; the last norm takes up the units of the first.
     before = graph(
@@ -394,6 +420,56 @@ AGAIN = " d = MatMul (n, w)\n y = Add (n, d)\n"
 def test_refusals(body: str, constants: str, reason: str) -> None:
     shape = "2,2" if "(x, x)" in body else "N,2"
     assert_refuses(graph(body, constants, x=shape, y=shape), RULE, reason)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"low": 2.0**-5}, "too, and it would be stored 20.2 times as large"),
+        ({"signed": True}, "has scales below 0, and Relu"),
+        ({"act": "Sigmoid"}, "the stream is fixed at both ends: Sigmoid"),
+    ],
+)
+def test_norms_of_pre_activations_that_stay(options: Any, reason: str) -> None:
+    model = pre_activation_resnet(**options)
+    done = run(model, RULE)
+    reasons = [r.reason for r in done.remarks if r.outcome == "refused"]
+    assert any(reason in r for r in reasons), reasons
+    assert_parity(model, done.stored.complete())
+    assert_sound(model, done, RULE)
+
+
+@pytest.mark.parametrize(
+    ("rest", "reason"),
+    [
+        # another norm that is read beside the first
+        (
+            (
+                "q = BatchNormalization <epsilon = 0.5> (h, s, t, m, e)\n g = Relu (q)\n"
+                " z = Add (r, g)\n"
+            ),
+            "reads 'h' too",
+        ),
+        # what is not linear
+        ("g = Sigmoid (h)\n z = Add (r, g)\n", "reads 'h' too"),
+        # a sum with nothing that could take it back
+        ("g = Add (h, h)\n z = Add (r, g)\n", "reads 'h' too, and adds it twice"),
+        # a maximum over other channels
+        ("g = GlobalMaxPool (h)\n i = Sigmoid (g)\n z = Add (r, i)\n", "reads 'h' too"),
+    ],
+)
+def test_others_that_would_see_the_shift(rest: str, reason: str) -> None:
+    one = "float[2,2,1,1]"
+    before = graph(
+        "h = Conv (x, u, b)\n k = BatchNormalization <epsilon = 0.0> (h, s, t, m, e)\n"
+        f" n = Relu (k)\n f = Conv (n, v, b)\n r = Add (h, f)\n {rest} y = Conv (z, v)\n",
+        f"{one} u = {{1.0, 2.0, 3.0, 4.0}}, {one} v = {{2.0, 1.0, 1.0, 3.0}},"
+        " float[2] b = {1.0, 1.0}, float[2] s = {2.0, 4.0}, float[2] t = {2.0, -2.0},"
+        f" {UNIT}",
+        x="N,2,3,3",
+        y="N,2,3,3",
+    )
+    assert_refuses(before, RULE, reason)
 
 
 def test_negative_scales_do_not_cross_relu() -> None:
@@ -570,6 +646,28 @@ def test_residual_networks_agree(bound: int, **options: Any) -> None:
     assert_sound(model, done, *rules)
 
 
+@settings(max_examples=20, deadline=None)
+@given(
+    blocks=st.integers(1, 3),
+    act=st.sampled_from(["Relu", "LeakyRelu"]),
+    style=st.sampled_from(["operator", "written out"]),
+    signed=st.booleans(),
+    pool=st.booleans(),
+    kind=st.sampled_from(["Add", "Sub", "Sum"]),
+    low=st.sampled_from([1.0, 0.5, 2.0**-9]),
+    dtype=st.sampled_from([np.float32, np.float16]),
+    seed=st.integers(0, 99),
+)
+def test_networks_of_pre_activations_agree(**options: Any) -> None:
+    model = pre_activation_resnet(**options)
+    rules = (FoldAffine(), RULE)
+    done = run(model, *rules)
+    if options["style"] == "operator" and options["low"] == 1.0 and not options["signed"]:
+        assert remaining(done, "BatchNormalization") == 0
+    assert_parity(model, done.stored.complete())
+    assert_sound(model, done, *rules)
+
+
 @settings(max_examples=10, deadline=None)
 @given(
     dtype=st.sampled_from([np.float16, np.float64, ml_dtypes.bfloat16]),
@@ -609,8 +707,13 @@ MUTANTS = {
         stream_fold_affine, 'after / before if step.node.op == "Div" else before / after',
         'before / after if step.node.op == "Div" else after / before'),
     "a shift that others read too": (
-        gauge_shift, "if (stop := self._unshared(value, readers)) is not None:",
-        "if stop := None:"),
+        gauge_shift, "                return Stop(node, told)", "                continue"),
+    "a shift that is not taken back": (
+        gauge_shift, "demands if d.index != own[0]), -shift)",
+        "demands if d.index != own[0]), 0.0 * shift)"),
+    "a difference that takes it back": (
+        gauge_shift, 'shift = -shift if node.op == "Sub" and own[0] == 1 else shift',
+        "shift = shift"),
     "the bias of a norm that stays": (
         gauge_shift, "self.edits.shift, step.node, 2, bias, shift",
         "self.edits.shift, step.node, 2, bias, 0.5 * shift"),
@@ -643,6 +746,7 @@ def agrees(names: dict[str, Any]) -> bool:
     ]
     models = [post_norm_transformer(**o) for o in options]
     models.append(post_norm_resnet(signed=True, seed=3))
+    models.append(pre_activation_resnet(kind="Sub", pool=True))
     models += [_looped(), _followed(), post_norm_transformer(style="unified", bias=False)]
     # The product of three leaves its bound, and that of the last one counts from the other end.
     models.append(post_norm_transformer(style="sum", stem="gelu", whole=True, low=2.0**-19))
