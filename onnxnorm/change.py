@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from onnxnorm.facts import AnyValue, Constant, Facts
 from onnxnorm.module import Node
-from onnxnorm.port import Slot, rounded, row_blocks
+from onnxnorm.port import Slot, filled_bias, rounded, row_blocks
 from onnxnorm.rewrite import Rewriter
 from onnxnorm.storage import Array
 
@@ -90,9 +90,6 @@ class Change:
         return (self.constant.source, self.node.scope, str(self.dtype), scale, shift)
 
 
-_BIASED: Final = {"Conv": 1, "ConvTranspose": 1, "Gemm": 11}  # the opset from which it may lack one
-
-
 def absorbed(
     node: Node, found: tuple[Slot, ...], scale: Vector, shift: Vector | None
 ) -> tuple[list[Change], bool] | str:
@@ -124,17 +121,12 @@ def absorbed(
         factors, dtype = slot.spread(scale), slot.constant.dtype
         changes.append(Change(node, slot.index, slot.constant, dtype, factors, added, bias=True))
     placed = shift is None or bool(biases)
-    if shift is not None and not placed and node.op in _BIASED:
-        if node.scope.opsets[""] < _BIASED[node.op]:
-            return "has no bias"
-        gain = float(node.attrs.get("beta", 1.0)) if node.op == "Gemm" else 1.0
-        if gain == 0.0:
-            return "takes its bias times 0"
-        added = shift / gain
-        if node.op == "Gemm":  # along its own axis; a convolution has a vector
-            added = added.reshape(-1, *(1,) * (-first.output_axis - 1))
+    if shift is not None and not placed and node.op != "MatMul":
+        filled = filled_bias(node, first, shift)
+        if isinstance(filled, str):
+            return filled
         dtype = first.constant.dtype
-        changes.append(Change(node, 2, None, dtype, np.ones(()), added, bias=True))
+        changes.append(Change(node, 2, None, dtype, np.ones(()), filled, bias=True))
         placed = True
     return [c for c in changes if c.shift is not None or bool((c.scale != 1.0).any())], placed
 

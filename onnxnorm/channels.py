@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxnorm.affine_maps import Map, read_map
-from onnxnorm.facts import AnyValue, Constant, Facts
+from onnxnorm.facts import AnyValue, Constant
 from onnxnorm.gauge_region import Intake, intake
 from onnxnorm.layout import Layout, Part
 from onnxnorm.module import Node
@@ -786,28 +786,3 @@ class Kept:
 def _open(size: int) -> Vector:
     """Channels that vary."""
     return np.full(size, np.nan)
-
-
-def bias_of(node: Node, facts: Facts) -> tuple[Node, int, Constant | None, float] | None:
-    """Where a constant can be added to the features that a linear operator makes.
-
-    Returns:
-        The node, the input, the constant there if there is one, and the factor it is taken with;
-        None where there is no such place.
-    """
-    if node.op in ("Conv", "ConvTranspose", "Gemm"):
-        given = node.inputs[2] if len(node.inputs) > 2 and node.inputs[2].name else None
-        gain = float(node.attrs.get("beta", 1.0)) if node.op == "Gemm" else 1.0
-        if gain == 0.0 or (given is None and node.op == "Gemm" and node.scope.opsets[""] < 11):
-            return None
-        constant = None if given is None else facts.constant(given)
-        return None if given is not None and constant is None else (node, 2, constant, gain)
-    uses = facts.uses(node.outputs[0])
-    if facts.pinned(node.outputs[0]) is not None or len(uses) != 1:
-        return None
-    after = uses[0].node
-    if after.op != "Add" or after.domain != "" or after.scope is not node.scope:
-        return None
-    index = 1 - uses[0].index
-    constant = facts.constant(after.inputs[index])
-    return None if constant is None else (after, index, constant, 1.0)

@@ -26,7 +26,7 @@ from onnxnorm.layout import Layout, Part
 from onnxnorm.module import Node
 from onnxnorm.moves import MOVES, Halt, moved
 from onnxnorm.norm_operators import batch_norm_affine, norm_operator
-from onnxnorm.port import LINEAR, is_real, row_blocks
+from onnxnorm.port import LINEAR, bias_of, is_real, row_blocks
 from onnxnorm.shift import UNSEEN, keys
 from onnxnorm.transfer import Stop, Transfer, described
 
@@ -424,12 +424,10 @@ def _gemm(w: _Walk, node: Node, maps: Maps) -> Maps:
         right = spread.T if flipped[1] else spread
         made = (matrix.T if flipped[0] else matrix) @ right
     made = slim(gain * made)
-    bias = node.inputs[2] if len(node.inputs) > 2 and node.inputs[2].name else None
-    computed = bias is not None and w.facts.constant(bias) is None
-    lacks = bias is None and node.scope.opsets[""] < 11
-    if computed or lacks or beta == 0.0:
+    place = bias_of(node, w.facts)
+    if isinstance(place, str):
         return {0: Affine.of(1.0, made)}
-    w.flow.change(node, 2, w.transfer, shift=made / beta, dtype=weight.dtype)
+    w.flow.change(node, 2, w.transfer, shift=made / place.gain, dtype=weight.dtype)
     return {0: IDENTITY}
 
 
@@ -468,8 +466,7 @@ def _conv(w: _Walk, node: Node, maps: Maps) -> Maps:
     if _pads(node, weight.shape[2:]):
         return {0: Affine.of(1.0, _border(w, node, taps))}
     made = taps.reshape(outputs, -1).sum(axis=1)
-    bias = node.inputs[2] if len(node.inputs) > 2 and node.inputs[2].name else None
-    if bias is not None and w.facts.constant(bias) is None:
+    if isinstance(bias_of(node, w.facts), str):
         return {0: Affine.of(1.0, made.reshape(-1, *(1,) * (rank - 2)))}
     w.flow.change(node, 2, w.transfer, shift=made, dtype=weight.dtype)
     return {0: IDENTITY}

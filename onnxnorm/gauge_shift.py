@@ -27,6 +27,7 @@ from onnxnorm.facts import AnyValue, Facts
 from onnxnorm.gauge_region import Region, Writer
 from onnxnorm.module import Node
 from onnxnorm.norm_operators import DEFAULT_EPSILON
+from onnxnorm.port import filled_bias
 from onnxnorm.transfer import Demand, Stop, described
 
 # What a shift goes through unchanged, feature by feature.
@@ -37,7 +38,6 @@ _CARRIES: Final = _MOVES | {"GlobalMaxPool", "MaxPool"}  # max (x + t) = max (x)
 _TABLES: Final = frozenset({"Expand", "Gather"})  # each entry of the result is one of the table
 _SUMS: Final = frozenset({"Add", "Sub", "Sum"})
 _GROWTH: Final = 2.0  # what parity allows the error of a run to grow by
-_BIASED: Final = {"Conv": 1, "ConvTranspose": 1, "Gemm": 11}  # the opset from which it may lack one
 
 Placing: TypeAlias = "list[Callable[[], None]]"  # what to do for a shift that has a place
 
@@ -242,11 +242,7 @@ class Shifts:
                     return Stop(node, f"{described(node)} takes its bias times 0")
                 spread = slot.spread(vector) / slot.gain
                 return [partial(self.edits.shift, node, slot.index, slot.constant, spread)]
-        if node.scope.opsets[""] < _BIASED.get(node.op, 1 << 30):
-            return Stop(node, f"{described(node)} has no bias")
-        if node.op == "Gemm":
-            gain = float(node.attrs.get("beta", 1.0))
-            if gain == 0.0:
-                return Stop(node, f"{described(node)} takes its bias times 0")
-            vector = vector.reshape(-1, *(1,) * (-own[0].slot.output_axis - 1)) / gain
-        return [partial(self.edits.shift, node, 2, None, vector, own[0].constant.dtype)]
+        filled = filled_bias(node, own[0].slot, vector)
+        if isinstance(filled, str):
+            return Stop(node, f"{described(node)} {filled}")
+        return [partial(self.edits.shift, node, 2, None, filled, own[0].constant.dtype)]

@@ -180,6 +180,94 @@ _SLOTS: Final[dict[str, Callable[[Node, Facts], tuple[Slot, ...] | str]]] = {
 LINEAR: Final = frozenset(_SLOTS)  # the linear operators with a weight
 
 
+# ** where a constant can be added **
+
+_BIASED: Final = {"Conv": 1, "ConvTranspose": 1, "Gemm": 11}  # the opset from which it may lack one
+
+
+@dataclass(frozen=True)
+class Bias:
+    """Where a constant can be added to the features that a linear operator makes.
+
+        y = W x + gain * b
+
+    Attributes:
+        node: The node that adds it.
+        index: Which of its inputs it is.
+        constant: What is there; None where the input is empty.
+        gain: The factor with which it is taken.
+    """
+
+    node: Node
+    index: int
+    constant: Constant | None
+    gain: float = 1.0
+
+
+def bias_of(node: Node, facts: Facts) -> Bias | str:
+    """The bias of a linear operator, or a clause that says why it has none.
+
+    That of a MatMul is the constant of an Add behind it that alone reads it.
+    """
+    if node.op != "MatMul":
+        if len(node.inputs) <= _BIAS or not node.inputs[_BIAS].name:
+            gain = empty_bias(node)
+            return gain if isinstance(gain, str) else Bias(node, _BIAS, None, gain)
+        constant, gain = facts.constant(node.inputs[_BIAS]), _gain(node)
+        if constant is None:
+            return f"adds '{node.inputs[_BIAS].name}', which is computed"
+        if not is_real(constant.dtype):
+            return f"adds '{constant.name}' of type {constant.dtype}"
+        return gain if isinstance(gain, str) else Bias(node, _BIAS, constant, gain)
+    uses = facts.uses(node.outputs[0])
+    if len(uses) != 1 or facts.pinned(node.outputs[0]) is not None:
+        return "has no bias"
+    after = uses[0].node
+    if after.op != "Add" or after.domain != "" or after.scope is not node.scope:
+        return "has no bias"
+    index = 1 - uses[0].index
+    constant = facts.constant(after.inputs[index])
+    if constant is None or not is_real(constant.dtype):
+        return "has no bias"
+    return Bias(after, index, constant)
+
+
+def empty_bias(node: Node) -> float | str:
+    """The factor with which a node takes what fills its empty bias; a clause where none does."""
+    if node.scope.opsets[""] < _BIASED.get(node.op, 1 << 30):
+        return "has no bias"
+    return _gain(node)
+
+
+def filled_bias(node: Node, weight: Slot, vector: NDArray[np.float64]) -> NDArray[np.float64] | str:
+    """What fills the empty bias of an operator so that it adds a vector; a clause where none does.
+
+    Args:
+        node: The operator.
+        weight: Its weight.
+        vector: One number for each output feature.
+    """
+    gain = empty_bias(node)
+    if isinstance(gain, str):
+        return gain
+    if node.op == "Gemm":  # along its own axis; a convolution has a vector
+        vector = vector.reshape(-1, *(1,) * (-weight.output_axis - 1))
+    filled: NDArray[np.float64] = vector / gain
+    return filled
+
+
+def _gain(node: Node) -> float | str:
+    if node.op != "Gemm":
+        return 1.0
+    if node.parameter("beta"):
+        return "beta is a parameter of the function"
+    gain = float(node.attrs.get("beta", 1.0))
+    return "takes its bias times 0" if gain == 0.0 else gain
+
+
+# ** the input features **
+
+
 @dataclass(frozen=True)
 class Inlet:
     """The input-feature side of a linear operator: f(x + v) = f(x) + v W for every constant v.

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from onnxnorm.facts import AnyValue, Constant, Facts
 from onnxnorm.layout import Layout, Part
 from onnxnorm.module import Node
-from onnxnorm.port import Inlet, is_real
+from onnxnorm.port import Inlet, bias_of, is_real
 from onnxnorm.transfer import Basis, Link, Transfer, described
 
 # Operators that give every feature the shift it had: they move, or average with weights of sum 1.
@@ -261,11 +261,10 @@ def _sink(node: Node, index: int, layout: Layout, transfer: Transfer) -> Sink | 
         return f"{described(node)} reads the result along another axis"
     if inlet.features == 0:
         return f"{described(node)} has no features"
-    place = _bias_of(node, facts)
-    if place is None:
-        return f"{described(node)} has no bias"
-    where, at, bias, gain = place
-    return Sink(where, at, bias, inlet, layout, gain)
+    place = bias_of(node, facts)
+    if isinstance(place, str):
+        return f"{described(node)} {place}"
+    return Sink(place.node, place.index, place.constant, inlet, layout, place.gain)
 
 
 def _beside(node: Node, index: int, layout: Layout, facts: Facts) -> Sink | str:
@@ -287,13 +286,12 @@ def _beside(node: Node, index: int, layout: Layout, facts: Facts) -> Sink | str:
                 return Sink(producer, at, constant, None, layout)
         return told
     if producer.op in ("Gemm", "Conv", "ConvTranspose"):
-        place = _bias_of(producer, facts)
+        place = bias_of(producer, facts)
         rank = None if producer.op == "Gemm" else len(_shape(producer, facts))
-        if place is None or not layout.only_axis(-1 if rank is None else 1 - rank):
+        if isinstance(place, str) or not layout.only_axis(-1 if rank is None else 1 - rank):
             return told
-        where, at, bias, gain = place
         flat = layout if rank is None else layout.shifted(rank - 2)
-        return Sink(where, at, bias, None, flat, gain)
+        return Sink(place.node, place.index, place.constant, None, flat, place.gain)
     return told
 
 
@@ -315,34 +313,3 @@ def _adds(constant: Constant, layout: Layout) -> bool:
     return is_real(constant.dtype) and (
         layout.covers(constant.shape) or layout.misses(constant.shape)
     )
-
-
-def _bias_of(node: Node, facts: Facts) -> tuple[Node, int, Constant | None, float] | None:
-    """The bias of a linear operator: (node, input, its constant, factor); None where it has none.
-
-    The bias of a MatMul is the constant of an Add behind it that alone reads it.
-    """
-    if node.op == "MatMul":
-        output = node.outputs[0]
-        readers = facts.uses(output)
-        if len(readers) != 1 or facts.pinned(output) is not None:
-            return None
-        add = readers[0].node
-        if add.op != "Add" or add.domain != "":
-            return None
-        at = 1 - readers[0].index
-        constant = facts.constant(add.inputs[at])
-        if constant is None or not is_real(constant.dtype):
-            return None
-        return add, at, constant, 1.0
-    if node.parameter("beta"):
-        return None
-    gain = float(node.attrs.get("beta", 1.0)) if node.op == "Gemm" else 1.0
-    if gain == 0.0:
-        return None
-    if len(node.inputs) > 2 and node.inputs[2].name:
-        constant = facts.constant(node.inputs[2])
-        if constant is None or not is_real(constant.dtype):
-            return None
-        return node, 2, constant, gain
-    return node, 2, None, gain

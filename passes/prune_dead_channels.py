@@ -39,7 +39,6 @@ from onnxnorm.channels import (
     Coupling,
     Kept,
     Track,
-    bias_of,
     find_coupling,
     row_sums,
     zero_rows,
@@ -48,7 +47,7 @@ from onnxnorm.facts import AnyValue, Constant, Facts
 from onnxnorm.gauge_region import Intake, intake
 from onnxnorm.layout import Layout, Part
 from onnxnorm.module import Node, Value
-from onnxnorm.port import LINEAR, is_real, pads, rounded, slots
+from onnxnorm.port import LINEAR, bias_of, is_real, pads, rounded, slots
 from onnxnorm.rewrite import Pass, Plan, Refusal, Rewriter
 from onnxnorm.sizes import find_sizes
 from onnxnorm.storage import Array
@@ -278,7 +277,7 @@ class Pruning:
             return "pads with 0"
         if node.op == "ConvTranspose":
             return "adds up a different number of positions at the border"
-        if weight.index != 1 or bias_of(node, self.facts) is None:
+        if weight.index != 1 or isinstance(bias_of(node, self.facts), str):
             return "has no bias that could take it"
         return ""
 
@@ -317,11 +316,11 @@ class Pruning:
             elif weight.node.op == "Gemm":
                 passed = passed * float(weight.node.attrs.get("alpha", 1.0))
             place = bias_of(weight.node, self.facts)
-            if place is None or not passed.any():
+            if isinstance(place, str) or not passed.any():
                 continue
-            node, index, constant, gain = place
+            constant = place.constant
             dtype = weight.constant.dtype if constant is None else constant.dtype
-            self.shifts[node, index] = (constant, passed / gain, dtype)
+            self.shifts[place.node, place.index] = (constant, passed / place.gain, dtype)
 
     def mask(self, track: Track) -> Mask:
         """Which channels of a value go."""

@@ -714,7 +714,7 @@ MUTANTS = {
     "bias not scaled": (change_module, "moved: Vector = array * scale", "moved: Vector = array"),
     "shift lost": (change_module, "moved if shift is None else moved + shift", "moved"),
     "beta of Gemm": (change_module, "slot.spread(shift) / slot.gain", "slot.spread(shift)"),
-    "beta of an empty bias": (change_module, "added = shift / gain", "added = shift"),
+    "beta of an empty bias": (port_module, "= vector / gain", "= vector"),
     "order of the rows": (change_module, "else scale[rows]", "else scale[::-1][rows]"),
     "axis of the groups": (
         port_module,
@@ -757,4 +757,5 @@ def test_mutants_are_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(flow_back, "absorbed", names["absorbed"])
     else:
         monkeypatch.setattr(port_module.Slot, "spread", names["Slot"].spread)
+        monkeypatch.setattr(change_module, "filled_bias", names["filled_bias"])
     assert not agrees(RULE)

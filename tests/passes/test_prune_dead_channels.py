@@ -443,7 +443,8 @@ def test_types_stay(seed: int, dtype: Any) -> None:
 
 MUTANTS = {
     "the bias that is not shifted": (
-        prune_dead_channels, "(constant, passed / gain, dtype)", "(constant, passed * 0.0, dtype)"),
+        prune_dead_channels, "(constant, passed / place.gain, dtype)",
+        "(constant, passed * 0.0, dtype)"),
     "the kept channels go": (
         prune_dead_channels, "array = np.compress(~mask, array, axis=axis)",
         "array = np.compress(mask, array, axis=axis)"),
