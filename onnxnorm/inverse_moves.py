@@ -7,22 +7,15 @@ What lies between them may be gone by a rewrite, and then they all are for nothi
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import Final
 
-import numpy as np
-from numpy.typing import NDArray
-
 from onnxnorm.facts import AnyValue, Facts
-from onnxnorm.layout import Dims
 from onnxnorm.module import Node
-from onnxnorm.rearrange import MOVES
+from onnxnorm.rearrange import MOVES, permutation
 from onnxnorm.transfer import Transfer
 
 _LONGEST: Final = 6  # moves on one side; exporters write three
-# Sizes for axes of unknown length: two sets of primes, so that none is met by chance.
-_SIZES: Final = ((2, 3, 5, 7, 11, 13), (7, 5, 3, 11, 2, 17))
-_LARGEST: Final = 1 << 22  # entries that are moved to see where they go
 
 
 def undone(
@@ -40,8 +33,11 @@ def undone(
     for i, j in sorted(pairs, key=sum, reverse=True):
         chain = [*before[:i][::-1], *behind[:j]]
         after = chain[-1].outputs[0]
-        if facts.pinned(after) is None and _is_identity(chain, transfer):
-            return chain[0].inputs[0], after
+        first = chain[0].inputs[0]
+        # The map between them changes no shape.
+        order = None if facts.pinned(after) else permutation(first, chain, transfer.sizes)
+        if order is not None and order == tuple(range(len(order))):
+            return first, after
     return None
 
 
@@ -75,38 +71,3 @@ def _behind(value: AnyValue, facts: Facts) -> list[Node]:
 
 def _moves(node: Node) -> bool:
     return node.domain == "" and node.op in MOVES
-
-
-def _is_identity(chain: Sequence[Node], transfer: Transfer) -> bool:
-    """Whether a chain of moves puts every entry back; the map between them changes no shape."""
-    shapes = [transfer.sizes.of(chain[0].inputs[0])]
-    shapes += [transfer.sizes.of(node.outputs[0]) for node in chain]
-    if any(s is None for s in shapes):
-        return False
-    known = [s for s in shapes if s is not None]
-    if known[0] != known[-1]:
-        return False
-    names = dict.fromkeys(n for s in known for n in s if isinstance(n, str))
-    if len(names) > len(_SIZES[0]):
-        return False
-    return all(_returns(chain, known, dict(zip(names, sizes, strict=False))) for sizes in _SIZES)
-
-
-def _returns(chain: Sequence[Node], shapes: list[Dims], sizes: dict[str, int]) -> bool:
-    concrete = [tuple(sizes.get(n, 0) if isinstance(n, str) else n for n in s) for s in shapes]
-    count = int(np.prod(concrete[0]))
-    if count > _LARGEST or any(int(np.prod(s)) != count for s in concrete):
-        return False
-    start: NDArray[np.int64] = np.arange(count).reshape(concrete[0])
-    at = start
-    for node, shape in zip(chain, concrete[1:], strict=True):
-        if node.op == "Transpose":
-            order = node.attrs.get("perm", list(range(at.ndim))[::-1])
-            if node.parameter("perm") or len(order) != at.ndim:
-                return False
-            at = at.transpose([int(a) for a in order])
-            if at.shape != shape:
-                return False
-        else:
-            at = at.reshape(shape)
-    return at.shape == start.shape and bool((at == start).all())
