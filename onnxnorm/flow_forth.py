@@ -26,7 +26,7 @@ from onnxnorm.layout import Layout, Part
 from onnxnorm.module import Node
 from onnxnorm.moves import MOVES, Halt, moved
 from onnxnorm.norm_operators import batch_norm_affine, norm_operator
-from onnxnorm.port import LINEAR, bias_of, is_real, row_blocks
+from onnxnorm.port import LINEAR, bias_of, is_real, row_blocks, spread_along
 from onnxnorm.shift import UNSEEN, keys
 from onnxnorm.transfer import Stop, Transfer, described
 
@@ -454,7 +454,9 @@ def _conv(w: _Walk, node: Node, maps: Maps) -> Maps:
         )
     if given.scales:
         factors = np.broadcast_to(given.scale.reshape(-1), (inputs,))
-        w.flow.change(node, 1, w.transfer, _inputs(factors, weight, groups, transposed), bias=False)
+        # (C, M / g, *kernel) and (M, C / g, *kernel)
+        along = (-rank, 1) if transposed else (axis, groups)
+        w.flow.change(node, 1, w.transfer, spread_along(factors, weight.shape, *along), bias=False)
     w.flow.ends[node] = None
     if not given.shifts:
         return {0: IDENTITY}
@@ -472,26 +474,13 @@ def _conv(w: _Walk, node: Node, maps: Maps) -> Maps:
     return {0: IDENTITY}
 
 
-def _inputs(factors: Vector, weight: Constant, groups: int, transposed: bool) -> Vector:
-    """A factor for each input channel, in a shape that broadcasts against the weight."""
-    inner = (1,) * (len(weight.shape) - 2)
-    if transposed:  # (C, M / g, *kernel)
-        return factors.reshape(-1, 1, *inner)
-    # (M, C / g, *kernel): output o reads the channels of its group, o // (M / g).
-    outputs, each = weight.shape[:2]
-    if groups == 1:
-        return factors.reshape(1, each, *inner)
-    group = np.arange(outputs) // (outputs // groups)
-    return factors.reshape(groups, each)[group].reshape(outputs, each, *inner)
-
-
 def _taps(shift: Vector, weight: Constant, groups: int) -> Vector:
     """What a shift adds at each tap of the kernel: (M, *kernel)."""
     array = weight.array()
-    spread = _inputs(shift, weight, groups, False)
+    given = spread_along(shift, weight.shape, 1 - array.ndim, groups)
     taps = np.zeros((array.shape[0], *array.shape[2:]))
     for rows in row_blocks(array):
-        factors = spread if spread.shape[0] == 1 else spread[rows]
+        factors = given if groups == 1 else given[rows]
         taps[rows] = (array[rows].astype(np.float64) * factors).sum(axis=1)
     return taps
 

@@ -26,7 +26,7 @@ from onnxnorm.facts import AnyValue, Constant, Use
 from onnxnorm.layout import Layout
 from onnxnorm.module import Node
 from onnxnorm.norms import find_norms
-from onnxnorm.port import LINEAR, REAL, Slot, is_real, slots
+from onnxnorm.port import LINEAR, REAL, Slot, is_real, slots, spread_along
 from onnxnorm.transfer import Basis, Demand, Link, Stop, Transfer, described
 
 # f(a x) = a f(x) for a > 0, feature by feature.
@@ -64,12 +64,7 @@ class Intake:
 
     def spread(self, factors: Vector) -> Vector:
         """One factor for each input feature, in a shape that broadcasts against the weight."""
-        inner = (1,) * (-self.axis - 1)
-        if self.groups == 1:
-            return factors.reshape(-1, *inner)
-        rows = self.constant.shape[0]
-        group = np.arange(rows) // (rows // self.groups)
-        return factors.reshape(self.groups, -1)[group].reshape(rows, -1, *inner)
+        return spread_along(factors, self.constant.shape, self.axis, self.groups)
 
 
 def intake(node: Node, index: int, layout: Layout, transfer: Transfer) -> Intake | None:

@@ -92,13 +92,26 @@ class Slot:
 
     def spread(self, factors: NDArray[np.float64]) -> NDArray[np.float64]:
         """One factor for each output feature, in a shape that broadcasts against the constant."""
-        inner = (1,) * (-self.axis - 1)
-        if self.groups == 1:
-            return factors.reshape(-1, *inner)
-        # Row c of (C, M / g, *kernel) belongs to group c // (C / g).
-        rows = self.constant.shape[0]
-        group = np.arange(rows) // (rows // self.groups)
-        return factors.reshape(self.groups, -1)[group].reshape(rows, -1, *inner)
+        return spread_along(factors, self.constant.shape, self.axis, self.groups)
+
+
+def spread_along(
+    factors: NDArray[np.float64], shape: tuple[int, ...], axis: int, groups: int = 1
+) -> NDArray[np.float64]:
+    """One factor for each feature, in a shape that broadcasts against a weight.
+
+    Args:
+        factors: The factors.
+        shape: Of the weight.
+        axis: The weight's axis of the features, from the right, inside a group.
+        groups: Into how many groups they are cut: row r of R belongs to group r // (R / groups).
+    """
+    inner = (1,) * (-axis - 1)
+    if groups == 1:
+        return factors.reshape(-1, *inner)
+    rows = shape[0]
+    group = np.arange(rows) // (rows // groups)
+    return factors.reshape(groups, -1)[group].reshape(rows, -1, *inner)
 
 
 def slots(node: Node, facts: Facts) -> tuple[Slot, ...] | str:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx.reference import ReferenceEvaluator
 
-from onnxnorm import flow_back, flow_forth, moves
+from onnxnorm import flow_back, flow_forth, moves, port
 from onnxnorm.errors import OnnxNormError
 from onnxnorm.passes import fold_affine
 from onnxnorm.passes.fold_affine import FoldAffine
@@ -757,9 +757,9 @@ MUTANTS = {
     "the border": (flow_forth, "(reads >= 0) & (reads < size)", "(reads >= 0)"),
     "a shift padded with zeros": (flow_forth, "if _pads(node, weight.shape[2:]):", "if False:"),
     "groups of inputs": (
-        flow_forth,
-        "np.arange(outputs) // (outputs // groups)",
-        "np.arange(outputs) % groups",
+        port,
+        "np.arange(rows) // (rows // groups)",
+        "np.arange(rows) % groups",
     ),
     "the mean of a batch norm": (
         flow_forth,
@@ -818,6 +818,8 @@ def test_mutants_are_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setattr(module, "moved", names["moved"])
     elif source is flow_back:
         monkeypatch.setattr(fold_affine, "flow_back", names["flow_back"])
+    elif source is port:
+        monkeypatch.setattr(flow_forth, "spread_along", names["spread_along"])
     else:
         monkeypatch.setattr(fold_affine, "flow_forth", names["flow_forth"])
         monkeypatch.setattr(flow_back, "unseen", names["unseen"])

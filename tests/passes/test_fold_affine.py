@@ -718,10 +718,10 @@ MUTANTS = {
     "order of the rows": (change_module, "else scale[rows]", "else scale[::-1][rows]"),
     "axis of the groups": (
         port_module,
-        "factors.reshape(self.groups, -1)[group]",
-        "factors.reshape(-1, self.groups).T[group]",
+        "factors.reshape(groups, -1)[group]",
+        "factors.reshape(-1, groups).T[group]",
     ),
-    "group of a row": (port_module, "// (rows // self.groups)", "% self.groups"),
+    "group of a row": (port_module, "// (rows // groups)", "% groups"),
 }
 
 
