@@ -363,13 +363,9 @@ def _retarget(e: _Explorer, node: Node, part: Part, labels: Labels) -> str:
 def _along(e: _Explorer, node: Node, axis: int) -> bool | None:
     """Whether a Split or Slice cuts along the channels; None where that is not known."""
     if node.op == "Split":
-        axes: list[int] | None = [int(node.attrs.get("axis", 0))]
+        known = e.transfer.from_right(node.inputs[0], [int(node.attrs.get("axis", 0))])
     else:
-        starts = e.transfer.numbers(node, 1, "starts")
-        given = len(node.inputs) > 3 or "axes" in node.attrs
-        axes = e.transfer.numbers(node, 3, "axes") if given else None
-        axes = list(range(len(starts or []))) if not given else axes
-    known = None if axes is None else e.transfer.from_right(node.inputs[0], axes)
+        known = e.transfer.cut_axes(node)
     return None if known is None else axis in known
 
 

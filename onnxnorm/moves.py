@@ -195,10 +195,7 @@ def _slice(t: Transfer, node: Node, v: Vector, way: Way) -> Vector:
     if v.size == 1 and alone:
         return v
     starts, ends = t.numbers(node, 1, "starts"), t.numbers(node, 2, "ends")
-    axes, steps = t.numbers(node, 3, "axes"), t.numbers(node, 4)
-    if axes is None and len(node.inputs) <= 3 and "axes" not in node.attrs and starts is not None:
-        axes = list(range(len(starts)))
-    given = None if axes is None else t.from_right(node.inputs[0], axes)
+    given, steps = t.cut_axes(node), t.numbers(node, 4)
     if given is None:
         raise Halt("cuts a part out of axes that are not known")
     for at, axis in enumerate(given):
@@ -285,19 +282,12 @@ def _split(t: Transfer, node: Node, v: Vector, way: Way) -> Vector:
 
 
 def _pad(t: Transfer, node: Node, v: Vector, way: Way) -> Vector:
-    rank = t.rank(node.inputs[0])
-    amounts, axes = t.numbers(node, 1, "pads"), None
-    if len(node.inputs) > 3 and node.inputs[3].name:
-        axes = t.numbers(node, 3)
-        if axes is None and v.size > 1:
-            raise Halt("pads axes that are not known")
     if v.size == 1:
         return v
-    if amounts is None or rank is None:
-        raise Halt("pads by an amount that is not constant")
-    axes = list(range(rank)) if axes is None else axes
-    ends = zip(axes, amounts, amounts[len(axes) :], strict=False)
-    return _outside(t, node, v, [a for a, before, behind in ends if before or behind])
+    padded = t.padded_axes(node)
+    if isinstance(padded, str):
+        raise Halt(padded)
+    return _outside(t, node, v, padded)
 
 
 def _repeat(t: Transfer, node: Node, v: Vector, way: Way) -> Vector:

@@ -269,6 +269,31 @@ class Transfer:
         rank = self.rank(value)
         return None if rank is None else [a if a < 0 else a - rank for a in axes]
 
+    def cut_axes(self, node: Node) -> list[int] | None:
+        """The axes, from the right, that a Slice has bounds for; None where they are not known."""
+        axes = self.numbers(node, 3, "axes")
+        if axes is None and "axes" not in node.attrs:
+            if len(node.inputs) > 3 and node.inputs[3].name:
+                return None
+            starts = self.numbers(node, 1, "starts")
+            axes = None if starts is None else list(range(len(starts)))
+        return None if axes is None else self.from_right(node.inputs[0], axes)
+
+    def padded_axes(self, node: Node) -> list[int] | str:
+        """The axes, from the right, that a Pad makes longer or shorter; a clause where unknown."""
+        pads, axes = self.numbers(node, 1, "pads"), None
+        if len(node.inputs) > 3 and node.inputs[3].name:
+            axes = self.numbers(node, 3)
+            if axes is None:
+                return "pads axes that are not known"
+        rank = self.rank(node.inputs[0])
+        if pads is None or rank is None:
+            return "pads by an amount that is not constant"
+        axes = list(range(rank)) if axes is None else axes
+        ends = zip(axes, pads, pads[len(axes) :], strict=False)
+        padded = [axis for axis, before, behind in ends if before or behind]
+        return [axis if axis < 0 else axis - rank for axis in padded]
+
 
 # ** rules of operators that move features or leave them where they are **
 
@@ -323,11 +348,7 @@ def _other_axes(
 
 
 def _slice(t: Transfer, node: Node, layout: Layout, forth: bool) -> Layout | str:
-    axes = t.numbers(node, 3, "axes")
-    if axes is None and len(node.inputs) <= 3 and "axes" not in node.attrs:
-        starts = t.numbers(node, 1, "starts")
-        axes = None if starts is None else list(range(len(starts)))
-    return _other_axes(t, node, layout, axes, "cuts a part out of")
+    return _other_axes(t, node, layout, t.cut_axes(node), "cuts a part out of")
 
 
 def _gather(t: Transfer, node: Node, layout: Layout, forth: bool) -> Layout | str:
@@ -355,17 +376,9 @@ def _split(t: Transfer, node: Node, layout: Layout, forth: bool) -> Layout | str
 
 
 def _pad(t: Transfer, node: Node, layout: Layout, forth: bool) -> Layout | str:
-    rank = t.rank(node.inputs[0])
-    pads, axes = t.numbers(node, 1, "pads"), None
-    if len(node.inputs) > 3 and node.inputs[3].name:
-        axes = t.numbers(node, 3)
-        if axes is None:
-            return "pads axes that are not known"
-    if pads is None or rank is None:
-        return "pads by an amount that is not constant"
-    axes = list(range(rank)) if axes is None else axes
-    padded = [a for a, (x, y) in zip(axes, zip(pads, pads[len(axes) :], strict=False), strict=False)
-              if x or y]  # fmt: skip
+    padded = t.padded_axes(node)
+    if isinstance(padded, str):
+        return padded
     if node.text("mode", "constant") == "constant":
         value = node.attrs.get("value", 0.0)
         if len(node.inputs) > 2 and node.inputs[2].name:
