@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from onnxnorm.facts import AnyValue, Constant, Facts
 from onnxnorm.module import Node
 from onnxnorm.port import Slot, filled_bias, rounded, row_blocks
-from onnxnorm.rewrite import Rewriter
+from onnxnorm.rewrite import Refusal, Rewriter
 from onnxnorm.storage import Array
 
 Vector = NDArray[np.float64]
@@ -152,6 +152,26 @@ def copied(changes: Iterable[Change], facts: Facts) -> tuple[int, Change | None]
         if size > most:
             most, largest = size, found[0]
     return total, largest
+
+
+def oversized(
+    changes: Iterable[Change], facts: Facts, most_mb: float, rule: str, root: Node
+) -> Refusal | None:
+    """The refusal of copies of shared constants that take more than a pass allows, if they do.
+
+    Args:
+        changes: All changes of a site.
+        facts: What is true of the graph.
+        most_mb: The option `max_copy_mb` of the pass.
+        rule: The name of the pass.
+        root: The root of the place.
+    """
+    size, largest = copied(changes, facts)
+    if size <= most_mb * 1_000_000 or largest is None:
+        return None
+    assert largest.constant is not None, "only those are copied"
+    reason = f"'{largest.constant.name}' has other readers and a copy takes {size / 1e6:.0f} MB"
+    return Refusal(reason, largest.node.label, f"Raise {rule}{{max_copy_mb=...}}.", root)
 
 
 def stage(changes: Iterable[Change], rw: Rewriter, names: dict[Node, str]) -> Inputs:

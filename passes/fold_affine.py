@@ -27,7 +27,7 @@ import onnx
 
 from onnxnorm import storage
 from onnxnorm.affine import LARGEST, Affine, Vector, read, slim
-from onnxnorm.change import copied, stage
+from onnxnorm.change import copied, oversized, stage
 from onnxnorm.facts import AnyValue, Facts
 from onnxnorm.flow import (
     Addition,
@@ -218,13 +218,9 @@ class FoldAffine(Pass):
         for change in (*flow.changes, *added):
             if (misfit := change.misfit()) is not None:
                 return Refusal(misfit, change.node.label, node=norm.node)
-        size, largest = copied(flow.changes, transfer.facts)
-        if size > self.max_copy_mb * 1_000_000 and largest is not None:
-            assert largest.constant is not None, "only those are copied"
-            told = f"'{largest.constant.name}' has other readers and a copy takes"
-            advice = "Raise fold-affine{max_copy_mb=...}."
-            reason = f"{told} {size / 1e6:.0f} MB"
-            return Refusal(reason, largest.node.label, advice, norm.node)
+        too_large = oversized(flow.changes, transfer.facts, self.max_copy_mb, self.name, norm.node)
+        if too_large is not None:
+            return too_large
         return Fold(norm, flow, back, kept, transfer.facts)
 
     def apply(self, plan: Plan, rw: Rewriter) -> None:

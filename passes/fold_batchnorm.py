@@ -11,12 +11,12 @@ BatchNormalization, Conv and ConvTranspose in the ONNX operator specification.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Final
 
 import numpy as np
 
-from onnxnorm.change import absorbed, copied, stage
+from onnxnorm.change import absorbed, oversized, stage
 from onnxnorm.facts import AnyValue
 from onnxnorm.matcher import Match
 from onnxnorm.norm_operators import PARAMETERS, batch_norm_affine, training_reason
@@ -74,12 +74,9 @@ class FoldBatchnorm(RewritePass):
         changes = absorbed(conv, found, scale, shift)
         if isinstance(changes, str):
             return Refusal(f"'{conv.label}' {changes}", at="conv")
-        size, largest = copied(changes[0], m.facts)
-        if size > self.max_copy_mb * 1_000_000 and largest is not None:
-            assert largest.constant is not None, "only those are copied"
-            told = f"'{largest.constant.name}' has other readers and a copy takes"
-            advice = "Raise fold-batchnorm{max_copy_mb=...}."
-            return Refusal(f"weight {told} {size / 1e6:.0f} MB", at="conv", advice=advice)
+        large = oversized(changes[0], m.facts, self.max_copy_mb, self.name, node)
+        if large is not None:
+            return replace(large, at="conv")
         for change in changes[0]:
             if misfit := change.misfit():
                 return Refusal(misfit, at="conv")

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from onnxnorm.affine import Affine
-from onnxnorm.change import copied
+from onnxnorm.change import oversized
 from onnxnorm.facts import Facts
 from onnxnorm.flow import Flow, stage_flow
 from onnxnorm.flow_forth import flow_forth
@@ -77,13 +77,7 @@ class FoldNormAffine(Pass):
         for change in found.changes:
             if misfit := change.misfit():
                 return Refusal(misfit, change.node.label, node=norm.node)
-        size, largest = copied(found.changes, facts)
-        if size > self.max_copy_mb * 1_000_000 and largest is not None:
-            assert largest.constant is not None, "only those are copied"
-            told = f"weight '{largest.constant.name}' has other readers and a copy takes"
-            advice = "Raise fold-norm-affine{max_copy_mb=...}."
-            return Refusal(f"{told} {size / 1e6:.0f} MB", at, advice, norm.node)
-        return found
+        return oversized(found.changes, facts, self.max_copy_mb, self.name, norm.node) or found
 
     def apply(self, plan: Plan, rw: Rewriter) -> None:
         """Scale the weights, move beta into the biases, leave the norm with ones."""
