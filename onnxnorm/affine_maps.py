@@ -125,7 +125,7 @@ def _sum(node: Node, transfer: Transfer) -> Map | None:
     layout = next((found for found in layouts if found is not None), None)
     if layout is None or not transfer.covers(node.outputs[0], layout):
         return None
-    left, right = (_chain(v, node, layout, transfer) for v in node.inputs)
+    left, right = (map_chain(v, node, layout, transfer) for v in node.inputs)
     for base, (scale, shift, nodes) in left.items():
         if base not in right or not transfer.covers(base, layout):
             continue
@@ -174,14 +174,17 @@ def scaled_features(node: Node, transfer: Transfer) -> Layout | None:
     return Layout.whole_axes(axes, [n for n in sizes if isinstance(n, int)])
 
 
-_Chain: TypeAlias = "dict[AnyValue, tuple[Vector, Vector, tuple[Node, ...]]]"
+Chain: TypeAlias = "dict[AnyValue, tuple[Vector, Vector, tuple[Node, ...]]]"
 
 
-def _chain(value: AnyValue, reader: Node, layout: Layout, transfer: Transfer) -> _Chain:
-    """A value as a map of itself and of each value that it is computed from by maps alone."""
+def map_chain(value: AnyValue, reader: Node, layout: Layout, transfer: Transfer) -> Chain:
+    """A value as a map of itself and of each value that it is computed from by maps alone.
+
+    Each is scale * v + shift, with the nodes that compute it, which nobody else reads.
+    """
     scale, shift = np.ones(layout.features), np.zeros(layout.features)
     nodes: tuple[Node, ...] = ()
-    found: _Chain = {value: (scale, shift, nodes)}
+    found: Chain = {value: (scale, shift, nodes)}
     for node in _private(value, reader, transfer):
         step = read_map(node, layout, transfer)
         if not isinstance(step, Map):

@@ -17,6 +17,9 @@ PASSES: Final[dict[str, str]] = {
     "merge-adapters": "onnxnorm.passes.merge_adapters:MergeAdapters",
     "merge-parallel-norms": "onnxnorm.passes.merge_parallel_norms:MergeParallelNorms",
     "fold-batchnorm": "onnxnorm.passes.fold_batchnorm:FoldBatchnorm",
+    "merge-parallel-convolutions": (
+        "onnxnorm.passes.merge_parallel_convolutions:MergeParallelConvolutions"
+    ),
     "fold-affine": "onnxnorm.passes.fold_affine:FoldAffine",
     "fold-modulation": "onnxnorm.passes.fold_modulation:FoldModulation",
     "prune-dead-channels": "onnxnorm.passes.prune_dead_channels:PruneDeadChannels",
@@ -40,6 +43,7 @@ DEFAULT: Final[tuple[str, ...]] = (
     "fold-constants",
     "merge-parallel-norms",
     "fold-batchnorm",
+    "merge-parallel-convolutions",
     "fold-affine",
     "fold-modulation",
     "prune-dead-channels",
