@@ -23,6 +23,7 @@ from onnxnorm.passes.lower_group_norm import LowerGroupNorm
 from onnxnorm.passes.lower_norms import LowerNorms
 from onnxnorm.passes.lower_skip_norm import LowerSkipNorm
 from onnxnorm.passes.lower_softmax import LowerSoftmax
+from onnxnorm.passes.merge_parallel_convolutions import MergeParallelConvolutions
 from onnxnorm.passes.merge_parallel_norms import MergeParallelNorms
 from onnxnorm.passes.prune_dead_channels import PruneDeadChannels
 from onnxnorm.passes.stream_fold_affine import StreamFoldAffine
@@ -52,6 +53,7 @@ def test_selections() -> None:
         FoldConstants(),
         MergeParallelNorms(),
         FoldBatchnorm(),
+        MergeParallelConvolutions(),
         FoldAffine(),
         FoldModulation(),
         PruneDeadChannels(),
