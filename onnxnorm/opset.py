@@ -1,12 +1,15 @@
 """Another opset for a model, node by node, so that nothing is lost on the way.
 
     opset N: every node whose operator has one definition in both opsets, or was only given further
-    types, stays as it is; every other one goes through onnx.version_converter in a model of its own
+    types and attributes, stays as it is; what an older opset only spells otherwise is respelled;
+    every other one goes through onnx.version_converter in a model of its own
 
 `onnx.version_converter` on a whole model drops model-local functions and the metadata of nodes, and
 needs the weights in memory. Here it sees one node, and the constants it reads where they are small.
 Names of values stay; what the converter adds gets names of its own. Bodies of control flow and
-model-local functions are converted as the main graph is.
+model-local functions are converted as the main graph is. What comes out has to satisfy onnx.checker
+node by node wherever the node did before, so that no attribute and no type is left that the other
+opset does not know.
 
 Source: the operator schemas of ONNX, whose `since_version` says when a definition changed.
 """
@@ -15,19 +18,21 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+import numpy as np
 import onnx
 from onnx import helper
 
+from onnxnorm import older
 from onnxnorm.errors import UsageError
 from onnxnorm.facts import AnyValue, Facts
 from onnxnorm.lowering import Version, newest_opset
 from onnxnorm.module import SITE_KEY, Module, Node, Scope, Value, Weight
 from onnxnorm.ops import bodies
-from onnxnorm.storage import Stored
+from onnxnorm.storage import Array, Stored
 from onnxnorm.wellformed import STANDARD_DOMAINS
 
 OLDEST: Final = 7  # what the converter knows of before that is little, and onnxruntime less
@@ -112,7 +117,7 @@ def _same_form(op: str, old: int, new: int) -> bool:
     """Whether an operator was only given further types from one opset to a newer one.
 
     Its inputs, outputs and attributes are then the same, with the same defaults, in every version
-    between; what a default or a new attribute would change is left to the converter.
+    between, but for attributes that change nothing when absent.
     """
     steps = [onnx.defs.get_schema(op, v, "") for v in range(old, new + 1)]
     return not any(s.deprecated for s in steps) and all(
@@ -127,9 +132,25 @@ def _signature(schema: onnx.defs.OpSchema) -> tuple[object, ...]:
     attributes = {
         name: (a.type, a.required, a.default_value.SerializeToString())
         for name, a in schema.attributes.items()
+        if name not in older.added(schema.name)
     }
     counts = (schema.min_input, schema.max_input, schema.min_output, schema.max_output)
     return said(schema.inputs), said(schema.outputs), sorted(attributes.items()), counts
+
+
+def _first(op: str) -> int:
+    """The oldest opset that has an operator."""
+    known = onnx.defs.onnx_opset_version()
+    return next(v for v in range(1, known + 1) if onnx.defs.has(op, v, ""))
+
+
+def _complaint(model: onnx.ModelProto) -> str | None:
+    """What onnx.checker has against a model of one node."""
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except Exception as error:  # the C++ side raises several unrelated types
+        return " ".join(str(error).split())
+    return None
 
 
 def _standard(domain: str) -> bool:
@@ -180,64 +201,74 @@ class _Work:
             return None  # what is no operator of ONNX is one of onnxruntime's own
         before = onnx.defs.get_schema(node.op, old, "")
         if not onnx.defs.has(node.op, self.opset, ""):
-            raise _cannot(node, self.opset, f"there is no {node.op} before {before.since_version}")
+            raise _cannot(node, self.opset, f"there is no {node.op} before {_first(node.op)}")
         after = onnx.defs.get_schema(node.op, self.opset, "")
         if before.since_version == after.since_version:
             return None
-        if _same_form(node.op, *sorted((old, self.opset))) and self._has_types(node, after):
-            return None
         if node.bodies:
-            if min(old, self.opset) >= _SETTLED.get(node.op, self.opset + 1):
-                return None
-            raise _cannot(node, self.opset, "its bodies are of another form there")
-        if node.parametric:
-            reason = "an attribute of it is a parameter of the model-local function"
-            raise _cannot(node, self.opset, reason)
+            if min(old, self.opset) < _SETTLED.get(node.op, self.opset + 1):
+                raise _cannot(node, self.opset, "its bodies are of another form there")
+            if self.opset < old:
+                self._has_types(node, [node.proto_now()])
+            return None
+        same = _same_form(node.op, *sorted((old, self.opset)))
+        if self.opset > old:
+            return None if same else self._converted(node, old)
+        if same or node.op in older.COMPLETE:
+            known = older.Known(self._arrays(node), self._shapes(node))
+            now = node.proto_now()
+            spelled = older.respelled(now, old, self.opset, known)
+            if isinstance(spelled, older.Unsaid):
+                raise _cannot(node, self.opset, spelled.reason)
+            if self._has_types(node, spelled):
+                stays = spelled[0] is now
+                return None if stays else self._checked(node, old, list(spelled), [])
         return self._converted(node, old)
 
-    def _has_types(self, node: Node, schema: onnx.defs.OpSchema) -> bool:
-        """Whether a definition is for the types of a node; those of a newer one are more."""
-        if self.opset > node.scope.opsets[""]:
-            return True
-        allowed = {c.type_param_str: set(c.allowed_type_strs) for c in schema.type_constraints}
-        for formal, values in ((schema.inputs, node.inputs), (schema.outputs, node.outputs)):
-            for place, value in enumerate(values):
-                if not value.name:
-                    continue
-                parameter = formal[min(place, len(formal) - 1)]
-                known = self.facts.type(value)
-                if known is None or not known.element:
-                    return False
-                name = onnx.TensorProto.DataType.Name(known.element).lower()
-                types = allowed.get(parameter.type_str, {parameter.type_str})
-                if f"tensor({name})" not in types:
-                    return False
+    def _has_types(self, node: Node, spelled: Sequence[onnx.NodeProto]) -> bool:
+        """Whether the other opset has its operators for the types of a node; False if unknown.
+
+        Args:
+            node: The node as it is.
+            spelled: What it is to be, of the same values.
+
+        Raises:
+            UsageError: It has not.
+        """
+        types = {v.name: self.facts.type(v) for v in (*node.inputs, *node.outputs) if v.name}
+        for each in spelled:
+            schema = onnx.defs.get_schema(each.op_type, self.opset, "")
+            allowed = {c.type_param_str: set(c.allowed_type_strs) for c in schema.type_constraints}
+            bound: dict[str, str] = {}
+            for formal, names in ((schema.inputs, each.input), (schema.outputs, each.output)):
+                for place, name in enumerate(names):
+                    if name not in types:
+                        continue  # absent, or between the nodes
+                    known = types[name]
+                    if known is None or not known.element or not formal:
+                        return False
+                    parameter = formal[min(place, len(formal) - 1)]
+                    element = onnx.TensorProto.DataType.Name(known.element).lower()
+                    found, wanted = f"tensor({element})", parameter.type_str
+                    one = bound.setdefault(wanted, found) if parameter.is_homogeneous else found
+                    if found not in allowed.get(wanted, {wanted}) or found != one:
+                        raise _cannot(node, self.opset, f"it is not defined for {element} there")
         return True
 
     def _converted(self, node: Node, old: int) -> _Plan:
         from onnx import version_converter  # slow to import, and rarely needed
 
-        inputs, constants = [], []
-        for value in dict.fromkeys(v for v in node.inputs if v.name):
-            tensor = self._small(value)
-            if tensor is not None:
-                constants.append(tensor)
-            else:
-                inputs.append(self._info(value))
-        outputs = [self._info(v) for v in node.outputs if v.name]
-        alone = onnx.NodeProto()
-        alone.CopyFrom(node.proto)
-        alone.domain = ""
-        del alone.metadata_props[:]
-        graph = helper.make_graph([alone], "one", inputs, outputs, constants)
-        imports = [helper.make_opsetid("", old)]
-        model = helper.make_model(graph, opset_imports=imports, ir_version=8)
+        if node.parametric:
+            reason = "an attribute of it is a parameter of the model-local function"
+            raise _cannot(node, self.opset, reason)
+        before = self._alone(node, [node.proto_now()], [], old)
         try:
-            made = version_converter.convert_version(model, self.opset)
+            made = version_converter.convert_version(before, self.opset)
         except Exception as error:  # the C++ side raises several unrelated types
             raise _cannot(node, self.opset, _reason(error)) from error
-        nodes, fresh = list(made.graph.node), list(made.graph.initializer)
-        known = {t.name for t in constants}
+        nodes = list(made.graph.node)
+        known = {t.name for t in before.graph.initializer}
+        constants = [t for t in made.graph.initializer if t.name not in known]
         produced = {name for n in nodes for name in n.output}
         if not {v.name for v in node.outputs if v.name} <= produced:
             raise _cannot(node, self.opset, "the converter leaves one of its outputs out")
@@ -245,7 +276,95 @@ class _Work:
             for attribute in each.attribute:
                 if attribute.ref_attr_name:
                     raise _cannot(node, self.opset, "the converter refers to an attribute")
-        return _Plan(nodes, [t for t in fresh if t.name not in known])
+        self._retype_limits(node, nodes, constants)
+        return self._checked(node, old, nodes, constants)
+
+    def _retype_limits(
+        self, node: Node, nodes: Sequence[onnx.NodeProto], constants: Sequence[onnx.TensorProto]
+    ) -> None:
+        """Give the limits of a Clip its type; of attributes the converter makes float32."""
+        known = self.facts.type(node.inputs[0]) if node.op == "Clip" else None
+        if known is None or known.element not in (
+            onnx.TensorProto.FLOAT16,
+            onnx.TensorProto.DOUBLE,
+        ):
+            return
+        made = [a.t for n in nodes if n.op_type == "Constant" for a in n.attribute]
+        for tensor in (*made, *constants):
+            array = onnx.numpy_helper.to_array(tensor)
+            with np.errstate(over="ignore"):  # the largest float32 is no limit for float16
+                array = array.astype(helper.tensor_dtype_to_np_dtype(known.element))
+            tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
+
+    def _checked(
+        self,
+        node: Node,
+        old: int,
+        nodes: list[onnx.NodeProto],
+        constants: list[onnx.TensorProto],
+    ) -> _Plan:
+        """What a node becomes, if it is valid where the node was.
+
+        Raises:
+            UsageError: It is not.
+        """
+        for each in nodes:
+            schema = onnx.defs.get_schema(each.op_type, self.opset, each.domain)
+            for attribute in each.attribute:
+                if attribute.name not in schema.attributes:
+                    reason = f"{each.op_type} has no attribute {attribute.name} there"
+                    raise _cannot(node, self.opset, reason)
+        complaint = _complaint(self._alone(node, nodes, constants, self.opset))
+        if complaint is not None:
+            before = self._alone(node, [node.proto_now()], [], old)
+            if _complaint(before) is None:
+                raise _cannot(node, self.opset, complaint)
+        return _Plan(nodes, constants)
+
+    def _alone(
+        self,
+        node: Node,
+        nodes: Sequence[onnx.NodeProto],
+        constants: Sequence[onnx.TensorProto],
+        opset: int,
+    ) -> onnx.ModelProto:
+        """A model of a node alone, or of what it becomes, with the small constants it reads."""
+        inputs, held = [], list(constants)
+        for value in dict.fromkeys(v for v in node.inputs if v.name):
+            tensor = self._small(value)
+            if tensor is not None:
+                held.append(tensor)
+            else:
+                inputs.append(self._info(value))
+        outputs = [self._info(v) for v in node.outputs if v.name]
+        bare = []
+        for each in nodes:
+            bare.append(onnx.NodeProto())
+            bare[-1].CopyFrom(each)
+            bare[-1].domain = ""
+            del bare[-1].metadata_props[:]
+        graph = helper.make_graph(bare, "one", inputs, outputs, held)
+        return helper.make_model(
+            graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8
+        )
+
+    def _arrays(self, node: Node) -> Callable[[str], Array | None]:
+        constants = {v.name: self.facts.constant(v) for v in node.inputs if v.name}
+
+        def array(name: str) -> Array | None:
+            constant = constants.get(name)
+            return None if constant is None or constant.nbytes > _SMALL else constant.array()
+
+        return array
+
+    def _shapes(self, node: Node) -> Callable[[str], tuple[int | str | None, ...] | None]:
+        types = {v.name: self.facts.type(v) for v in (*node.inputs, *node.outputs) if v.name}
+
+        def shape(name: str) -> tuple[int | str | None, ...] | None:
+            known = types.get(name)
+            return None if known is None else known.shape
+
+        return shape
 
     def _small(self, value: AnyValue) -> onnx.TensorProto | None:
         constant = self.facts.constant(value)

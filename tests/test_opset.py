@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from onnx import parser
 
 import onnxnorm
-from models.spellings import cases
+from models.spellings import Case, cases
 from onnxnorm import opset as opset_module
 from onnxnorm import storage, verifier
 from onnxnorm.errors import ParityError, UsageError
@@ -200,20 +200,28 @@ def test_a_conversion_that_changes_the_outputs_is_not_written(
 _CASES: Final = [c for c in cases() if not c.mutation and c.model.opset_import[0].version >= 11]
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(case=st.sampled_from(_CASES), version=st.sampled_from([13, 17, 18, 21, 23]))
-def test_spellings_agree_in_every_opset_that_they_can_have(case: object, version: int) -> None:
-    made: onnx.ModelProto = case.model  # type: ignore[attr-defined]
-    try:
-        done = converted(made, version)
-    except UsageError:
-        return
-    if verifier.checker_complaint(storage.from_proto(made)) is None:
-        assert verifier.checker_complaint(done.stored) is None
-    try:
-        assert_parity(made, done.stored.complete())
-    except ParityError:  # onnxruntime cannot run the original: most of bfloat16
-        return
+def test_spellings_agree_in_every_opset_that_they_can_have() -> None:
+    compared = 0
+
+    @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @given(case=st.sampled_from(_CASES), version=st.sampled_from([11, 12, 13, 17, 18, 21, 23]))
+    def agree(case: Case, version: int) -> None:
+        nonlocal compared
+        try:
+            done = converted(case.model, version)
+        except UsageError:
+            return
+        if verifier.checker_complaint(storage.from_proto(case.model)) is None:
+            assert verifier.checker_complaint(done.stored) is None
+        try:
+            assert_parity(case.model, done.stored.complete())
+        except ParityError:  # onnxruntime cannot run the original: most of bfloat16
+            return
+        compared += 1
+
+    agree()
+    # Nine of ten pairs can be compared: half of them are there unless something is refused anew.
+    assert compared >= 12, f"only {compared} pairs of models were compared"
 
 
 def test_a_transformer_up_and_down() -> None:

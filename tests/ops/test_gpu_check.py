@@ -44,6 +44,9 @@ def test_a_dry_run_leaves_evidence(tmp_path: Path) -> None:
     assert found["dry_run"] is True
     assert found["sources"] == build.device_digest()
     assert found["failed"] == {"build": 0, "parity": 0}
+    called = len(list(gpu_check.calls(small=True)))
+    assert len(found["checks"]["parity"]) == called >= 10, "some calls were not checked"
+    assert len(found["latency"]) == 1
     assert found["latency"][0]["ratio"] > 0
     assert not library.EVIDENCE.exists(), "a dry run is no evidence of a run on a GPU"
 
@@ -66,7 +69,8 @@ def test_a_wrong_result_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     target = tmp_path / "evidence.json"
     arguments = ["--dry-run", "--seconds", "0.5", "--evidence", str(target)]
     assert gpu_check.main(arguments) == 1
-    assert json.loads(target.read_text("utf-8"))["failed"]["parity"] > 0
+    found = json.loads(target.read_text("utf-8"))
+    assert found["failed"]["parity"] == len(found["checks"]["parity"]) > 0
 
 
 def test_a_body_in_the_kernels_place_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,6 +98,7 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_rivals_compute_the_same(tmp_path: Path) -> None:
     built = gpu_check.kernels_of(dry=True)
     assert built.library is not None
+    compared = set()
     for call, nodes in gpu_check.rivals(small=True):
         if call.inputs[0].size > 200_000:
             continue
@@ -109,3 +114,5 @@ def test_the_rivals_compute_the_same(tmp_path: Path) -> None:
         )
         for result in results:
             assert accuracy.excess(np.asarray(result), truth, tolerance) is None
+        compared.add(call.name)
+    assert compared == {call.name for call, _ in gpu_check.rivals(small=True)}
