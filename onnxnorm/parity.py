@@ -25,7 +25,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, TypeAlias
@@ -50,6 +50,9 @@ DEFAULT_BUDGET_SECONDS: Final = 60.0
 _TRUTH_SHARE: Final = 0.5  # of the time budget; the rest is for the runs in onnxruntime
 _RUN_SHARE: Final = 0.15  # for the original's first runs: four more like them follow
 _ESTIMATE_SLACK: Final = 2.0
+# Time budgets after which no further region is begun, and after which one is given up.
+_LAST_REGION: Final = 2.0
+_GIVE_UP: Final = 3.0
 _RESPONSE_NOTE: Final = (
     "budgets include the original's own response to a one-ulp change of its weights and inputs"
 )
@@ -174,13 +177,14 @@ class ParityResult:
     """Whether a candidate agrees with the original, and by what numbers.
 
     Attributes:
-        passed: Every output passed.
+        passed: Every output passed, and nothing is unproven.
         outputs: One entry per output of the original.
         truth: Which precision the truth has, and of what part of the model.
         notes: What the reader should know: fall-backs, mis-fusions, randomness.
         inputs: One line per run.
         samples: Samples over all runs; a run with a batch axis has several.
         seconds: Time that this check took, the truth included when it was computed for it.
+        unproven: Regions that could not be checked in the time or memory there is.
     """
 
     passed: bool
@@ -190,6 +194,7 @@ class ParityResult:
     inputs: tuple[str, ...]
     samples: int
     seconds: float
+    unproven: tuple[Region, ...] = ()
 
     @property
     def failure(self) -> str | None:
@@ -431,7 +436,8 @@ class ParityChecker:
             libraries: Custom operators for runs with optimizations on; empty is what a session
                 takes by itself.
             budget_seconds: Time that one check may take, preparation included. Fewer samples are
-                taken rather than more time, and a model that is too large is checked by regions.
+                taken rather than more time, and a model that is too large is checked by regions,
+                as many as there is time for.
             memory_bytes: Memory the truth may use; half of what is free by default.
             progress: Called with what is going on and the share done.
         """
@@ -443,6 +449,7 @@ class ParityChecker:
         self._provider = provider
         self._libraries = tuple(libraries)
         self._seconds = budget_seconds
+        self._until = math.inf  # when the float64 truth of a region is given up
         self._memory = _free_memory() // 2 if memory_bytes is None else memory_bytes
         self._progress = progress
         self._stored: storage.Stored | None = None
@@ -490,7 +497,8 @@ class ParityChecker:
 
         Args:
             candidate: The other model.
-            regions: What was changed, for a model that is too large to be checked whole.
+            regions: What was changed, for a model that is too large to be checked whole. Those that
+                there is no time for are named in the result.
 
         Raises:
             ParityError: The original cannot be run, or no part of it could be checked.
@@ -755,7 +763,7 @@ class ParityChecker:
                 if room < feed.samples:
                     lack = "time budget"
                     break
-            limit = deadline if must_fit or taken else math.inf
+            limit = deadline if must_fit or taken else self._until
             try:
                 values = evaluator.run(feed.values, keep=kept, deadline=limit)
             except (OutOfTime, MemoryError) as error:
@@ -1231,27 +1239,28 @@ class ParityChecker:
         outputs: list[OutputParity] = []
         notes: list[str] = []
         feeds: list[Feed] = []
+        unproven: list[Region] = []
         precision = "float64"
         for number, region in enumerate(regions):
             self._tell("parity: regions", number / len(regions))
-            left = self._seconds - (time.monotonic() - start)
-            share = max(left, 1.0) / (len(regions) - number)
+            spent = time.monotonic() - start
+            if number and spent > _LAST_REGION * self._seconds:
+                unproven += regions[number:]
+                break
+            share = max(self._seconds - spent, 1.0) / (len(regions) - number)
             reference = self._regions.get(region)
             if reference is None:
                 part = variants.extracted(stored, region.inputs, region.outputs, types)
-                with staging.Staged(part, None) as staged:
-                    deadline = time.monotonic() + share * _TRUTH_SHARE
-                    try:
-                        reference = self._prepare(part, staged.model, deadline, must_fit=False)
-                    except _TooLarge as error:
-                        what = str(error).replace("run", f"run of {region.site}")
-                        raise ParityError(
-                            f"parity could not be checked: {what}",
-                            "Give smaller inputs with --input-shape, or use --no-parity.",
-                        ) from None
-                    except ParityError:  # sizes that belong together are lost where it was cut
-                        note = f"the part around {region.site} does not run by itself"
-                        return self._judged(self._by_itself(), candidate, start, note)
+                try:
+                    with self._allotted(share, start + _GIVE_UP * self._seconds):
+                        reference = self._part(part)
+                except _TooLarge as error:
+                    unproven.append(region)
+                    notes.append(f"{region.site}: {error}")
+                    continue
+                except ParityError:  # sizes that belong together are lost where it was cut
+                    note = f"the part around {region.site} does not run by itself"
+                    return self._judged(self._by_itself(), candidate, start, note)
                 self._regions[region] = reference
             changed = variants.extracted(other, region.inputs, region.outputs, types)
             with staging.Staged(changed, None) as staged:
@@ -1266,7 +1275,24 @@ class ParityChecker:
             f"{precision}, of the {count} {'region' if count == 1 else 'regions'} that changed "
             f"({self._too_large})"
         )
-        return _result(outputs, truth, notes, feeds, start)
+        result = _result(outputs, truth, notes, feeds, start)
+        return replace(result, passed=result.passed and not unproven, unproven=tuple(unproven))
+
+    def _part(self, part: storage.Stored) -> _Reference:
+        """The reference of a part of the model."""
+        with staging.Staged(part, None) as staged:
+            deadline = time.monotonic() + self._seconds * _TRUTH_SHARE
+            return self._prepare(part, staged.model, deadline, must_fit=False)
+
+    @contextlib.contextmanager
+    def _allotted(self, seconds: float, until: float) -> Iterator[None]:
+        """Let what is prepared have a share of the time budget, and end at a time at the latest."""
+        given = self._seconds, self._until
+        self._seconds, self._until = min(seconds, self._seconds), until
+        try:
+            yield
+        finally:
+            self._seconds, self._until = given
 
 
 class _TooLarge(Exception):

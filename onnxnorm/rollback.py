@@ -1,17 +1,19 @@
 """Rollback by replay: whatever breaks agreement is found, left out, and the rest proven again.
 
 Nothing is undone in place, because later sites may have built on the guilty one: the pipeline runs
-again from the input with that site denied.
+again from the input with that site denied. The search has a bound: after `_PATIENCE` time budgets
+every site that is not shown to agree is left out, the innocent among them too, and says so.
 """
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from onnxnorm.errors import ParityError
 from onnxnorm.pipeline import Pipeline, Run
@@ -22,6 +24,10 @@ from onnxnorm.workbench import Workbench
 
 if TYPE_CHECKING:
     from onnxnorm.parity import Level, ParityResult
+
+
+_PATIENCE: Final = 4  # time budgets for the search of what breaks agreement
+_MORE: Final = "--time-budget gives more"
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,10 @@ def prove(
 ) -> Proof:
     """Check a run; leave out the sites that break agreement, one after another, by replay.
 
+    What cannot be proven in the time there is, is left out as well: a part of a large model that
+    its check did not come to, and, once the search has taken too long, all that is not shown to
+    agree.
+
     Args:
         bench: The original and its truth.
         pipeline: What made the run.
@@ -69,10 +79,12 @@ def prove(
     """
     quiet = replace(pipeline, after_pass=None)
     denied = {remark.site: remark for remark in taken_back}
+    until = time.monotonic() + _PATIENCE * bench.budget
     while True:
         with ExitStack() as undecided:
             candidate = undecided.enter_context(Staged(run.stored, target))
-            result = bench.checker().check(candidate.model, _regions(run))
+            parts = _parts(run)
+            result = bench.checker().check(candidate.model, tuple(parts))
             if result.passed:
                 keep.push(undecided.pop_all())
                 return Proof(_with_denied(run, denied), candidate, result)
@@ -86,18 +98,34 @@ def prove(
                 f"the outputs do not agree although nothing was changed: {_worst(result)[0]}",
                 "The model gives other outputs from run to run; use --no-parity to go on without.",
             )
-        guilty, failure = _bisect(bench, quiet, source, run, result, denied)
-        reason, error = _worst(failure)
-        denied[guilty.site] = replace(
-            guilty,
-            outcome="rolled_back",
-            reason=f"with it the outputs no longer agree: {reason}",
-            removed=(),
-            added=(),
-            region=None,
-            error=error,
-        )
+        if result.unproven:
+            late = time.monotonic() > until
+            sites = run.applied if late else [r for p in result.unproven for r in parts[p]]
+            reason = f"it could not be proven within the time budget or the memory; {_MORE}"
+            denied.update((r.site, _taken_back(r, reason)) for r in sites)
+        else:
+            guilty, failure = _bisect(bench, quiet, source, run, result, denied, until)
+            said, error = _worst(failure)
+            reason = f"with it the outputs no longer agree: {said}"
+            if len(guilty) > 1:
+                reason = (
+                    f"with it or another of {len(guilty)} sites the outputs no longer agree, and"
+                    f" the time budget is used up; {_MORE}: {said}"
+                )
+            denied.update((r.site, _taken_back(r, reason, error)) for r in guilty)
         run = quiet.run(source, deny=tuple(denied), check_sites=False)
+
+
+def _taken_back(remark: Remark, reason: str, error: float | None = None) -> Remark:
+    return replace(
+        remark,
+        outcome="rolled_back",
+        reason=reason,
+        removed=(),
+        added=(),
+        region=None,
+        error=error,
+    )
 
 
 def _with_denied(run: Run, denied: Mapping[str, Remark]) -> Run:
@@ -115,8 +143,11 @@ def _bisect(
     run: Run,
     failure: ParityResult,
     denied: Collection[str],
-) -> tuple[Remark, ParityResult]:
+    until: float,
+) -> tuple[Sequence[Remark], ParityResult]:
     """The first site, in the order of commits, with which the outputs stop agreeing.
+
+    Once `until` has passed, all the sites that were not seen to agree in its place.
 
     All the sites of `run` together fail, as `failure` says; none of them is taken to agree, and
     where it does not, that comes out once all are denied.
@@ -125,33 +156,36 @@ def _bisect(
     sites = [r.site for r in run.applied]
     good, bad = 0, len(sites)
     while bad - good > 1:
+        if time.monotonic() > until:
+            return run.applied[good:], failure
         middle = (good + bad) // 2
         part = pipeline.run(source, deny=tuple(denied), allow=sites[:middle], check_sites=False)
         with Staged(part.stored, None) as candidate:
-            result = bench.checker().check(candidate.model, _regions(part))
+            result = bench.checker().check(candidate.model, tuple(_parts(part)))
         if result.passed:
             good = middle
         else:
             bad, failure = middle, result
-    return run.applied[bad - 1], failure
+    return run.applied[bad - 1 : bad], failure
 
 
-def _regions(run: Run) -> tuple[Region, ...]:
-    """What was changed, part by part; nothing where a part cannot be told apart.
+def _parts(run: Run) -> dict[Region, list[Remark]]:
+    """What was changed, part by part, with its sites; empty where a part cannot be told apart.
 
     Where one site changes what another one starts or ends with, both are one part: its ends are
     those that hold the same in the original and in the result.
     """
-    regions: list[Region] = []
+    parts: dict[Region, list[Remark]] = {}
     for remark in run.applied:
         if remark.region is None:
-            return ()
-        joined = [remark.region, *(r for r in regions if _overlap(r, remark.region))]
-        regions = [r for r in regions if r not in joined]
-        regions.append(_joined(joined) if len(joined) > 1 else remark.region)
+            return {}
+        touched = [r for r in parts if _overlap(r, remark.region) or r == remark.region]
+        sites = [site for region in touched for site in parts.pop(region)]
+        joined = [remark.region, *touched]
+        parts[_joined(joined) if touched else remark.region] = [*sites, remark]
     made = {name for node in run.stored.proto.graph.node for name in node.output}
-    told = all(r.outputs and made.issuperset(r.outputs) for r in regions)
-    return tuple(regions) if told else ()
+    told = all(r.outputs and made.issuperset(r.outputs) for r in parts)
+    return parts if told else {}
 
 
 def _overlap(one: Region, other: Region) -> bool:

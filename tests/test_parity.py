@@ -603,14 +603,27 @@ def test_a_model_beyond_the_budget_is_checked_by_regions(tmp_path: Path) -> None
         assert checker.check(layers(tmp_path, "c", 1e-3), [elsewhere]).passed
 
 
-def test_a_region_beyond_the_budget_is_an_error(tmp_path: Path) -> None:
+def test_a_region_beyond_the_memory_is_unproven(tmp_path: Path) -> None:
     original = layers(tmp_path, "a")
     region = Region("second", ("c",), ("d",))
-    with (
-        ParityChecker(original, memory_bytes=1) as checker,
-        pytest.raises(ParityError, match="of second does not fit into memory"),
-    ):
-        checker.check(original, [region])
+    with ParityChecker(original, memory_bytes=1) as checker:
+        result = checker.check(original, [region])
+    assert not result.passed
+    assert result.unproven == (region,)
+    assert any("second: a float64 run does not fit into memory" in note for note in result.notes)
+
+
+def test_regions_that_there_is_no_time_for_are_unproven(tmp_path: Path) -> None:
+    original = layers(tmp_path, "a")
+    regions = [Region("first", ("a",), ("b",)), Region("second", ("c",), ("d",))]
+    with ParityChecker(original, memory_bytes=2000, budget_seconds=0.0) as checker:
+        result = checker.check(original, regions)
+    assert not result.passed
+    assert result.unproven, "two budgets of no time are over after the first region"
+    with ParityChecker(original, memory_bytes=2000) as checker:
+        result = checker.check(original, regions)
+    assert result.passed
+    assert not result.unproven
 
 
 def test_a_region_that_does_not_run_by_itself_lets_the_whole_be_measured(tmp_path: Path) -> None:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import onnx
 import pytest
 
-from onnxnorm import rollback
+from onnxnorm import rollback, storage
 from onnxnorm.passes.fold_affine import FoldAffine
 from onnxnorm.passes.fold_batchnorm import FoldBatchnorm
+from onnxnorm.pipeline import Pipeline
 from onnxnorm.testing import run
 
 HEAD = """
@@ -42,5 +49,59 @@ def test_regions_that_share_a_value_that_changes_are_one(
     body: str, regions: list[tuple[str, str]]
 ) -> None:
     done = run(f"{HEAD} {{ {body} }}", FoldBatchnorm(), FoldAffine())
-    found = rollback._regions(done)
+    found = rollback._parts(done)
     assert [(r.inputs, r.outputs) for r in found] == [((a,), (b,)) for a, b in regions]
+
+
+CHAIN = f"""{HEAD} {{
+    c0 = Conv (x, w) n0 = {NORM.format("c0")} c1 = Conv (n0, w) n1 = {NORM.format("c1")}
+    c2 = Conv (n1, w) n2 = {NORM.format("c2")} c3 = Conv (n2, w) y = {NORM.format("c3")}
+}}"""
+
+
+class Judge:
+    """A parity checker that knows what is wrong, and counts what it is asked."""
+
+    def __init__(self, wrong: set[str], unproven: frozenset[str] = frozenset()) -> None:
+        self.wrong, self.unproven = wrong, unproven
+        self.checks = 0
+
+    def check(self, candidate: Path, regions: tuple[Any, ...]) -> Any:
+        self.checks += 1
+        left = {n.output[0] for n in onnx.load(candidate).graph.node if "Batch" in n.op_type}
+        folded = {"n0", "n1", "n2", "y"} - left
+        late = tuple(r for r in regions if set(r.outputs) & self.unproven)
+        passed = not folded & self.wrong and not late
+        return SimpleNamespace(passed=passed, unproven=late, outputs=(), notes=("it is off",))
+
+
+def proof(judge: Judge, budget: float) -> dict[str, str]:
+    """What is taken back, and why."""
+    source = storage.from_proto(onnx.parser.parse_model(CHAIN))
+    pipeline = Pipeline([FoldBatchnorm()])
+    bench: Any = SimpleNamespace(stored=source, budget=budget, checker=lambda: judge)
+    with ExitStack() as keep:
+        done = rollback.prove(bench, pipeline, source, pipeline.run(source), None, keep)
+    return {r.site.rpartition(":")[2]: r.reason for r in done.taken_back}
+
+
+def test_each_guilty_site_is_found_while_there_is_time() -> None:
+    judge = Judge({"n1", "y"})
+    taken = proof(judge, budget=1000.0)
+    assert set(taken) == {"n1", "y"}
+    assert taken["n1"] == "with it the outputs no longer agree: it is off"
+
+
+def test_without_time_all_that_is_not_shown_to_agree_is_taken_back() -> None:
+    judge = Judge({"n1", "y"})
+    taken = proof(judge, budget=0.0)
+    assert set(taken) == {"n0", "n1", "n2", "y"}
+    assert judge.checks == 2, "the whole, and what is left of it"
+    assert "or another of 4 sites the outputs no longer agree" in taken["n0"]
+    assert "--time-budget gives more" in taken["n0"]
+
+
+def test_sites_that_could_not_be_proven_are_taken_back() -> None:
+    taken = proof(Judge(set(), frozenset({"n1"})), budget=1000.0)
+    assert set(taken) == {"n1"}
+    assert "could not be proven within the time budget" in taken["n1"]
