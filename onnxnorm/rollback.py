@@ -104,16 +104,28 @@ def prove(
             reason = f"it could not be proven within the time budget or the memory; {_MORE}"
             denied.update((r.site, _taken_back(r, reason)) for r in sites)
         else:
-            guilty, failure = _bisect(bench, quiet, source, run, result, denied, until)
-            said, error = _worst(failure)
-            reason = f"with it the outputs no longer agree: {said}"
-            if len(guilty) > 1:
-                reason = (
-                    f"with it or another of {len(guilty)} sites the outputs no longer agree, and"
-                    f" the time budget is used up; {_MORE}: {said}"
+            for suspects in _suspects(run, parts, result):
+                guilty, failure = _bisect(
+                    bench, quiet, source, run, suspects, result, denied, until
                 )
-            denied.update((r.site, _taken_back(r, reason, error)) for r in guilty)
+                said, error = _worst(failure)
+                reason = f"with it the outputs no longer agree: {said}"
+                if len(guilty) > 1:
+                    reason = (
+                        f"with it or another of {len(guilty)} sites the outputs no longer agree,"
+                        f" and the time budget is used up; {_MORE}: {said}"
+                    )
+                denied.update((r.site, _taken_back(r, reason, error)) for r in guilty)
         run = quiet.run(source, deny=tuple(denied), check_sites=False)
+
+
+def _suspects(
+    run: Run, parts: Mapping[Region, Sequence[Remark]], failure: ParityResult
+) -> list[Sequence[Remark]]:
+    """Sites that hold the guilty ones: those of each part that fails, else all of them."""
+    failed = {output.name.partition("[")[0] for output in failure.outputs if not output.passed}
+    found = [sites for part, sites in parts.items() if failed & set(part.outputs)]
+    return list(found) if found else [run.applied]
 
 
 def _taken_back(remark: Remark, reason: str, error: float | None = None) -> Remark:
@@ -141,23 +153,26 @@ def _bisect(
     pipeline: Pipeline,
     source: Stored,
     run: Run,
+    suspects: Sequence[Remark],
     failure: ParityResult,
     denied: Collection[str],
     until: float,
 ) -> tuple[Sequence[Remark], ParityResult]:
-    """The first site, in the order of commits, with which the outputs stop agreeing.
+    """The first suspect, in the order of commits, with which the outputs stop agreeing.
+
+    Sites that nobody suspects are left out of all that is tried.
 
     Once `until` has passed, all the sites that were not seen to agree in its place.
 
-    All the sites of `run` together fail, as `failure` says; none of them is taken to agree, and
+    All the suspects together fail, as `failure` says of the run; none of them is taken to agree, and
     where it does not, that comes out once all are denied.
     Those before the one that is found agree together; the check that fails with it comes along.
     """
-    sites = [r.site for r in run.applied]
+    sites = [r.site for r in suspects]
     good, bad = 0, len(sites)
     while bad - good > 1:
         if time.monotonic() > until:
-            return run.applied[good:], failure
+            return suspects[good:], failure
         middle = (good + bad) // 2
         part = pipeline.run(source, deny=tuple(denied), allow=sites[:middle], check_sites=False)
         with Staged(part.stored, None) as candidate:
@@ -166,7 +181,7 @@ def _bisect(
             good = middle
         else:
             bad, failure = middle, result
-    return run.applied[bad - 1 : bad], failure
+    return suspects[bad - 1 : bad], failure
 
 
 def _parts(run: Run) -> dict[Region, list[Remark]]:
