@@ -105,9 +105,7 @@ def prove(
             denied.update((r.site, _taken_back(r, reason)) for r in sites)
         else:
             for suspects in _suspects(run, parts, result):
-                guilty, failure = _bisect(
-                    bench, quiet, source, run, suspects, result, denied, until
-                )
+                guilty, failure = _bisect(bench, quiet, source, suspects, result, denied, until)
                 said, error = _worst(failure)
                 reason = f"with it the outputs no longer agree: {said}"
                 if len(guilty) > 1:
@@ -152,7 +150,6 @@ def _bisect(
     bench: Workbench,
     pipeline: Pipeline,
     source: Stored,
-    run: Run,
     suspects: Sequence[Remark],
     failure: ParityResult,
     denied: Collection[str],
@@ -164,9 +161,9 @@ def _bisect(
 
     Once `until` has passed, all the sites that were not seen to agree in its place.
 
-    All the suspects together fail, as `failure` says of the run; none of them is taken to agree, and
-    where it does not, that comes out once all are denied.
-    Those before the one that is found agree together; the check that fails with it comes along.
+    All the suspects together fail, as `failure` says of the run; none of them is taken to agree,
+    and where it does not, that comes out once all are denied. Those before the one that is found
+    agree together; the check that fails with it comes along.
     """
     sites = [r.site for r in suspects]
     good, bad = 0, len(sites)

@@ -105,3 +105,16 @@ def test_sites_that_could_not_be_proven_are_taken_back() -> None:
     taken = proof(Judge(set(), frozenset({"n1"})), budget=1000.0)
     assert set(taken) == {"n1"}
     assert "could not be proven within the time budget" in taken["n1"]
+
+
+def test_constants_that_the_graph_computes_are_no_ends_of_a_part() -> None:
+    """In their place other numbers would be drawn, and what is right would seem wrong."""
+    head = HEAD.replace("17", "11").replace("{2, 4}>", "{2, 4}, int64[1] n = {2}>")
+    text = f"""{head} {{
+        f = ConstantOfShape <value = float[1] {{3.0}}> (n) r = Relu (x)
+        k = Unsqueeze <axes = [1, 2]> (f)
+        b = {NORM.format("r")} m = Mul (b, k) y = Add (m, k)
+    }}"""
+    done = run(text, FoldAffine())
+    assert done.applied
+    assert [(r.inputs, r.outputs) for r in rollback._parts(done)] == [(("r",), ("y",))]
