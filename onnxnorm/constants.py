@@ -106,6 +106,7 @@ class Constants:
         self._computed: set[AnyValue] = set()
         self._static: dict[AnyValue, NDArray[np.int64]] = {}
         self._refused: dict[Node, str] = {}
+        self._kept: dict[AnyValue, onnx.TensorProto] = {}  # what was computed once
         self._agreed: set[Node] = set()  # decisions that no rounding changes
         self._nodes = list(_in_order(facts))
         self._measures = any(n.op in ("Shape", "Size") and not n.domain for n in self._nodes)
@@ -172,12 +173,17 @@ class Constants:
     # ** what **
 
     def computed(self, value: Value) -> Computed:
-        """A result with its type and shape.
+        """A result with its type and shape; `array` gives it from now on as it is now.
+
+        So what follows of another result is made of that before it is rounded, also once the graph
+        has the rounded one in its place.
 
         Raises:
             Unknown: It cannot be computed here.
         """
         array = self.array(value)
+        if value not in self._static:
+            self._kept[value] = self.facts.module.stored.keep(value.name, array)
         nodes, freed = self._own(value)
         return Computed(value, array.shape, array.dtype, nodes, freed)
 
@@ -189,6 +195,8 @@ class Constants:
         """
         if value in self._static:
             return self._static[value]
+        if value in self._kept:
+            return self.facts.module.stored.array(self._kept[value])
         wide = self._values(value, rounded=False)
         node = self.facts.producer(value)
         assert node is not None, "a node computes it"
