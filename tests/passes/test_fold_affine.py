@@ -19,6 +19,7 @@ from onnxnorm.passes.fold_affine import FoldAffine
 from onnxnorm.passes.fold_batchnorm import FoldBatchnorm
 from onnxnorm.testing import assert_parity, assert_refuses, assert_rewrites, assert_sound, run
 from tests.mutants import computes_the_same, mutated
+from tests.texts import graph
 
 RULE = FoldAffine()
 BN = (
@@ -27,17 +28,6 @@ BN = (
 )
 AFFINE = "float[2] s = {2.0, 4.0}, float[2] t = {0.5, -1.0}"
 NORM = "BatchNormalization <epsilon: float = 0.0>"
-
-
-def graph(body: str, constants: str, x: str = "N,2", y: str = "N,2", opset: int = 17) -> str:
-    return f"""
-    <ir_version: 8, opset_import: ["" : {opset}]>
-    main (float[{x}] x) => (float[{y}] y)
-    <{constants}>
-    {{
-       {body}
-    }}
-    """
 
 
 W = "float[2,2] w = {1.0, 2.0, 3.0, 4.0}"

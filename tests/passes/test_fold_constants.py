@@ -19,20 +19,10 @@ from onnxnorm.passes.fold_batchnorm import FoldBatchnorm
 from onnxnorm.passes.fold_constants import FoldConstants
 from onnxnorm.testing import assert_parity, assert_refuses, assert_rewrites, assert_sound, run
 from tests.mutants import mutated
+from tests.texts import graph
 
 RULE = FoldConstants()
 W = "float[2,2] w = {1.0, 2.0, 3.0, 4.0}"
-
-
-def graph(body: str, weights: str, x: str = "N,2", y: str = "N,2", opset: int = 17) -> str:
-    return f"""
-    <ir_version: 8, opset_import: ["" : {opset}]>
-    main (float[{x}] x) => (float[{y}] y)
-    <{weights}>
-    {{
-       {body}
-    }}
-    """
 
 
 def folded(model: str | onnx.ModelProto, *passes: Any) -> dict[str, Any]:

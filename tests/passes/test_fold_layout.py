@@ -15,21 +15,14 @@ from onnxnorm import rearrange
 from onnxnorm.errors import VerificationError
 from onnxnorm.passes.fold_layout import FoldLayout
 from onnxnorm.testing import assert_parity, assert_rewrites, assert_sound, run
+from tests import texts
 from tests.mutants import mutated
 
 RULE = FoldLayout()
 
 
 def graph(body: str, weights: str = "", x: str = "N,6,8", y: str = "N,6,8") -> str:
-    initializers = f"<{weights}>" if weights else ""
-    return f"""
-    <ir_version: 8, opset_import: ["" : 17]>
-    main (float[{x}] x) => (float[{y}] y)
-    {initializers}
-    {{
-       {body}
-    }}
-    """
+    return texts.graph(body, weights, x, y)
 
 
 IMAGE = (

@@ -20,6 +20,7 @@ from onnxnorm.passes.prune_dead_channels import PruneDeadChannels
 from onnxnorm.pipeline import Run
 from onnxnorm.rewrite import Pass
 from onnxnorm.testing import assert_parity, assert_refuses, assert_rewrites, assert_sound, run
+from tests import texts
 from tests.affine_networks import mobile_network, zero_residual_network
 from tests.mutants import computes_the_same, mutated
 from tests.networks import Net
@@ -29,14 +30,7 @@ IMAGE = "N,2,4,4"
 
 
 def graph(body: str, constants: str, x: str = IMAGE, y: str = IMAGE, opset: int = 17) -> str:
-    return f"""
-    <ir_version: 8, opset_import: ["" : {opset}]>
-    main (float[{x}] x) => (float[{y}] y)
-    <{constants}>
-    {{
-       {body}
-    }}
-    """
+    return texts.graph(body, constants, x, y, opset)
 
 
 def shapes(done: Run) -> dict[str, tuple[int, ...]]:

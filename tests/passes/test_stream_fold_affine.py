@@ -28,20 +28,10 @@ from tests.affine_networks import (
 )
 from tests.mutants import computes_the_same, mutated
 from tests.networks import Net
+from tests.texts import graph
 
 RULE = StreamFoldAffine()
 STYLES = ("between transposes", "sum", "unified", "written out", "scale")
-
-
-def graph(body: str, constants: str, x: str = "N,2", y: str = "N,2", opset: int = 17) -> str:
-    return f"""
-    <ir_version: 8, opset_import: ["" : {opset}]>
-    main (float[{x}] x) => (float[{y}] y)
-    <{constants}>
-    {{
-       {body}
-    }}
-    """
 
 
 A = "float[2,2] u = {1.0, 2.0, 3.0, 4.0}"
