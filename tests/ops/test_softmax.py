@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ pytestmark = needs_library
 
 # In cache, by pairs in columns, and in rows split over threads; with tails that fill no vector.
 LENGTHS = (7, 70, 2**13 + 3, 2**18 + 5)
+
+finfo: Callable[[Any], Any] = ml_dtypes.finfo  # it has no types of its own
 
 
 def standard(name: str, values: Array, axis: int, folder: Path) -> Array:
@@ -149,7 +152,7 @@ def calls(draw: Any) -> tuple[Array, int, Array | None, float]:
         mask = rng.standard_normal(mask_shape).astype(dtype)
         blocked = draw(st.sampled_from(["none", "1e9", "lowest", "infinite", "all infinite"]))
         if blocked != "none":  # what exporters write where a token must not be seen
-            least = {"1e9": -1e9, "lowest": ml_dtypes.finfo(dtype).min}.get(blocked, -np.inf)
+            least = {"1e9": -1e9, "lowest": finfo(dtype).min}.get(blocked, -np.inf)
             hidden = rng.random(mask_shape) < (2.0 if blocked == "all infinite" else 0.4)
             with np.errstate(over="ignore"):  # -1e9 is infinite in float16
                 mask = np.where(hidden, np.asarray(least).astype(dtype), mask)
