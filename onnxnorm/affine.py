@@ -108,6 +108,20 @@ def varies(array: Vector) -> tuple[int, ...]:
     return tuple(a - array.ndim for a, n in enumerate(array.shape) if n != 1)
 
 
+def carried(array: Vector, to: dict[int, int]) -> Vector:
+    """A slim array with each axis along which it varies at another place, from the right.
+
+    >>> carried(np.arange(3.0).reshape(3, 1, 1), {-3: -2}).shape
+    (3, 1)
+    """
+    axes = sorted(varies(array), key=to.__getitem__)
+    shape = [1] * max((-to[a] for a in axes), default=0)
+    for axis in axes:
+        shape[to[axis]] = array.shape[axis]
+    moved = np.moveaxis(array, axes, range(-len(axes), 0)) if axes else array
+    return moved.reshape(shape)
+
+
 def reshaped(array: Vector, before: Dims, after: Dims) -> Vector | None:
     """What a Reshape makes of an array that broadcasts; None where sizes are not known for it.
 

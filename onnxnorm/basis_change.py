@@ -78,16 +78,18 @@ class BasisChange:
             array = demand.constant.float64()
             moved = np.moveaxis(np.tensordot(array, v, axes=(axis, 0)), -1, axis)
             key: tuple[object, ...] = (source, axis, "writer")
-            if demand.index == 1 and node in reading:
+            if node in reading and demand.index == reading[node][0].weight_index:
                 inlet, layout = reading.pop(node)
-                moved = inlet.mixed(_blocks(layout, v), moved)
-                key = (*key, inlet.weight_axis, layout)
+                moved = inlet.mixed(layout.parts[0].axis, _blocks(layout, v), moved)
+                key = (*key, inlet.axes[layout.parts[0].axis], layout)
             changed = rounded(moved, demand.constant.dtype)
             found[node, demand.index] = constant(key, demand.constant.name, changed, node)
         for inlet, layout in reading.values():
-            place = (inlet.weight.source, inlet.weight_axis, layout)
-            changed = rounded(inlet.mixed(_blocks(layout, v)), inlet.weight.dtype)
-            found[inlet.node, 1] = constant(place, inlet.weight.name, changed, inlet.node)
+            at = layout.parts[0].axis
+            place = (inlet.weight.source, inlet.axes[at], layout)
+            changed = rounded(inlet.mixed(at, _blocks(layout, v)), inlet.weight.dtype)
+            made_for = constant(place, inlet.weight.name, changed, inlet.node)
+            found[inlet.node, inlet.weight_index] = made_for
         return found
 
 
@@ -153,7 +155,7 @@ class Survey:
                 return Stop(None, f"'{value.name}' has its features in several pieces")
         for reader in readers.places:
             node = reader.inlet.node
-            self.readers[node, 0] = (reader.inlet, reader.layout)
+            self.readers[node, reader.inlet.index] = (reader.inlet, reader.layout)
             self.inside[node] = None
         self.inside.update(dict.fromkeys(readers.between))
         return None
@@ -188,8 +190,8 @@ class Survey:
             if use.node in self.normed or use.node.op in ("Shape", "Size"):
                 continue
             inlet = Inlet.of(use.node, use.index, self.facts, padded=True)
-            if not isinstance(inlet, str) and entry.basis.layout.only_axis(inlet.input_axis):
-                self.readers[use.node, 0] = (inlet, entry.basis.layout)
+            if not isinstance(inlet, str) and inlet.takes(entry.basis.layout):
+                self.readers[use.node, use.index] = (inlet, entry.basis.layout)
                 self.inside[use.node] = None
                 continue
             link = self.streams.transfer.forth(use.node, use.index, entry.basis)

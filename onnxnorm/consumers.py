@@ -60,7 +60,7 @@ def consumers(value: AnyValue, layout: Layout, transfer: Transfer) -> Consumers 
             if node.domain == "" and node.op in ("Shape", "Size"):
                 continue
             inlet = Inlet.of(node, use.index, facts, padded=True)
-            if not isinstance(inlet, str) and pending[at].only_axis(inlet.input_axis):
+            if not isinstance(inlet, str) and inlet.takes(pending[at]):
                 places.append(Consumer(inlet, pending[at]))
                 continue
             link = transfer.forth(node, use.index, Basis(pending[at]))

@@ -73,6 +73,44 @@ class Equation:
             return None
         return holders[0], [found.index(label) - len(found) for label in wanted]
 
+    def contracted(
+        self, term: int
+    ) -> tuple[dict[int, int], dict[int, int], tuple[int, ...]] | None:
+        """One of two operands seen from the other, its weight: x W, summed over their common axes.
+
+        >>> Equation(("bsd", "dhe"), "bshe").contracted(0)
+        ({-1: 0}, {1: -2, 2: -1}, (-4, -3))
+        >>> Equation(("bsd", "de"), "be").contracted(0) is None  # s is summed too
+        True
+
+        Returns:
+            The axes of the operand that are summed over, from the right, each with that of the
+            weight, from the left; the axes of the weight that the result has, each with that of the
+            result, from the right; the axes of the result that the operand alone has. None where it
+            is no such product, or axes that matter lie before or in an ellipsis.
+        """
+        if len(self.terms) != 2 or "." in self.terms[1 - term]:
+            return None
+        own, weight, output = self.terms[term], self.terms[1 - term], self.output
+        if any(c not in output and c not in weight for c in own):
+            return None
+        near, found = _after(own), _after(output)
+        pairs: dict[int, int] = {}
+        outlets: dict[int, int] = {}
+        for at, label in enumerate(weight):
+            if label in output:
+                if label not in found:
+                    return None
+                outlets[at] = found.index(label) - len(found)
+            elif label in own:
+                if label not in near:
+                    return None
+                pairs[near.index(label) - len(near)] = at
+        rows = [at - len(found) for at, c in enumerate(found) if c in own and c not in weight]
+        if output.startswith("."):
+            rows.append(-len(found) - 1)  # the last one of the ellipsis, where there is one
+        return (pairs, outlets, tuple(rows)) if pairs else None
+
 
 def _after(labels: str) -> str:
     return labels.rpartition(".")[2]

@@ -18,8 +18,9 @@ from typing import Final, TypeAlias
 
 import numpy as np
 
-from onnxnorm.affine import Affine, Vector, extent, slim, varies
+from onnxnorm.affine import Affine, Vector, carried, extent, slim, varies
 from onnxnorm.change import absorbed
+from onnxnorm.einsum import Equation
 from onnxnorm.facts import AnyValue
 from onnxnorm.flow import Addition, Flow, concatenated, dtype_of, fits, pad
 from onnxnorm.flow_forth import unseen
@@ -429,6 +430,30 @@ def _matmul(walk: _Walk, node: Node, affine: Affine) -> list[Option]:
     return options
 
 
+def _einsum(walk: _Walk, node: Node, affine: Affine) -> list[Option]:
+    """The one operand that has the channels takes s; of a factor for all of them a constant."""
+    equation = Equation.of(node)
+    if equation is None:
+        raise Halt("has an equation that takes a diagonal or is not known")
+    known = [walk.facts.constant(v) is not None for v in node.inputs]
+    if affine.shifts and not any(known):
+        raise Halt("multiplies two values, and takes no shift", shift=True)
+    axes = varies(affine.scale)
+    places = equation.carried(axes)
+    if places is None and axes:
+        raise Halt("makes each channel from several operands")
+    index, to = (
+        places if axes and places is not None else (known.index(True) if any(known) else 0, [])
+    )
+    wanted = Affine.of(carried(affine.scale, dict(zip(axes, to, strict=True))))
+
+    def behind(flow: Flow) -> None:
+        if affine.shifts:
+            _behind(walk, node, affine.shift, flow)
+
+    return [Option(node, {index: wanted}, behind)]
+
+
 def _norm(walk: _Walk, node: Node, affine: Affine) -> list[Option]:
     """The scale and bias of a norm, or of a BatchNormalization with fixed statistics."""
     rank = walk.transfer.rank(node.inputs[0])
@@ -477,6 +502,7 @@ _RULES: Final[dict[str, Callable[[_Walk, Node, Affine], list[Option]]]] = {
     "Mean": _all,
     "Where": _where,
     "Concat": _concat,
+    "Einsum": _einsum,
     **dict.fromkeys(("Conv", "ConvTranspose", "Gemm", "MatMul"), _linear),
     **dict.fromkeys(
         (

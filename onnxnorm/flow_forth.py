@@ -19,14 +19,25 @@ from typing import Final, TypeAlias
 
 import numpy as np
 
-from onnxnorm.affine import IDENTITY, LARGEST, Affine, Vector, aligned, extent, slim, varies
+from onnxnorm.affine import (
+    IDENTITY,
+    LARGEST,
+    Affine,
+    Vector,
+    aligned,
+    carried,
+    extent,
+    slim,
+    varies,
+)
+from onnxnorm.einsum import Equation
 from onnxnorm.facts import AnyValue, Constant, Use
 from onnxnorm.flow import Addition, Flow, Retune, concatenated, dtype_of, fits, pad
 from onnxnorm.layout import Layout, Part
 from onnxnorm.module import Node
 from onnxnorm.moves import MOVES, Halt, moved
 from onnxnorm.norm_operators import batch_norm_affine, norm_operator
-from onnxnorm.port import LINEAR, bias_of, is_real, row_blocks, spread_along
+from onnxnorm.port import INLETS, LINEAR, Inlet, bias_of, is_real, row_blocks, spread_along
 from onnxnorm.shift import UNSEEN, keys
 from onnxnorm.transfer import Stop, Transfer, described
 
@@ -106,7 +117,8 @@ class _Walk:
                 self.flow.between[node] = None
             for index, made in outputs.items():
                 output = node.outputs[index]
-                own = frozenset({node}) if node.op in LINEAR and made.shifts else frozenset()
+                linear = node.op in LINEAR or node.op in INLETS
+                own = frozenset({node}) if linear and made.shifts else frozenset()
                 if own and node in self.held:
                     stop = self._hold(node, made)
                     made, own = Affine.of(made.scale), frozenset()
@@ -374,6 +386,49 @@ def _matmul(w: _Walk, node: Node, maps: Maps) -> Maps:
     return {0: Affine.of(scale, made)}
 
 
+def _einsum(w: _Walk, node: Node, maps: Maps) -> Maps:
+    """A product with a weight, or of values; what it does not sum over goes where its axes go."""
+    if len(maps) > 1:
+        if any(m.shifts or m.scale.size > 1 for m in maps.values()):
+            raise Halt("multiplies two values with different factors")
+        return {0: Affine.of(math.prod(float(m.scale) for m in maps.values()))}
+    ((index, given),) = maps.items()
+    equation, inlet = Equation.of(node), Inlet.of(node, index, w.facts)
+    if equation is None:
+        raise Halt("has an equation that takes a diagonal or is not known")
+    axes, scale = varies(given.scale), given.scale
+    summed = {} if isinstance(inlet, str) else inlet.axes
+    if not isinstance(inlet, str) and set(axes) <= set(summed) and given.scales:
+        w.flow.change(node, inlet.weight_index, w.transfer, inlet.factors(scale), bias=False)
+        w.flow.ends[node] = None
+        scale = np.ones(())
+    elif axes:
+        places = equation.carried(axes, index)
+        if places is None:
+            raise Halt("mixes channels that are scaled in different ways")
+        scale = carried(scale, dict(zip(axes, places[1], strict=True)))
+    if not given.shifts:
+        return {0: Affine.of(scale)}
+    if isinstance(inlet, str) or set(varies(given.shift)) - set(summed):
+        raise Halt("multiplies what is shifted by what is computed, or along another axis")
+    if w.far and not (scale != 1.0).any():
+        lying = [Part(a, inlet.weight.shape[summed[a]]) for a in sorted(summed)]
+        blind = keys(node, index, Layout(tuple(lying)), w.transfer)
+        if blind is not None:
+            w.flow.between.update(dict.fromkeys(blind))
+            w.flow.results.update(dict.fromkeys(n.outputs[0] for n in blind if n.op in UNSEEN))
+            return {0: Affine.of(scale)}
+    return {0: Affine.of(scale, inlet.through(_spread_over(given.shift, inlet)))}
+
+
+def _spread_over(shift: Vector, inlet: Inlet) -> Vector:
+    """A shift with an entry of its own wherever the operator sums."""
+    shape = [1] * max(-a for a in inlet.axes)
+    for axis, at in inlet.axes.items():
+        shape[axis] = inlet.weight.shape[at]
+    return np.broadcast_to(aligned(shift, len(shape)), shape)
+
+
 def _times(left: Vector, weight: Constant) -> Vector:
     """A shift times a weight in float64, in runs of rows of the weight."""
     array = weight.array()
@@ -610,6 +665,7 @@ _RULES: Final[dict[str, Callable[[_Walk, Node, Maps], Maps]]] = {
     "Concat": _concat,
     "MatMul": _matmul,
     "Gemm": _gemm,
+    "Einsum": _einsum,
     **dict.fromkeys(("Conv", "ConvTranspose"), _conv),
     **dict.fromkeys(
         (

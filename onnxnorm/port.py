@@ -18,7 +18,9 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from onnxnorm.einsum import Equation
 from onnxnorm.facts import Constant, Facts
+from onnxnorm.layout import Layout
 from onnxnorm.module import Node
 from onnxnorm.storage import Array
 
@@ -191,6 +193,7 @@ _SLOTS: Final[dict[str, Callable[[Node, Facts], tuple[Slot, ...] | str]]] = {
     "ConvTranspose": _conv_slots,
 }
 LINEAR: Final = frozenset(_SLOTS)  # the linear operators with a weight
+INLETS: Final = frozenset({"Conv", "Einsum", "Gemm", "MatMul"})  # those that can have an inlet
 
 
 # ** where a constant can be added **
@@ -220,9 +223,9 @@ class Bias:
 def bias_of(node: Node, facts: Facts) -> Bias | str:
     """The bias of a linear operator, or a clause that says why it has none.
 
-    That of a MatMul is the constant of an Add behind it that alone reads it.
+    That of what has no slot for it is the constant of an Add behind it that alone reads it.
     """
-    if node.op != "MatMul":
+    if node.op not in ("MatMul", "Einsum"):
         if len(node.inputs) <= _BIAS or not node.inputs[_BIAS].name:
             gain = empty_bias(node)
             return gain if isinstance(gain, str) else Bias(node, _BIAS, None, gain)
@@ -287,19 +290,24 @@ class Inlet:
 
     Attributes:
         node: The operator.
-        input_axis: The axis of its input, from the right, that it contracts.
-        output_axis: The axis of its output, from the right, that v W lies on.
-        weight: Its weight.
-        features: Number of output features.
+        index: Which of its inputs x is.
+        weight_index: Which the weight is.
+        weight: The weight.
+        axes: The axes of the input, from the right, that are contracted, each with the axis of the
+            weight, from the left.
+        outlets: The axes of the weight, from the left, that the result has, each with the axis of
+            a bias, from the right; the others are summed over.
+        rows: Axes of the result, from the right, that the input has and the weight does not.
     """
 
     node: Node
-    input_axis: int
-    output_axis: int
+    index: int
+    weight_index: int
     weight: Constant
-    features: int
-    _transposed: bool  # whether the weight is (out, in)
-    _gain: float
+    axes: dict[int, int]
+    outlets: dict[int, int]
+    rows: tuple[int, ...] = ()
+    _gain: float = 1.0
 
     @classmethod
     def of(cls, node: Node, index: int, facts: Facts, *, padded: bool = False) -> Inlet | str:
@@ -308,55 +316,93 @@ class Inlet:
         A convolution must not pad: what it pads with has no v added. `padded` allows it, for what
         multiplies the input. A grouped one mixes only part of the features and has no inlet.
         """
-        if node.domain != "" or index != 0 or node.op not in ("MatMul", "Gemm", "Conv"):
+        at = 1 - index if node.op == "Einsum" else _WEIGHT
+        if node.domain != "" or node.op not in INLETS or (index != 0 and node.op != "Einsum"):
             return "it is not linear in this input"
-        weight = _given(node, 1, facts)
+        weight = _given(node, at, facts) if at >= 0 else None
         if weight is None or not is_real(weight.dtype):
             return "its weight is not constant"
         shape = weight.shape
+        if node.op == "Einsum":
+            equation = Equation.of(node)
+            found = None if equation is None else equation.contracted(index)
+            if found is None:
+                return "its equation has more in it than a product with a weight"
+            return cls(node, index, at, weight, *found)
         if node.op == "MatMul":
             if len(shape) != 2:
                 return f"its weight has {len(shape)} axes"
-            return cls(node, -1, -1, weight, shape[1], False, 1.0)
+            return cls(node, index, at, weight, {-1: 0}, {1: -1}, (-2,))
         if node.op == "Gemm":
             names = ("alpha", "beta", "transA", "transB")
             if node.parameter(*names) or node.attrs.get("transA", 0) or len(shape) != 2:
                 return "it does not contract the last axis"
-            transposed = bool(node.attrs.get("transB", 0))
-            features, gain = shape[0 if transposed else 1], float(node.attrs.get("alpha", 1.0))
-            return cls(node, -1, -1, weight, features, transposed, gain)
+            out = 0 if node.attrs.get("transB", 0) else 1
+            gain = float(node.attrs.get("alpha", 1.0))
+            return cls(node, index, at, weight, {-1: 1 - out}, {out: -1}, (-2,), gain)
         if (
             (pads(node) and not padded)
             or node.attrs.get("group", 1) != 1
             or node.parameter("pads", "group", "auto_pad")
         ):
             return "it pads with zeros or is grouped"
-        return cls(node, 1 - len(shape), 1 - len(shape), weight, shape[0], True, 1.0)
+        return cls(node, index, at, weight, {1 - len(shape): 1}, {0: -1})
 
-    @property
-    def weight_axis(self) -> int:
-        """The axis of the weight, from the left, that is contracted."""
-        return 1 if self._transposed else 0
+    def takes(self, layout: Layout) -> bool:
+        """Whether features that lie in the input like this are all contracted."""
+        shape = self.weight.shape
+        return all(p.axis in self.axes and shape[self.axes[p.axis]] == p.extent
+                   for p in layout.parts)  # fmt: skip
 
     def mixed(
-        self, matrix: NDArray[np.float64], weight: NDArray[np.float64] | None = None
+        self, axis: int, matrix: NDArray[np.float64], weight: NDArray[np.float64] | None = None
     ) -> NDArray[np.float64]:
-        """W' with f'(x) = f(x M), in float64; of another weight in place of its own if given."""
-        array = self.weight.float64() if weight is None else weight
-        moved = np.tensordot(matrix, array, axes=(1, self.weight_axis))
-        return np.moveaxis(moved, 0, self.weight_axis)
+        """W' with f'(x) = f(x M), in float64, M along an axis of the input.
 
-    def through(self, vector: NDArray[np.float64]) -> NDArray[np.float64]:
-        """The vector times W in float64, one entry for each output feature."""
+        Args:
+            axis: The axis of the input, from the right; one of `axes`.
+            matrix: M.
+            weight: Another weight in place of its own.
+        """
+        array = self.weight.float64() if weight is None else weight
+        moved = np.tensordot(matrix, array, axes=(1, self.axes[axis]))
+        return np.moveaxis(moved, 0, self.axes[axis])
+
+    def through(self, shift: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The product v W in float64, in a shape that broadcasts against a bias.
+
+        Args:
+            shift: v, its axes from the right as those of the input; of size 1 on all that are not
+                contracted.
+        """
         weight = self.weight.array()
-        out = np.zeros(self.features)
+        factors = self.factors(shift)
+        summed = tuple(a for a in range(weight.ndim) if a not in self.outlets)
+        total = np.zeros([1 if a in summed else n for a, n in enumerate(weight.shape)])
         for rows in row_blocks(weight):
             block = weight[rows].astype(np.float64)
-            if self._transposed:
-                out[rows] = block.reshape(*block.shape[:2], -1).sum(axis=2) @ vector
-            else:
-                out += vector[rows] @ block
-        return out * self._gain
+            part = block * (factors if factors.shape[0] == 1 else factors[rows])
+            place = slice(None) if 0 in summed else rows
+            total[place] += part.sum(axis=summed, keepdims=True)
+        order = sorted(self.outlets, key=self.outlets.__getitem__)
+        shape = [1] * max((-a for a in self.outlets.values()), default=0)
+        for axis in order:
+            shape[self.outlets[axis]] = weight.shape[axis]
+        return np.asarray(total.transpose(*summed, *order).reshape(shape)) * self._gain
+
+    def factors(self, scale: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The factors s of f(s x) = f'(x), W' = s W, in a shape that broadcasts against W.
+
+        Args:
+            scale: s, its axes as those of `through`.
+        """
+        places = {w: a for a, w in self.axes.items() if scale.ndim >= -a}
+        order = sorted(places)
+        kept = np.moveaxis(scale, [places[w] for w in order], range(-len(order), 0))
+        shape = [1] * len(self.weight.shape)
+        for axis in order:
+            shape[axis] = scale.shape[places[axis]]
+        return kept.reshape(shape)
 
 
 def pads(node: Node) -> bool:

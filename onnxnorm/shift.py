@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from onnxnorm.einsum import Equation
 from onnxnorm.facts import AnyValue, Constant, Facts
 from onnxnorm.layout import Layout, Part
 from onnxnorm.module import Node
@@ -58,7 +59,7 @@ class Sink:
     def shift(self, beta: NDArray[np.float64]) -> NDArray[np.float64]:
         """What the bias has to grow by, in float64."""
         spread = self.layout.spread(beta, 0) * self.factor
-        grown = spread if self.inlet is None else self.inlet.through(spread.reshape(-1))
+        grown = spread if self.inlet is None else self.inlet.through(spread)
         return grown / self.gain
 
 
@@ -161,11 +162,18 @@ def keys(node: Node, index: int, layout: Layout, transfer: Transfer) -> list[Nod
     """
     facts = transfer.facts
     inlet = Inlet.of(node, index, facts)
-    if isinstance(inlet, str) or node.op != "MatMul" or not layout.only_axis(inlet.input_axis):
+    if isinstance(inlet, str) or node.op not in ("MatMul", "Einsum") or not inlet.takes(layout):
         return None
+    tried = (_keys(node, axis, transfer) for axis in inlet.rows)
+    return next((nodes for nodes in tried if nodes is not None), None)
+
+
+def _keys(node: Node, rows: int, transfer: Transfer) -> list[Node] | None:
+    """The same, for keys along one axis of the layer's result."""
+    facts = transfer.facts
     nodes: dict[Node, None] = {node: None}
     # A value, and the axis of the keys in it; None for scores, where it is the last.
-    frontier: list[tuple[AnyValue, int | None]] = [(node.outputs[0], -2)]
+    frontier: list[tuple[AnyValue, int | None]] = [(node.outputs[0], rows)]
     while frontier:
         value, axis = frontier.pop()
         if facts.pinned(value) is not None or len(nodes) > _FAR:
@@ -204,6 +212,13 @@ def _along_keys(
     sizes, output = transfer.sizes, node.outputs[0]
     if node.op == "MatMul":
         return [(output, None)] if index == 1 and axis == -1 else None
+    if node.op == "Einsum":
+        equation = Equation.of(node)
+        carried = None if equation is None else equation.carried([axis], index)
+        if carried is None:
+            return None
+        scores = len(node.inputs) > 1 and carried[1] == [-1]
+        return [(output, None if scores else carried[1][0])]
     if node.op == "Attention":
         # The keys are its second input. Earlier keys have no shift; tanh of the scores sees it; and
         # further outputs are the keys and the scores.
@@ -257,9 +272,9 @@ def _sink(node: Node, index: int, layout: Layout, transfer: Transfer) -> Sink | 
     inlet = Inlet.of(node, index, facts)
     if isinstance(inlet, str):
         return f"{described(node)} reads the result, and {inlet}"
-    if not layout.only_axis(inlet.input_axis):
+    if not inlet.takes(layout):
         return f"{described(node)} reads the result along another axis"
-    if inlet.features == 0:
+    if 0 in inlet.weight.shape:
         return f"{described(node)} has no features"
     place = bias_of(node, facts)
     if isinstance(place, str):

@@ -111,14 +111,15 @@ class StreamCompress(Pass):
         change = detail.change
         weights = change.stage(rw, complement(change.features), "compressed")
         new: dict[AnyValue, AnyValue] = {}
-        readers = {i.node for i, _ in change.readers if i.node.outputs[0] not in change.values}
+        readers = {i.node: i for i, _ in change.readers if i.node.outputs[0] not in change.values}
         parameters = {
             key: value for norm in detail.norms for key, value in _parameters(norm, change, rw)
         }
         for node in detail.inside:
             if node in readers:
-                rw.rewire(node, 0, new.get(node.inputs[0], node.inputs[0]))
-                rw.rewire(node, 1, weights[node, 1])
+                at, weight = readers[node].index, readers[node].weight_index
+                rw.rewire(node, at, new.get(node.inputs[at], node.inputs[at]))
+                rw.rewire(node, weight, weights[node, weight])
                 continue
             inputs: list[AnyValue] = []
             for index, value in enumerate(node.inputs):

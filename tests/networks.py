@@ -163,6 +163,52 @@ class Net:
         return model
 
 
+def einsum_attention(
+    net: Net, x: str, size: int, form: str = "flax", heads: int = 2, *, key_bias: bool = True
+) -> str:
+    """Attention whose every product is an Einsum, as Flax has it: weights are (d, h, e), (h, e, d).
+
+    Args:
+        net: Where it is added.
+        x: What it reads.
+        size: Number of features.
+        form: "flax"; "swapped", with the weight first and heads in front of tokens; "ellipsis"; or
+            "flat", with the heads split behind the projection.
+        heads: Number of heads.
+        key_bias: Whether the keys have one.
+    """
+    each = size // heads
+    project, gather = {
+        "flax": ("bsd,dhe->bshe", "bshe,hed->bsd"),
+        "swapped": ("dhe,bsd->bhse", "hed,bhse->bsd"),
+        "ellipsis": ("...d,dhe->...he", "...he,hed->...d"),
+        "flat": ("bsd,de->bse", "bse,ed->bsd"),
+    }[form]
+    first = form == "swapped"
+
+    def product(value: str, shape: tuple[int, ...], bias: tuple[int, ...], equation: str) -> str:
+        operands = [net.matrix(*shape), value]
+        y = net.op("Einsum", *(operands if first else operands[::-1]), equation=equation)
+        return net.op("Add", y, net.keep(net.random.normal(size=bias) + 0.3)) if bias else y
+
+    whole = {"flat": (size,), "swapped": (heads, 1, each)}.get(form, (heads, each))
+    weight = (size, size) if form == "flat" else (size, heads, each)
+    q, k, v = (
+        product(x, weight, () if name == "k" and not key_bias else whole, project) for name in "qkv"
+    )
+    if form == "flat":
+        q, k, v = (net.op("Reshape", each_, net.ints(0, 0, heads, each)) for each_ in (q, k, v))
+    at = "hq", "hk"
+    left, right = at if form == "swapped" else (a[::-1] for a in at)
+    scores = net.op("Einsum", q, k, equation=f"b{left}e,b{right}e->bhqk")
+    weights = net.op("Softmax", net.op("Mul", scores, net.scalar(each**-0.5)), axis=-1)
+    mixed = net.op("Einsum", weights, v, equation=f"bhqk,b{right}e->b{left}e")
+    if form == "flat":
+        mixed = net.op("Reshape", mixed, net.ints(0, 0, size))
+    out = (size, size) if form == "flat" else (heads, each, size)
+    return product(mixed, out, (size,), gather)
+
+
 def transformer(  # the shapes of a family of models, all in one place
     *,
     layers: int = 2,

@@ -79,13 +79,71 @@ def test_an_inlet_says_what_a_shift_of_the_input_adds(name: str) -> None:
     assert not isinstance(inlet, str)
     shift = np.asarray([1.0, -2.0, 0.5, 3.0, -1.0])
     x = np.random.default_rng(1).normal(size=shape)
-    axis = inlet.input_axis
+    (axis,) = inlet.axes
     spread = shift.reshape([5 if a - x.ndim == axis else 1 for a in range(x.ndim)])
     before = _run(model, x)
-    added = inlet.through(shift)
-    shaped = [1] * before.ndim
-    shaped[inlet.output_axis] = 4
+    added = inlet.through(spread)
+    assert added.shape == (4,), "a bias is a vector"
+    shaped = (4, *(1,) * (x.ndim - 2)) if kind == "Conv" else (4,)
     assert np.allclose(_run(model, x + spread), before + added.reshape(shaped))
+
+
+@pytest.mark.parametrize(
+    ("equation", "weight", "sizes"),
+    [
+        ("bsd,dhe->bshe", (5, 2, 3), {-1: 5}),
+        ("bsd,hde->bhse", (2, 5, 3), {-1: 5}),
+        ("dfs,bsd->bf", (5, 4, 3), {-1: 5, -2: 3}),
+        ("bsd,sde->bse", (3, 5, 4), {-1: 5}),
+        ("...d,d->...", (5,), {-1: 5}),
+    ],
+)
+@pytest.mark.parametrize("blocks", [1 << 20, 64])
+def test_the_inlet_of_an_einsum(
+    equation: str, weight: tuple[int, ...], sizes: dict[int, int], blocks: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("onnxnorm.port._BLOCK", blocks)
+    net = Net(dtype=np.float64)
+    index = 1 if equation[:2] == "df" else 0
+    operands = [net.input("x", [2, 3, 5]), net.matrix(*weight)]
+    output = net.op("Einsum", *operands[:: 1 - 2 * index], equation=equation)
+    node, facts, model = taken(net, output)
+    inlet = Inlet.of(node, index, facts)
+    assert not isinstance(inlet, str)
+    assert set(inlet.axes) == set(sizes)
+    random = np.random.default_rng(1)
+    shift = random.normal(size=[sizes.get(a, 1) for a in range(min(sizes), 0)])
+    x = random.normal(size=(2, 3, 5))
+    assert np.allclose(_run(model, x + shift), _run(model, x) + inlet.through(shift))
+    name = inlet.weight.name
+    at = [t.name for t in model.graph.initializer].index(name)
+    scaled = inlet.weight.float64() * inlet.factors(shift)
+    expected = _run(model, x * shift)
+    model.graph.initializer[at].CopyFrom(onnx.numpy_helper.from_array(scaled, name))
+    assert np.allclose(_run(model, x), expected)
+    mixing = random.normal(size=(5, 5))
+    mixed = inlet.mixed(-1, mixing)
+    model.graph.initializer[at].CopyFrom(onnx.numpy_helper.from_array(inlet.weight.float64(), name))
+    expected = _run(model, x @ mixing)
+    model.graph.initializer[at].CopyFrom(onnx.numpy_helper.from_array(mixed, name))
+    assert np.allclose(_run(model, x), expected)
+
+
+@pytest.mark.parametrize(
+    "equation",
+    ["bsd,de->be", "bsd,d->bsd", "ssd,de->se", "d...,de->...e", "bsd,...d->bs", "bsd,de,e->bs"],
+)
+def test_an_einsum_that_is_no_product_with_a_weight(equation: str) -> None:
+    net = Net()
+    weight = net.matrix(*(3,) if equation in ("bsd,d->bsd",) else (3, 3))
+    operands = [net.input("x", [3, 3, 3]), weight]
+    if equation.count(",") == 2:
+        operands.append(net.vector(3))
+    node, facts, _ = taken(net, net.op("Einsum", *operands, equation=equation))
+    found = Inlet.of(node, 0, facts)
+    assert isinstance(found, str)
+    assert "more in it" in found
 
 
 def test_large_weights_go_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from onnxnorm.passes.fold_affine import FoldAffine
 from onnxnorm.passes.fold_batchnorm import FoldBatchnorm
 from onnxnorm.testing import assert_parity, assert_refuses, assert_rewrites, assert_sound, run
 from tests.mutants import computes_the_same, mutated
+from tests.networks import Net
 from tests.texts import graph
 
 RULE = FoldAffine()
@@ -749,3 +750,43 @@ def test_mutants_are_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(port_module.Slot, "spread", names["Slot"].spread)
         monkeypatch.setattr(change_module, "filled_bias", names["filled_bias"])
     assert not agrees(RULE)
+
+
+@pytest.mark.parametrize(
+    ("equation", "weight", "size"),
+    [
+        ("bsd,df->bsf", (4, 6), (6,)),
+        ("df,bsd->bsf", (4, 6), (6,)),
+        ("bsd,dhe->bhse", (4, 2, 3), (3,)),
+        ("bsd,dhe->bhse", (4, 2, 3), (2, 1, 1)),
+    ],
+)
+@pytest.mark.parametrize("shifted", [False, True])
+def test_an_einsum_takes_a_scale_into_the_operand_that_has_the_channels(
+    equation: str, weight: tuple[int, ...], size: tuple[int, ...], shifted: bool
+) -> None:
+    net = Net()
+    x = net.op("Conv", net.input("x", ["n", 3, 4]), net.matrix(5, 3, 1))
+    operands = [x, net.matrix(*weight)]
+    y = net.op("Einsum", *(operands[::-1] if equation[0] == "d" else operands), equation=equation)
+    if shifted:
+        y = net.op("Add", y, net.keep(net.random.normal(size=size)))
+    y = net.op("Mul", y, net.keep(1.5 + net.random.random(size=size)))
+    model = net.model(net.op("Add", y, net.keep(net.random.normal(size=size))))
+    done = run(model, RULE)
+    assert_sound(model, done, RULE)
+    assert_parity(model, done.stored.complete())
+    ops = [n.op_type for n in done.stored.proto.graph.node]
+    assert ops == ["Conv", "Einsum", "Add"]
+
+
+def test_an_einsum_of_two_values_gives_the_scale_to_the_one_with_the_channels() -> None:
+    net = Net()
+    value = net.linear(net.input("x", ["n", 4, 5]), 5, 6)
+    weights = net.op("Softmax", net.input("scores", ["n", 4, 4]), axis=-1)
+    y = net.op("Einsum", weights, value, equation="bqk,bkd->bqd")
+    model = net.model(net.op("Mul", y, net.vector(6, 2.0)))
+    done = run(model, RULE)
+    assert_sound(model, done, RULE)
+    assert_parity(model, done.stored.complete())
+    assert [n.op_type for n in done.stored.proto.graph.node][-1] == "Einsum"

@@ -51,6 +51,49 @@ def reasons(done: Run) -> list[str]:
     return [r.reason for r in done.remarks if r.outcome == "refused"]
 
 
+@pytest.mark.parametrize(
+    ("equation", "weight", "bias"),
+    [
+        ("bsd,dhe->bshe", (6, 2, 4), (2, 4)),
+        ("dhe,bsd->bhse", (6, 2, 4), (2, 1, 4)),
+        ("...d,ed->...e", (3, 6), (3,)),
+        ("bsd,d->bs", (6,), ()),
+        ("bsd,sde->bse", (5, 6, 3), (5, 3)),
+    ],
+)
+@pytest.mark.parametrize("added", [True, False])
+def test_gamma_and_beta_go_into_an_einsum(
+    equation: str, weight: tuple[int, ...], bias: tuple[int, ...], added: bool
+) -> None:
+    net = Net()
+    operands = [net.norm(net.input("x", ["n", 5, 6]), 6), net.matrix(*weight)]
+    y = net.op("Einsum", *(operands[::-1] if equation[0] == "d" else operands), equation=equation)
+    if added:
+        y = net.op("Add", y, net.keep(net.random.normal(size=bias)))
+    model = net.model(net.op("Relu", y))
+    done = folded(model)
+    assert len(done.applied) == 1 or not added
+    if not added:
+        # As behind a MatMul, beta has no place there.
+        assert [r for r in reasons(done) if r.startswith("beta has no place")]
+
+
+def test_gamma_passes_an_einsum_that_does_not_sum_over_it() -> None:
+    net = Net()
+    normed = net.norm(net.input("x", ["n", 5, 6]), 6, bias=False)
+    mixed = net.op("Einsum", net.matrix(5, 5), normed, equation="ts,bsd->btd")
+    y = net.op("Einsum", mixed, net.matrix(6, 3), equation="btd,de->bte")
+    assert len(folded(net.model(y)).applied) == 1
+
+
+def test_gamma_does_not_pass_an_einsum_that_multiplies_by_what_is_computed() -> None:
+    net = Net()
+    normed = net.norm(net.input("x", ["n", 5, 6]), 6, bias=False)
+    y = net.op("Einsum", normed, net.input("w", ["n", 6, 3]), equation="bsd,bde->bse")
+    (reason,) = reasons(folded(net.model(y)))
+    assert reason == f"Einsum '{y}' mixes channels that are scaled in different ways"
+
+
 def test_gamma_goes_into_the_weight_and_beta_into_the_bias() -> None:
     done = assert_rewrites(BEFORE, AFTER, RULE)
     (remark,) = done.applied

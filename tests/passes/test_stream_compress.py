@@ -19,7 +19,7 @@ from onnxnorm.passes.stream_rotate import StreamRotate
 from onnxnorm.pipeline import Run
 from onnxnorm.rewrite import Pass
 from onnxnorm.testing import assert_parity, assert_sound, run
-from tests.networks import Net, transformer
+from tests.networks import Net, einsum_attention, transformer
 
 FIRST = (StreamFoldMean(), FoldNormAffine())
 
@@ -67,6 +67,19 @@ def test_a_target_shape_that_names_the_width_is_changed() -> None:
         if t.data_type == onnx.TensorProto.INT64 and list(t.dims) == [3]
     ]
     assert [0, 15, -1] in targets
+
+
+@pytest.mark.parametrize("form", ["flax", "swapped", "ellipsis"])
+def test_einsums_take_the_narrower_stream(form: str) -> None:
+    net = Net()
+    x = net.linear(net.input("x", ["n", 5, 6]), 6, 8)
+    x = net.op("Add", x, einsum_attention(net, net.norm(x, 8), 8, form))
+    bare = net.norm(x, 8, bias=False)
+    x = net.op("Add", x, net.op("Einsum", bare, net.matrix(8, 8), equation="bsd,de->bse"))
+    done = compressed(net.model(net.linear(net.norm(x, 8), 8, 3)))
+    assert sites(done) == 1
+    shapes = [tuple(t.dims) for t in done.stored.complete().graph.initializer]
+    assert {(7, 2, 4), (2, 4, 7), (7, 7)} <= set(shapes)
 
 
 Token: TypeAlias = Literal["plain", "named", "where", "measured"]

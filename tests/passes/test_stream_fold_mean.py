@@ -27,7 +27,7 @@ from onnxnorm.passes.stream_fold_mean import StreamFoldMean
 from onnxnorm.pipeline import Run
 from onnxnorm.testing import assert_parity, assert_refuses, assert_rewrites, assert_sound, run
 from tests.mutants import mutated
-from tests.networks import Net, encoder_decoder, transformer
+from tests.networks import Net, einsum_attention, encoder_decoder, transformer
 
 RULE = StreamFoldMean()
 
@@ -469,6 +469,50 @@ def test_an_einsum_whose_operands_share_an_axis(equation: str, shape: tuple[int,
         return
     refused = run(model, StreamFoldMean(centering=50.0))
     assert named(reasons(refused), "Einsum", "writes each feature from several operands")
+
+
+@pytest.mark.parametrize("form", ["flax", "swapped", "ellipsis", "flat"])
+@pytest.mark.parametrize("key_bias", [True, False])
+def test_attention_in_einsums_reads_and_writes_a_stream(form: str, key_bias: bool) -> None:
+    net = Net()
+    x = net.linear(net.input("x", ["n", 5, 6]), 6, 8)
+    for _ in range(2):
+        x = net.op("Add", x, einsum_attention(net, net.norm(x, 8), 8, form, key_bias=key_bias))
+    model = net.model(net.linear(net.norm(x, 8), 8, 3))
+    done = folded(model)
+    assert (converted(done), centerings(done)) == (3, 0)
+    added = [a for r in done.applied for a in r.added]
+    assert not any(re.fullmatch(r"Add layernormalization_\d+", a) for a in added), "vectors only"
+
+
+def test_an_einsum_with_no_bias_behind_it_takes_no_beta() -> None:
+    net = Net()
+    normed = net.norm(net.linear(net.input("x", ["n", 5, 6]), 6, 8), 8)
+    y = net.op("Einsum", normed, net.matrix(8, 2, 4), equation="bsd,dhe->bshe")
+    model = net.model(net.op("Relu", y))
+    assert any(a == f"Add {normed}" for a in folded(model).applied[0].added)
+    refused = run(model, StreamFoldMean(add=1.0))
+    said = f"its bias would need an Add, since Einsum '{y}' has no bias; that costs 1 times"
+    assert all(r.startswith(said) for r in reasons(refused))
+
+
+@pytest.mark.parametrize(
+    ("equation", "shape", "why"),
+    [
+        ("bsd,de->be", (8, 3), "its equation has more in it than a product with a weight"),
+        ("bsd,sd->bsd", (5, 8), "its equation has more in it than a product with a weight"),
+        ("bsd,s->bd", (5,), "reads the result along another axis"),
+    ],
+)
+def test_an_einsum_that_takes_no_shift(equation: str, shape: tuple[int, ...], why: str) -> None:
+    net = Net()
+    normed = net.norm(net.linear(net.input("x", ["n", 5, 6]), 6, 8), 8)
+    y = net.op("Einsum", normed, net.matrix(*shape), equation=equation)
+    y = net.op("Add", y, net.vector(3 if "e" in equation else 8))
+    model = net.model(y)
+    done = folded(model)
+    assert any(a == f"Add {normed}" for a in done.applied[0].added)
+    assert named(reasons(run(model, StreamFoldMean(add=1.0))), "Einsum '", why)
 
 
 def _dequantized(net: Net, *shape: int) -> str:
@@ -945,7 +989,7 @@ MUTANTS: dict[str, tuple[Any, str, str, str]] = {
     "beta goes through no weight": (
         shift_module,
         "Sink",
-        "spread if self.inlet is None else self.inlet.through(spread.reshape(-1))",
+        "spread if self.inlet is None else self.inlet.through(spread)",
         "spread.reshape(-1)[:1] * 0",
     ),
     "Gemm's beta is forgotten": (shift_module, "Sink", "grown / self.gain", "grown"),

@@ -16,7 +16,7 @@ from onnxnorm.passes.stream_fold_mean import StreamFoldMean
 from onnxnorm.passes.stream_rotate import StreamRotate, orthogonal
 from onnxnorm.pipeline import Run
 from onnxnorm.testing import assert_parity, assert_sound, run
-from tests.networks import Net, transformer
+from tests.networks import Net, einsum_attention, transformer
 
 ALL = (StreamFoldMean(), FoldNormAffine(), StreamRotate())
 
@@ -82,6 +82,22 @@ def test_hidden_states_that_are_returned_are_named() -> None:
     assert "is a graph output" in reasons(done)[0]
 
 
+@pytest.mark.parametrize("form", ["flax", "swapped", "ellipsis"])
+def test_einsums_that_read_and_write_are_rotated(form: str) -> None:
+    net = Net()
+    x = net.linear(net.input("x", ["n", 5, 6]), 6, 8)
+    for _ in range(2):
+        x = net.op("Add", x, einsum_attention(net, net.norm(x, 8), 8, form))
+    # One product that reads a norm and writes the stream.
+    bare = net.norm(x, 8, bias=False)
+    x = net.op("Add", x, net.op("Einsum", bare, net.matrix(8, 8), equation="bsd,de->bse"))
+    model = net.model(net.linear(net.norm(x, 8), 8, 3))
+    done = rotated(model)
+    assert sites(done) == 1
+    changed = {t.name for t in done.stored.complete().graph.initializer if "rotated" in t.name}
+    assert len(changed) == 2 + 2 * 5 + 1 + 1  # weight and bias of the stem; q k v o and o's bias
+
+
 def test_a_stream_is_rotated_once() -> None:
     done = run(llama(), FoldNormAffine(), StreamRotate())
     again = run(done.stored.complete(), FoldNormAffine(), StreamRotate())
@@ -114,7 +130,7 @@ def test_a_transposed_rotation_is_caught(monkeypatch: pytest.MonkeyPatch) -> Non
     from onnxnorm.port import Inlet
 
     original = Inlet.mixed
-    monkeypatch.setattr(Inlet, "mixed", lambda self, matrix: original(self, matrix.T))
+    monkeypatch.setattr(Inlet, "mixed", lambda self, at, matrix: original(self, at, matrix.T))
     done = run(llama(), FoldNormAffine(), StreamRotate())
     assert sites(done) == 1
     with pytest.raises(AssertionError):
