@@ -23,7 +23,7 @@ from onnxnorm.module import Node
 from onnxnorm.port import Inlet, rounded
 from onnxnorm.rewrite import Rewriter
 from onnxnorm.storage import Array
-from onnxnorm.stream import Entry, Stream, Streams, find_streams
+from onnxnorm.stream import Entry, Stream, Streams, called, find_streams
 from onnxnorm.transfer import Demand, Link, Stop, described
 
 Weights = dict[tuple[Node, int], AnyValue]
@@ -131,7 +131,7 @@ class Survey:
         return BasisChange(self.stream.features, self.writers, readers, inside, self.values)
 
     def _norm(self, norm: GivenNorm) -> Stop | None:
-        what = described(norm.node)
+        what = called(norm)
         if norm.kind == "layer_norm":
             return Stop(norm.node, f"{what} takes the mean out; stream-fold-mean has to come first")
         if not norm.recognised:

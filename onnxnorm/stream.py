@@ -223,10 +223,10 @@ class Streams:
         if norm is not None and norm.input is entry.value:
             layout = self.layout_of(norm)
             what = called(norm)
+            if _converted(norm):
+                return Blind(node, f"{what} reads this stream without its mean")
             if norm.kind == "rms_norm":
-                return Stop(
-                    node, f"the RMS norm '{node.label}' reads this stream and sees its mean"
-                )
+                return Stop(node, f"{what} reads this stream and sees its mean")
             if self._tells_mean(norm):
                 return Stop(node, f"{what} gives the mean of this stream to others")
             if layout is None or entry.basis != Basis(layout):
@@ -459,7 +459,7 @@ class Streams:
             price; each with its distance.
         """
         entry = self.inputs.get(norm)
-        if entry is None:
+        if entry is None or entry.zero:
             return [], []
         readers: list[tuple[int, Stop]] = []
         writers: list[tuple[int, Stop]] = []
@@ -605,9 +605,22 @@ class Group:
 
 
 def called(norm: GivenNorm) -> str:
-    """A norm in words, however many nodes it is."""
-    kind = {"layer_norm": "the layer norm", "rms_norm": "the RMS norm"}.get(norm.kind, norm.kind)
-    return f"{kind} '{norm.node.label}'"
+    """A norm in words, however many nodes it is, as it is in the model that was given.
+
+    What was a layer norm there is one by name, also where its mean went in an earlier round.
+    """
+    kind = "layer_norm" if _converted(norm) else norm.kind
+    words = {"layer_norm": "the layer norm", "rms_norm": "the RMS norm"}
+    return f"{words.get(kind, kind)} '{norm.node.label}'"
+
+
+def _converted(norm: GivenNorm) -> bool:
+    """Whether it was a layer norm a moment ago: what it reads has no mean any more."""
+    made = (n.site.startswith(_CONVERTS) for n in norm.nodes)
+    return norm.kind == "rms_norm" and any(made)
+
+
+_CONVERTS: Final = "stream-fold-mean:"
 
 
 def _no_mean(array: np.ndarray[tuple[int, ...], np.dtype[np.float64]], layout: Layout) -> bool:

@@ -29,7 +29,7 @@ from onnxnorm.given import GivenNorm
 from onnxnorm.module import Node
 from onnxnorm.port import rounded
 from onnxnorm.rewrite import Pass, Plan, Refusal, Rewriter
-from onnxnorm.stream import Streams, find_streams
+from onnxnorm.stream import Streams, called, find_streams
 from onnxnorm.transfer import Demand, Stop, described
 
 _SITE: Final = "stream-compress:"
@@ -102,7 +102,7 @@ class StreamCompress(Pass):
                 return Stop(node, told)
         for norm in norms:
             if norm.gamma is None:
-                return Stop(norm.node, f"{described(norm.node)} has no scale to correct")
+                return Stop(norm.node, f"{called(norm)} has no scale to correct")
         return None
 
     def apply(self, plan: Plan, rw: Rewriter) -> None:

@@ -783,6 +783,25 @@ def test_what_all_keys_share_is_seen_elsewhere(way: str) -> None:
     assert any(a == f"Add {normed}" for a in done.applied[0].added)
 
 
+@pytest.mark.parametrize("opset", [17, 23])
+def test_a_reason_is_that_of_the_model_as_it_was_given(opset: int) -> None:
+    """What an earlier round made of the other norms is neither in the way nor in the words."""
+    net = Net(opset=opset)
+    x = net.linear(net.input("x", ["n", 5, 6]), 6, 8)
+    x = net.op("Add", x, net.mlp(net.norm(x, 8), 8))
+    seen = net.op("Relu", net.norm(x, 8))
+    done = run(net.model(seen, net.linear(net.norm(x, 8), 8, 3)), StreamFoldMean(add=1.0))
+    assert converted(done) == 2
+    (reason,) = reasons(done)
+    assert reason.startswith(f"its bias would need an Add, since Relu '{seen}' reads the result")
+    net = Net(opset=opset)
+    first = net.norm(net.linear(net.input("x", ["n", 5, 6]), 6, 8), 8)
+    done = run(net.model(net.linear(net.norm(first, 8), 8, 3)), RULE)
+    assert converted(done) == 1
+    (reason,) = reasons(done)
+    assert reason.startswith(f"the layer norm '{first}' writes this stream with a scale for each")
+
+
 # ** numbers **
 
 
