@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +34,8 @@ class GivenNorm:
         epsilon: Added to the variance.
         gamma: The scale, aligned with the input from the right; None for none.
         beta: The shift, in the same way.
+        label: The node that it was in the model that was given.
+        converted: Whether it was a layer norm there, and is an RMS norm of what has no mean now.
         recognised: Whether all of this is known; if not, `reason` says what is not.
         reason: A clause.
     """
@@ -46,6 +49,8 @@ class GivenNorm:
     epsilon: float
     gamma: NDArray[np.float64] | None
     beta: NDArray[np.float64] | None
+    label: str
+    converted: bool
     recognised: bool
     reason: str = ""
 
@@ -82,6 +87,8 @@ def given_norms(facts: Facts) -> Iterator[GivenNorm]:
             epsilon=_epsilon(norm),
             gamma=factors[0],
             beta=factors[1],
+            label=_label(norm.node, facts),
+            converted=kind == "rms_norm" and any(n.site.startswith(_CONVERTS) for n in nodes),
             recognised=not reason,
             reason=reason,
         )
@@ -99,12 +106,22 @@ def centred_here(norm: Norm) -> tuple[tuple[Node, ...], AnyValue] | None:
     Its nodes and its input; None where no such centering is.
     """
     for node in norm.nodes:
-        if node.op == "Sub" and node.made_by.startswith("stream-fold-mean:"):
+        if node.op == "Sub" and node.made_by.startswith(_CONVERTS):
             mean = node.inputs[1].inputs[0] if node.inputs[1].inputs else None
             if mean is not None and mean.op == "ReduceMean":
                 rest = tuple(n for n in norm.nodes if n is not node and n is not mean)
                 return rest, node.outputs[0]
     return None
+
+
+def _label(node: Node, facts: Facts) -> str:
+    """The name of a norm: of the Add behind it, where that was split off in this run."""
+    uses = facts.uses(node.outputs[0])
+    behind = uses[0].node if len(uses) == 1 else node
+    return behind.label if behind.op == "Add" and behind.site == node.site != "" else node.label
+
+
+_CONVERTS: Final = "stream-fold-mean:"
 
 
 def _epsilon(norm: Norm) -> float:

@@ -223,7 +223,7 @@ class Streams:
         if norm is not None and norm.input is entry.value:
             layout = self.layout_of(norm)
             what = called(norm)
-            if _converted(norm):
+            if norm.converted:
                 return Blind(node, f"{what} reads this stream without its mean")
             if norm.kind == "rms_norm":
                 return Stop(node, f"{what} reads this stream and sees its mean")
@@ -609,18 +609,9 @@ def called(norm: GivenNorm) -> str:
 
     What was a layer norm there is one by name, also where its mean went in an earlier round.
     """
-    kind = "layer_norm" if _converted(norm) else norm.kind
+    kind = "layer_norm" if norm.converted else norm.kind
     words = {"layer_norm": "the layer norm", "rms_norm": "the RMS norm"}
-    return f"{words.get(kind, kind)} '{norm.node.label}'"
-
-
-def _converted(norm: GivenNorm) -> bool:
-    """Whether it was a layer norm a moment ago: what it reads has no mean any more."""
-    made = (n.site.startswith(_CONVERTS) for n in norm.nodes)
-    return norm.kind == "rms_norm" and any(made)
-
-
-_CONVERTS: Final = "stream-fold-mean:"
+    return f"{words.get(kind, kind)} '{norm.label}'"
 
 
 def _no_mean(array: np.ndarray[tuple[int, ...], np.dtype[np.float64]], layout: Layout) -> bool:
