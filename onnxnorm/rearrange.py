@@ -18,6 +18,7 @@ from onnxnorm.facts import AnyValue
 from onnxnorm.layout import Dim, Dims
 from onnxnorm.module import Node
 from onnxnorm.sizes import Sizes, factors
+from onnxnorm.strided import reshapes
 
 MOVES: Final = frozenset({"Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 
@@ -38,7 +39,9 @@ _Axes: TypeAlias = "list[list[_Factor]]"
 
 
 def permutation(source: AnyValue, nodes: Sequence[Node], sizes: Sizes) -> tuple[int, ...] | None:
-    """The one Transpose that nodes of `MOVES`, each on the result of the one before, come to.
+    """The one Transpose that moves, each on the result of the one before, come to.
+
+    Moves are nodes of `MOVES`, and those that `onnxnorm.strided.reshapes` finds to be a Reshape.
 
     Args:
         source: What the first of them reads.
@@ -57,6 +60,8 @@ def permutation(source: AnyValue, nodes: Sequence[Node], sizes: Sizes) -> tuple[
     for node in nodes:
         dims = sizes.of(node.outputs[0])
         if dims is None or axes is None:
+            return None
+        if node.op == "Gather" and not reshapes(node, sizes):
             return None
         if node.op == "Transpose":
             axes = _transposed(node, axes)

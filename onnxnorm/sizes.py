@@ -559,6 +559,29 @@ def _shape_of(s: Sizes, node: Node) -> Dims | None:
     return (len(range(len(dims))[node.attrs.get("start", 0) : node.attrs.get("end")]),)
 
 
+def _attention(s: Sizes, node: Node) -> Dims | None:
+    query, value = s.given(node, 0), s.given(node, 2)
+    if query is None or value is None or len(query) != len(value):
+        return None
+    if len(query) == 4:
+        return (*query[:3], value[3])
+    own, theirs = (int(node.attrs[n]) for n in ("q_num_heads", "kv_num_heads") if n in node.attrs)
+    last = value[2] if own == theirs else s.some(1)[0]
+    if isinstance(value[2], int):
+        last = value[2] // theirs * own
+    return (*query[:2], last)
+
+
+def _range(s: Sizes, node: Node) -> Dims | None:
+    start, limit, step = (s.entries(node.inputs[at]) for at in range(3))
+    if start is None or limit is None or step is None:
+        return None
+    first, last, by = (n.reshape(-1)[0] for n in (start, limit, step))
+    if isinstance(first, int) and isinstance(last, int) and isinstance(by, int):
+        return (len(range(first, last, by)),)
+    return (last,) if (first, by) == (0, 1) and is_size(last) else None
+
+
 _DIMS: Final[dict[str, _Dims]] = {
     **dict.fromkeys(
         (
@@ -568,7 +591,8 @@ _DIMS: Final[dict[str, _Dims]] = {
             "GroupNormalization", "LeakyRelu", "Clip", "Exp", "Log", "Reciprocal", "HardSwish",
             "HardSigmoid", "Elu", "Selu", "Softplus", "Mish", "Swish", "Not", "ScatterND",
             "ScatterElements", "CumSum", "Trilu", "LpNormalization", "Floor", "Ceil", "Round",
-            "Celu", "Cos", "IsNaN", "LRN", "MeanVarianceNormalization", "Sign", "Sin", "Softsign",
+            "Celu", "Cos", "IsNaN", "LRN", "MeanVarianceNormalization", "RotaryEmbedding", "Sign",
+            "Sin", "Softsign",
             "ThresholdedRelu",
         ),
         _same,
@@ -607,6 +631,8 @@ _DIMS: Final[dict[str, _Dims]] = {
     "AveragePool": _pool,
     "MaxPool": _pool,
     "Shape": _shape_of,
+    "Range": _range,
+    "Attention": _attention,
 }  # fmt: skip
 
 

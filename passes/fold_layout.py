@@ -7,8 +7,9 @@
 Norms of channels are written for images, so around one on tokens exporters put a Transpose and a
 Reshape on both sides. Where the norm went into its neighbours these are left, with nothing between.
 That they undo each other is proven on the factors of the axes, with the sizes that follow from the
-graph's inputs and weights; what a file states of values in between does not count. Exact. Source:
-the definitions of these operators in the ONNX operator specification.
+graph's inputs and weights; what a file states of values in between does not count. A Gather whose
+indices count up, as exporters write a view with strides, is a Reshape. Exact. Source: the
+definitions of these operators in the ONNX operator specification.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from onnxnorm.module import Node
 from onnxnorm.rearrange import MOVES, permutation
 from onnxnorm.rewrite import Pass, Plan, Refusal, Rewriter
 from onnxnorm.sizes import Sizes, derived_sizes, find_sizes
+from onnxnorm.strided import reshapes
 
 _LONGEST: Final = 16  # nodes in a row
 
@@ -104,7 +106,7 @@ def _known(node: Node, found: _Run | None, facts: Facts) -> _Run | None:
 
 def _moves(node: Node, facts: Facts) -> bool:
     return (
-        node.op in MOVES
+        (node.op in MOVES or reshapes(node, find_sizes(facts)))
         and node.op != "Identity"
         and not node.domain
         and bool(node.outputs and node.inputs)

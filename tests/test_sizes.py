@@ -139,3 +139,28 @@ def test_an_expansion_to_sizes_that_exporters_guard() -> None:
     ones = net.op("Equal", wanted, net.ints(-1, -1, -1))
     target = net.op("Where", ones, net.ints(1, 1, 1), wanted)
     assert sizes_of(net, net.op("Expand", token, target)) == ("batch", 1, 12)
+
+
+@pytest.mark.parametrize(
+    ("heads", "rank", "expected"),
+    [((4, 2), 3, ("batch", 5, 24)), ((2, 2), 3, ("batch", 5, 12)), (None, 4, ("batch", 3, 5, 12))],
+)
+def test_attention_has_the_features_of_its_values(heads: Any, rank: int, expected: Any) -> None:
+    net = Net(opset=23)
+    lead = ["batch"] if rank == 3 else ["batch", 3]
+    q, k, v = (
+        net.input(n, [*lead, tokens, width])
+        for n, tokens, width in (("q", 5, 16), ("k", 7, 8), ("v", 7, 12))
+    )
+    attrs = {} if heads is None else {"q_num_heads": heads[0], "kv_num_heads": heads[1]}
+    assert sizes_of(net, net.op("Attention", q, k, v, **attrs)) == expected
+
+
+def test_a_range_up_to_a_size_has_that_size() -> None:
+    net = Net()
+    x = net.input("x", ["batch", 12])
+    n = net.op("Squeeze", _dim(net, x, 0))
+    zero, one, five = (net.keep(np.asarray(i)) for i in (0, 1, 5))
+    assert sizes_of(net, net.op("Range", zero, n, one)) == ("batch",)
+    assert sizes_of(net, net.op("Range", one, five, one)) == (4,)
+    assert sizes_of(net, net.op("Range", one, n, one)) != ("batch",)

@@ -100,6 +100,67 @@ def test_a_result_that_is_an_output_keeps_its_nodes() -> None:
     assert [v.name for v in done.stored.proto.graph.output] == ["y"]
 
 
+def strided(row: int = 6, first: int = 0, column: int = 1, taken: str = "n") -> str:
+    """x.as_strided([N, 6, 1], [6, 1, 1]) as exporters write it, for an x of shape [N, 6, 1]."""
+    columns = ", ".join(str(column * i) for i in range(6))
+    return graph(
+        f"f = Reshape (x, flat)\n s = Shape <start = 0, end = 1> (x)\n n = Squeeze (s)"
+        f"\n h = Sub (n, one)\n r = Range (zero, {taken}, one)\n m = Mul (r, row)"
+        "\n u = Unsqueeze (m, at)\n i = Add (u, columns)\n j = Add (i, first)"
+        "\n g = Gather <axis = 0> (f, j)\n y = Relu (g)",
+        f"int64[1] flat = {{-1}}, int64 zero = {{0}}, int64 one = {{1}}, int64 row = {{{row}}},"
+        f" int64[2] at = {{1, 2}}, int64[1,6,1] columns = {{{columns}}},"
+        f" int64[1,1,1] first = {{{first}}}",
+        "N,6,1",
+        "M,6,1",
+    )
+
+
+def test_a_view_with_the_strides_of_the_value_is_the_value() -> None:
+    done = run(parser.parse_model(strided()), RULE)
+    left = {n.op_type for n in done.stored.proto.graph.node}
+    assert not left & {"Reshape", "Range", "Gather"}
+    assert_parity(strided(), done.stored.complete())
+
+
+@pytest.mark.parametrize("given", [{"row": 3}, {"first": 1}, {"column": 0}, {"taken": "h"}])
+def test_a_view_with_other_strides_stays(given: Any) -> None:
+    model = strided(**given)
+    assert not run(parser.parse_model(model), RULE).applied
+
+
+@pytest.mark.parametrize(
+    ("index", "shape", "moved"),
+    [
+        ([0, 1, 2, 3, 4, 5], [6], True),
+        ([0, 1, 2, 3, 4, 5], [2, 3], True),
+        ([0, 2, 4, 1, 3, 5], [2, 3], False),
+        ([0, 1, 2, 3, 4], [5], False),
+        ([1, 2, 3, 4, 5, 0], [6], False),
+    ],
+)
+def test_constant_indices_that_count_up(index: list[int], shape: list[int], moved: bool) -> None:
+    nodes = [
+        helper.make_node("Gather", ["x", "i"], ["g"], axis=1),
+        helper.make_node("Reshape", ["g", "t"], ["b"]),
+        helper.make_node("Relu", ["b"], ["y"]),
+    ]
+    values = np.asarray(index).reshape(shape)
+    weights = [numpy_helper.from_array(values, "i"),
+               numpy_helper.from_array(np.asarray([0, values.size, 8]), "t")]  # fmt: skip
+    of = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["N", k, 8])
+          for n, k in (("x", 6), ("y", values.size))]  # fmt: skip
+    model = helper.make_model(
+        helper.make_graph(nodes, "g", of[:1], of[1:], weights),
+        opset_imports=[helper.make_opsetid("", 17)], ir_version=8,
+    )  # fmt: skip
+    done = run(model, RULE)
+    ops = [n.op_type for n in done.stored.proto.graph.node]
+    assert (ops == ["Relu"]) == moved
+    assert ("Gather" not in ops) == moved
+    np.testing.assert_array_equal(elements(done.stored.complete()), elements(model))
+
+
 def test_a_stated_shape_is_not_believed() -> None:
     # The file says 6 of what may be anything: a Reshape to six is then no identity.
     model = parser.parse_model(
