@@ -463,7 +463,7 @@ class Streams:
             return [], []
         readers: list[tuple[int, Stop]] = []
         writers: list[tuple[int, Stop]] = []
-        start = (entry.value, True)
+        start = (entry.value, True, False)
         distance = {start: 0}
         frontier = [start]
         for state in frontier:  # grows while it is walked: breadth first
@@ -490,29 +490,35 @@ class Streams:
         return known
 
     def _find_step(
-        self, value: AnyValue, must: bool
+        self, value: AnyValue, must: bool, paid: bool
     ) -> tuple[list[Stop], list[Stop], list[_State]]:
         at = self.entries.get(value)
         if at is None or (at.zero and not must):
             return [], [], []
         writers: list[Stop] = []
         further: list[_State] = []
+        paid = paid or (not must and self.can_center(at))
         if isinstance(at.source, Stop):
             writers.append(at.source)
         else:
             for demand in self._shared(at.source):
                 name = demand.constant.name if demand.constant is not None else ""
                 writers.append(Stop(at.source.node, f"the table '{name}' is read by others too"))
-            further += [(v, False) for v, _ in at.source.values]
-            further += [(v, True) for v, _ in at.source.outputs if v is not value]
+            further += [(v, False, paid) for v, _ in at.source.values]
+            further += [(v, True, paid) for v, _ in at.source.outputs if v is not value]
         for reader in at.readers:
             if isinstance(reader, Link):
-                further += [(v, True) for v, _ in reader.outputs]
+                further += [(v, True, paid) for v, _ in reader.outputs]
+        if paid and isinstance(at.source, Stop):
+            # It has to be centered at run time, for what writes it and for what reads it.
+            why = ", and ".join(stop.why for stop in (at.source, *at.blockers[:1]))
+            return [], [Stop(at.source.node, why)], []
         return list(at.blockers), writers, further
 
 
 _Item = tuple[str, object]
-_State = tuple[AnyValue, bool]  # a value, and whether it itself has to change
+# A value; whether it itself has to change; whether a centering at run time would do in its place.
+_State = tuple[AnyValue, bool, bool]
 _UNIT: Final = 1000  # prices are whole numbers of this part
 _NEVER: Final = 1 << 40
 _SMALL: Final = 64 << 10  # bytes; nobody minds a second copy of less

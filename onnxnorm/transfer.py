@@ -425,10 +425,11 @@ def _repeat(t: Transfer, node: Node, layout: Layout, forth: bool) -> Layout | st
         if constant is not None or t.covers(value, layout):
             return layout
         return "repeats one value for every feature"
-    repeats, rank = t.numbers(node, 1), t.rank(node.inputs[0])
+    repeats, rank = t.sizes.entries(node.inputs[1]), t.rank(node.inputs[0])
     if repeats is None or rank is None:
         return "repeats axes that are not known"
-    return _other_axes(t, node, layout, [a for a, n in enumerate(repeats) if n != 1], "repeats")
+    repeated = [a for a, n in enumerate(repeats.reshape(-1).tolist()) if n != 1]
+    return _other_axes(t, node, layout, repeated, "repeats")
 
 
 def _resize(t: Transfer, node: Node, layout: Layout, forth: bool) -> Layout | str:

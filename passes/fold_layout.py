@@ -26,11 +26,12 @@ from onnxnorm.sizes import Sizes, derived_sizes, find_sizes
 from onnxnorm.strided import reshapes
 
 _LONGEST: Final = 16  # nodes in a row
+_END: Final = 2**31 - 1  # beyond every size: exporters write it for "to the end"
 
 
 @dataclass(frozen=True)
 class FoldLayout(Pass):
-    """Remove moves in a row that undo each other."""
+    """Remove moves in a row that undo each other, and Slices that cut out what was joined."""
 
     name: ClassVar = "fold-layout"
     summary: ClassVar = "Transposes and Reshapes that undo each other"
@@ -38,10 +39,11 @@ class FoldLayout(Pass):
 
     def plan(self, facts: Facts) -> Iterator[Plan | Refusal]:
         """Every value that moves in a row bring back to what they began with."""
-        nodes = [n for n in facts.module.nodes() if _moves(n, facts)]
-        if not nodes:
-            return
-        for node in nodes:
+        for node in facts.module.nodes():
+            if node.op == "Slice":
+                yield from _cut(node, facts)
+            if not _moves(node, facts):
+                continue
             found = _shorter(node, facts, find_sizes(facts))
             if found is not None:  # what the file states may be stale
                 found = _shorter(node, facts, derived_sizes(facts))
@@ -53,12 +55,7 @@ class FoldLayout(Pass):
             made = facts.producer(found.source)
             claimed = found.run if made is None else tuple(dict.fromkeys((*found.run, made)))
             if not found.order:
-                readers = dict.fromkeys(u.node for u in facts.uses(node.outputs[0]))
-                results = dict.fromkeys(v for n in readers for v in n.outputs if v.name)
-                into = "nothing"
-                yield Plan(
-                    node, claimed, found, inside=tuple(readers), outputs=tuple(results), into=into
-                )
+                yield _gone(found, node, claimed, facts)
             else:
                 yield Plan(node, claimed, found)
 
@@ -84,6 +81,56 @@ class _Run:
     source: AnyValue
     run: tuple[Node, ...]
     order: tuple[int, ...]
+
+
+def _gone(found: _Run, node: Node, claimed: tuple[Node, ...], facts: Facts) -> Plan:
+    """The site where all that reads a value reads another in its place."""
+    readers = dict.fromkeys(u.node for u in facts.uses(node.outputs[0]))
+    results = dict.fromkeys(v for n in readers for v in n.outputs if v.name)
+    return Plan(node, claimed, found, inside=tuple(readers), outputs=tuple(results), into="nothing")
+
+
+def _cut(node: Node, facts: Facts) -> Iterator[Plan]:
+    """A Slice that cuts out exactly what a Concat joined, as class attention does."""
+    joined = facts.producer(node.inputs[0]) if node.inputs and not node.domain else None
+    if joined is None or joined.op != "Concat" or joined.domain or joined.scope is not node.scope:
+        return
+    read = facts.uses(node.outputs[0])
+    if node.parametric or joined.parametric or not read or facts.pinned(node.outputs[0]):
+        return
+    found = [_piece(node, joined, s) for s in (find_sizes(facts), derived_sizes(facts))]
+    if found[0] is None or found[0] is not found[1] or found[0].scope is not node.scope:
+        return
+    made = facts.producer(found[0])
+    claimed = tuple(n for n in (node, joined, made) if n is not None)
+    yield _gone(_Run(found[0], (node,), ()), node, claimed, facts)
+
+
+def _piece(node: Node, joined: Node, sizes: Sizes) -> AnyValue | None:
+    """The input of a Concat that a Slice along the same axis cuts out, whole."""
+    starts, ends = sizes.listed(node, 1, "starts"), sizes.listed(node, 2, "ends")
+    axes, steps = sizes.listed(node, 3, "axes"), sizes.listed(node, 4, "steps")
+    dims = sizes.of(node.inputs[0])
+    if dims is None or axes is None or starts is None or ends is None:
+        return None
+    if len(axes) != 1 or (len(node.inputs) > 4 and node.inputs[4].name and steps != [1]):
+        return None
+    axis = axes[0] % len(dims)
+    if axis != int(joined.attrs.get("axis", 0)) % len(dims):
+        return None
+    at = 0
+    parts: list[AnyValue] = list(joined.inputs)
+    for value in parts:
+        size = sizes.dim(value, axis - len(dims))
+        last = value is parts[-1] and parts.count(value) == 1
+        if at == starts[0] and at >= 0:
+            known = isinstance(size, int) and ends[0] == at + size
+            if known or (last and ends[0] >= _END):
+                return value
+        if not isinstance(size, int):
+            return None
+        at += size
+    return None
 
 
 def _known(node: Node, found: _Run | None, facts: Facts) -> _Run | None:

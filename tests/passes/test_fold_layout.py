@@ -100,6 +100,53 @@ def test_a_result_that_is_an_output_keeps_its_nodes() -> None:
     assert [v.name for v in done.stored.proto.graph.output] == ["y"]
 
 
+JOINED = "j = Concat <axis = 1> (a, b)\n p = Slice (j, {}, {}, axis, step)\n y = Relu (p)"
+CUTS = (
+    "int64[1] zero = {0}, int64[1] two = {2}, int64[1] six = {6}, int64[1] end = {2147483647},"
+    " int64[1] axis = {1}, int64[1] step = {1}, int64[1] one = {1}"
+)
+
+
+def joined(start: str, end: str, b: str = "N,L,8", step: str = "step") -> str:
+    body = JOINED.format(start, end).replace("step", step)
+    return f"""
+    <ir_version: 8, opset_import: ["" : 17]>
+    main (float[N,2,8] a, float[{b}] b) => (float[N,M,8] y)
+    <{CUTS}>
+    {{
+       {body}
+    }}
+    """
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "b", "left"),
+    [
+        ("zero", "two", "N,L,8", "a"),
+        ("two", "end", "N,L,8", "b"),
+        ("two", "six", "N,4,8", "b"),
+        ("two", "six", "N,5,8", None),
+        ("two", "six", "N,L,8", None),
+        ("one", "two", "N,4,8", None),
+        ("zero", "end", "N,4,8", None),
+    ],
+)
+def test_a_slice_of_what_was_joined(start: str, end: str, b: str, left: str | None) -> None:
+    model = joined(start, end, b)
+    done = run(parser.parse_model(model), RULE)
+    assert_sound(parser.parse_model(model), done, RULE)
+    nodes = done.stored.proto.graph.node
+    if left is None:
+        assert [n.op_type for n in nodes] == ["Concat", "Slice", "Relu"]
+        return
+    assert [(n.op_type, list(n.input)) for n in nodes] == [("Relu", [left])]
+    assert_parity(model, done.stored.complete())
+
+
+def test_a_slice_with_other_steps_stays() -> None:
+    assert not run(parser.parse_model(joined("zero", "two", step="two")), RULE).applied
+
+
 def strided(row: int = 6, first: int = 0, column: int = 1, taken: str = "n") -> str:
     """x.as_strided([N, 6, 1], [6, 1, 1]) as exporters write it, for an x of shape [N, 6, 1]."""
     columns = ", ".join(str(column * i) for i in range(6))

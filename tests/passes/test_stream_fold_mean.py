@@ -22,6 +22,7 @@ from onnxnorm import shift as shift_module
 from onnxnorm import staging, storage, stream_prices
 from onnxnorm import stream as stream_module
 from onnxnorm import transfer as transfer_module
+from onnxnorm.passes.fold_layout import FoldLayout
 from onnxnorm.passes.lower_norms import LowerNorms
 from onnxnorm.passes.stream_fold_mean import StreamFoldMean
 from onnxnorm.pipeline import Run
@@ -800,6 +801,42 @@ def test_a_reason_is_that_of_the_model_as_it_was_given(opset: int) -> None:
     assert converted(done) == 1
     (reason,) = reasons(done)
     assert reason.startswith(f"the layer norm '{first}' writes this stream with a scale for each")
+
+
+def class_attention(net: Net, raw: bool) -> onnx.ModelProto:
+    """LN(x) of the class token joined with the rest of x, as XCiT has it; `raw` reads both."""
+    x = net.linear(net.input("x", ["n", 5, 6]), 6, 8)
+    first = [net.ints(v) for v in (0, 1, 1, 1)]
+    rest = [net.ints(v) for v in (1, 2**63 - 1, 1, 1)]
+    for _ in range(2):
+        normed = net.norm(net.op("Slice", x, *first), 8)
+        joined = net.op("Concat", normed, net.op("Slice", x, *rest), axis=1)
+        token = joined if raw else net.op("Slice", joined, *first)
+        made = net.mlp(token, 8)
+        if not raw:
+            made = net.op("Concat", made, net.op("Slice", joined, *rest), axis=1)
+        x = net.op("Add", joined, made)
+    return net.model(net.linear(net.norm(x, 8), 8, 3))
+
+
+def test_class_attention_reads_the_normed_piece_of_a_concat() -> None:
+    rules = (FoldLayout(), StreamFoldMean())
+    model = class_attention(Net(), raw=False)
+    refused = run(model, *rules)
+    assert not any(r.rule == RULE.name for r in refused.applied)
+    assert named(reasons(refused), "writes this stream with a scale for each feature, and the")
+    assert all("taking its mean out at run time costs 2 times" in r for r in reasons(refused))
+    cheap = (FoldLayout(), StreamFoldMean(centering=0.5, add=0.0))
+    done = run(model, *cheap)
+    assert_sound(model, done, *cheap)
+    assert_parity(model, done.stored.complete())
+    assert centerings(done) == 2
+    assert sum(1 + len(r.anchors) for r in done.applied if r.rule == RULE.name) == 3
+
+
+def test_class_attention_that_reads_all_tokens_blocks() -> None:
+    refused = run(class_attention(Net(), raw=True), FoldLayout(), RULE)
+    assert named(reasons(refused), "the linear layer", "reads this stream without a norm in front")
 
 
 # ** numbers **
