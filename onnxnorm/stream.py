@@ -205,8 +205,22 @@ class Streams:
             return Stop(None, f"'{value.name}' is {self._origin(value)}")
         norm = self._made.get(value)
         if norm is not None:
-            return Stop(node, f"{called(norm)} writes this stream with a scale for each feature")
+            return Stop(
+                node, f"{called(norm)} writes this stream{self._mean_of(norm, basis.layout)}"
+            )
         return self.transfer.back(node, value, basis)
+
+    def _mean_of(self, norm: GivenNorm, layout: Layout) -> str:
+        """What gives the result of a norm a mean over the features in `layout`."""
+        if not norm.recognised:
+            return f", and {norm.reason}"
+        if norm.gamma is not None and not bool((norm.gamma == norm.gamma.flat[0]).all()):
+            return " with a scale for each feature"
+        if norm.kind == "rms_norm" and not norm.converted:
+            return " and leaves its mean in it"
+        if self.layout_of(norm) != layout:
+            return " and normalizes it over other axes"
+        return " with a bias that has a mean"
 
     def _origin(self, value: AnyValue) -> str:
         scope = value.scope
@@ -287,7 +301,7 @@ class Streams:
     def _is_zero(self, entry: Entry) -> bool:
         norm = self._made.get(entry.value)
         layout = entry.basis.layout
-        if norm is not None and norm.kind == "layer_norm":
+        if norm is not None and (norm.kind == "layer_norm" or norm.converted):
             if not norm.recognised or self.layout_of(norm) != layout:
                 return False
             uniform = norm.gamma is None or bool((norm.gamma == norm.gamma.flat[0]).all())
