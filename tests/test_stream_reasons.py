@@ -81,17 +81,17 @@ def heed(model: onnx.ModelProto, norm: str, reason: str) -> onnx.ModelProto:
     if found := AFFINE.match(reason):
         writer = made[found[1]]
         assert writer.output[0] in stream
-        if reader := LINEAR.search(reason):
-            assert made[reader[1]].input[0] == writer.output[0]
+        if raw := LINEAR.search(reason):
+            assert made[raw[1]].input[0] == writer.output[0]
         parts = [writer]
         while parts[-1].op_type == "Mul":  # by constants, which belong to the norm
             parts.append(made[parts[-1].input[0]])
         uniform = True
         for part in parts:
-            weight = next(t for t in graph.initializer if t.name == part.input[1])
-            gamma = numpy_helper.to_array(weight)
+            tensor = next(t for t in graph.initializer if t.name == part.input[1])
+            gamma = numpy_helper.to_array(tensor)
             uniform &= bool((gamma == gamma.flat[0]).all())
-            weight.CopyFrom(numpy_helper.from_array(np.ones_like(gamma), weight.name))
+            tensor.CopyFrom(numpy_helper.from_array(np.ones_like(gamma), tensor.name))
         assert parts[-1].op_type == "LayerNormalization", "as it is in the model that was given"
         assert uniform == (found[2] == "bias"), "what gives it a mean is told"
         del parts[-1].input[2:]
