@@ -25,6 +25,7 @@ the equivalence; the closure, the transfer rules and the prices are ours.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -479,19 +480,39 @@ class Streams:
         writers: list[tuple[int, Stop]] = []
         start = (entry.value, True, False)
         distance = {start: 0}
+        before: dict[_State, _State] = {}
         frontier = [start]
         for state in frontier:  # grows while it is walked: breadth first
             depth = distance[state]
             blocking, paying, further = self._step(state)
-            readers += [(depth, stop) for stop in blocking]
-            if readers:
+            if blocking:
+                told = self._cut_from(state, before)
+                readers += [(depth, Stop(s.node, f"{s.why}{told}")) for s in blocking]
                 break  # no other is nearer
             writers += [(depth, stop) for stop in paying]
             for following in further:
                 if following not in distance:
                     distance[following] = depth + 1
+                    before[following] = state
                     frontier.append(following)
         return readers, writers
+
+    def _cut_from(self, state: _State, before: dict[_State, _State]) -> str:
+        """What a norm and a reader in its way are both cut out of, as q and v of one projection."""
+        path = [state[0]]
+        while state in before:
+            state = before[state]
+            path.insert(0, state[0])
+        made = [self.facts.producer(value) for value in path]
+        cut = [n if n is not None and n.op in _CUTS and not n.domain else None for n in made]
+        for at, value in enumerate(path[1:-1], start=1):
+            back, forth = cut[at - 1], cut[at + 1]
+            if back and forth and back.inputs[0] is value is forth.inputs[0]:
+                return f"; what both read is cut out of '{value.name}'"
+        for one, other in itertools.pairwise(cut):
+            if one is not None and one is other:
+                return f"; what both read is cut out of '{one.inputs[0].name}'"
+        return ""
 
     def _step(self, state: _State) -> tuple[list[Stop], list[Stop], list[_State]]:
         """What stands in the way at a value itself, and the values that follow from it.
@@ -530,6 +551,7 @@ class Streams:
         return list(at.blockers), writers, further
 
 
+_CUTS: Final = frozenset({"Gather", "Slice", "Split"})
 _Item = tuple[str, object]
 # A value; whether it itself has to change; whether a centering at run time would do in its place.
 _State = tuple[AnyValue, bool, bool]

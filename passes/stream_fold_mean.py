@@ -272,16 +272,18 @@ class Survey:
     def _price(self, group: Group, added: set[GivenNorm]) -> str:
         """What a site costs and gains."""
         saved = len(group.norms)
-        parts = [f"{saved} converted, which saves {saved:g}"]
+        parts = [f"{saved} converted, which saves {saved} mean{'s' if saved > 1 else ''}"]
         if group.explicit:
             names = ", ".join(f"'{v.name}'" for v in group.explicit)
             number = len(group.explicit)
             price = f"{self.centering:g}{' each' if number > 1 else ''}"
-            parts.append(f"{number} centered at run time ({names}) for {price}")
+            parts.append(f"{number} centered at run time ({names}) at the price of {price}")
         if len(added) == 1:
-            parts.append(f"1 bias added behind its norm for {self.add:g}")
+            parts.append(f"1 bias added behind its norm at the price of {self.add:g}")
         elif added:
-            parts.append(f"{len(added)} biases added behind their norms for {self.add:g} each")
+            parts.append(
+                f"{len(added)} biases added behind their norms at the price of {self.add:g} each"
+            )
         given = self.options
         by_table = (group.explicit and given.centering is None) or (added and given.add is None)
         if by_table and not self.measured:

@@ -35,9 +35,9 @@ def test_a_stream_that_converts() -> None:
     assert stream["blocked"] == []
     assert stream["sites"] == [_layer_norms(report)[0]["site"]]
     (price,) = stream["price"]
-    assert "5 converted, which saves 5" in price
+    assert "5 converted, which saves 5 means" in price
     assert "1 centered at run time" in price
-    assert price.endswith("for 2")
+    assert price.endswith("at the price of 2")
     assert any("the linear layer" in w for w in stream["writers"])
     assert len(stream["readers"]) == 5
     text = printed(report)
@@ -47,7 +47,7 @@ def test_a_stream_that_converts() -> None:
     markdown = render_markdown(report)
     assert "<summary>Streams (1)</summary>" in markdown
     assert "- 16 features: 5 of 5 norms would convert\n  - " in markdown
-    assert "5 converted, which saves 5" in markdown
+    assert "5 converted, which saves 5 means" in markdown
 
 
 def test_the_price_that_decided_is_in_every_report() -> None:
@@ -61,8 +61,10 @@ def test_the_price_that_decided_is_in_every_report() -> None:
     report = inspected(model, passes="stream-fold-mean{centering=1.2}")
     (stream,) = report["streams"]
     (price,) = stream["price"]
-    assert price.startswith("17 converted, which saves 17; 8 centered at run time (")
-    assert price.endswith(") for 1.2 each; 8 biases added behind their norms for 0.8 each")
+    assert price.startswith("17 converted, which saves 17 means; 8 centered at run time (")
+    assert price.endswith(
+        ") at the price of 1.2 each; 8 biases added behind their norms at the price of 0.8 each"
+    )
     assert price in printed(report)
     assert price in html.unescape(render_markdown(report)).replace("\\", "")
     dear = inspected(model, passes="stream-fold-mean{centering=2.5}")

@@ -422,9 +422,9 @@ def test_the_note_names_the_prices_and_says_where_nothing_was_measured() -> None
         return remark.note
 
     unmeasured = "nothing was measured for ort-cuda: these are the CPU's prices"
-    assert note(StreamFoldMean()).endswith("for 2")
-    assert note(StreamFoldMean(target="ort-cuda")).endswith(f"for 2; {unmeasured}")
-    assert note(StreamFoldMean(target="ort-cuda", centering=1.5)).endswith("for 1.5")
+    assert note(StreamFoldMean()).endswith("at the price of 2")
+    assert note(StreamFoldMean(target="ort-cuda")).endswith(f"at the price of 2; {unmeasured}")
+    assert note(StreamFoldMean(target="ort-cuda", centering=1.5)).endswith("at the price of 1.5")
 
 
 @pytest.mark.parametrize(
@@ -839,6 +839,31 @@ def test_class_attention_reads_the_normed_piece_of_a_concat() -> None:
 def test_class_attention_that_reads_all_tokens_blocks() -> None:
     refused = run(class_attention(Net(), raw=True), FoldLayout(), RULE)
     assert named(reasons(refused), "the linear layer", "reads this stream without a norm in front")
+
+
+@pytest.mark.parametrize("way", ["split", "gather", "slice"])
+def test_a_norm_over_a_part_of_a_projection_names_what_it_is_cut_out_of(way: str) -> None:
+    """A norm over q of a projection of q and v: the weight is one, and v is read as it is."""
+    net = Net()
+    x = net.linear(net.input("x", ["n", 5, 6]), 6, 16)
+    both = net.op("Transpose", net.op("Reshape", x, net.ints(0, 0, 2, 8)), perm=[2, 0, 1, 3])
+    if way == "split":
+        parts = net.many("Split", both, net.ints(1, 1), outputs=2, axis=0)
+        q, v = (net.op("Squeeze", part, net.ints(0)) for part in parts)
+    elif way == "gather":
+        q, v = (net.op("Gather", both, net.keep(np.asarray(at)), axis=0) for at in (0, 1))
+    else:
+        ends = [[net.ints(n) for n in (at, at + 1, 0)] for at in (0, 1)]
+        q, v = (net.op("Squeeze", net.op("Slice", both, *e), net.ints(0)) for e in ends)
+    raw = net.op("MatMul", v, net.matrix(8, 3))
+    model = net.model(net.op("Add", net.linear(net.norm(q, 8), 8, 3), raw))
+    refused = run(model, RULE)
+    assert not refused.applied
+    (reason,) = reasons(refused)
+    assert reason == (
+        f"the linear layer '{raw}' reads this stream without a norm in front of it; what both read"
+        f" is cut out of '{both}'"
+    )
 
 
 # ** numbers **
