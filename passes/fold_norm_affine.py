@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from onnxnorm.facts import Facts
 from onnxnorm.flow import Flow, stage_flow
 from onnxnorm.flow_forth import flow_forth
 from onnxnorm.given import GivenNorm, given_norms
+from onnxnorm.module import Node
 from onnxnorm.rewrite import Pass, Plan, Refusal, Rewriter
 from onnxnorm.sizes import find_sizes
 from onnxnorm.transfer import Stop, Transfer
@@ -61,7 +62,7 @@ class FoldNormAffine(Pass):
         at, facts = norm.node.label, transfer.facts
         if not norm.recognised:
             return Refusal(norm.reason, at, node=norm.node)
-        if norm.node.op in ("Add", "Sub"):
+        if _scaled(norm, facts) is None:
             return Refusal("its scale and its bias are written out", at, node=norm.node)
         if not facts.uses(norm.output):
             return Refusal("nothing reads it", at, node=norm.node)
@@ -70,6 +71,12 @@ class FoldNormAffine(Pass):
         found = flow_forth(norm.output, Affine.of(gamma, beta), transfer)
         if isinstance(found, Stop):
             return found.refusal(norm.node)
+        scaled = _scaled(norm, facts)
+        if found.additions and scaled is not norm.node and bool((gamma != 1.0).any()):
+            # gamma n + beta  =  gamma (n + beta / gamma), and only gamma goes
+            assert scaled is not None, "checked before"
+            alone = flow_forth(scaled.outputs[0], Affine.of(gamma), transfer)
+            found = alone if isinstance(alone, Flow) else found
         if found.additions:
             place = found.additions[0].value.name
             reason = f"beta has no place: nothing that is added to '{place}' takes it"
@@ -83,22 +90,47 @@ class FoldNormAffine(Pass):
         """Scale the weights, move beta into the biases, leave the norm with ones."""
         norm, flow = plan.detail
         stage_flow(flow, rw)
-        ones = rw.constant("scale", np.ones(norm.gamma.shape, norm_dtype(norm, rw.facts)))
-        root = norm.node
-        if root.op == "Mul":
-            index = next(i for i, v in enumerate(root.inputs) if rw.facts.constant(v) is not None)
-            rw.rewire(root, index, ones)
-        else:
+        scaled = _scaled(norm, rw.facts)
+        assert scaled is not None, "checked before"
+        ones = rw.constant("scale", np.ones(norm.gamma.shape, _dtype(scaled, rw.facts)))
+        if scaled is not norm.node and norm.node not in flow.nodes:
+            # The Add of the bias behind it goes.
+            rw.redirect(norm.node.outputs[0], scaled.outputs[0])
+        if scaled.op == "Mul":
+            at = next(i for i, v in enumerate(scaled.inputs) if rw.facts.constant(v) is not None)
+            rw.rewire(scaled, at, ones)
+        elif scaled is norm.node:
             rw.replace(
-                root.op, [root.inputs[0], ones], attrs=dict(root.attrs), domain=root.domain or ""
+                scaled.op, [scaled.inputs[0], ones], attrs=dict(scaled.attrs), domain=scaled.domain
             )
+        else:
+            rw.rewire(scaled, 1, ones)
 
 
-def norm_dtype(norm: GivenNorm, facts: Facts) -> np.dtype[Any]:
+def _scaled(norm: GivenNorm, facts: Facts) -> Node | None:
+    """The node of a norm that takes its scale, alone; None where it is written in another way."""
+    root = norm.node
+    if root.op == "Add":
+        inner = [facts.producer(v) for v in root.inputs if facts.constant(v) is None]
+        if len(inner) != 1 or inner[0] is None or not facts.alone(inner[0].outputs[0]):
+            return None
+        root = inner[0]
+        if root not in norm.nodes or len(root.inputs) > 2:
+            return None
+    if root.op == "Mul":
+        return root if any(facts.constant(v) is not None for v in root.inputs) else None
+    return root if root.op in _OPERATORS and len(root.inputs) > 1 else None
+
+
+_OPERATORS: Final = frozenset(
+    {"LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"}
+)
+
+
+def _dtype(scaled: Node, facts: Facts) -> np.dtype[Any]:
     """The type of the scale of a norm."""
-    given = (facts.constant(v) for v in norm.node.inputs[1:] if v.name)
-    known = [c.dtype for c in (*given, facts.constant(norm.node.inputs[0])) if c is not None]
-    return known[0]
+    given = (facts.constant(v) for v in (*scaled.inputs[1:], scaled.inputs[0]) if v.name)
+    return next(c.dtype for c in given if c is not None)
 
 
 def _has_affine(norm: GivenNorm) -> bool:

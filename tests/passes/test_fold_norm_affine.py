@@ -154,3 +154,32 @@ def test_weights_that_overflow() -> None:
     normed = net.op("LayerNormalization", x, net.keep(np.full(8, 300.0)), axis=-1)
     done = run(net.model(net.op("MatMul", normed, net.keep(np.full((8, 2), 300.0)))), RULE)
     assert "is not finite in float16" in reasons(done)[0]
+
+
+def _chain(net: Net, x: str) -> str:
+    """A layer norm in primitives, with its bias in an Add behind it."""
+    off = net.op("Sub", x, net.op("ReduceMean", x, axes=[-1]))
+    variance = net.op("ReduceMean", net.op("Mul", off, off), axes=[-1])
+    root = net.op("Sqrt", net.op("Add", variance, net.scalar(0.01)))
+    scaled = net.op("Mul", net.op("Div", off, root), net.vector(6, 1.0))
+    return net.op("Add", scaled, net.vector(6, 0.3))
+
+
+def test_a_norm_written_out_loses_the_add_of_its_bias() -> None:
+    net = Net()
+    model = net.model(net.linear(_chain(net, net.input("x", ["n", 5, 6])), 6, 3))
+    done = folded(model)
+    assert len(done.applied) == 1
+    ops = [n.op_type for n in done.stored.proto.graph.node]
+    assert ops.count("Add") == 2, "epsilon, and the bias of the layer"
+
+
+def test_gamma_goes_alone_where_beta_has_no_place() -> None:
+    net = Net()
+    normed = _chain(net, net.input("x", ["n", 5, 6]))
+    y = net.op("MatMul", normed, net.matrix(6, 3))
+    done = folded(net.model(net.op("Relu", y)))
+    assert len(done.applied) == 1
+    assert reasons(done) == [f"beta has no place: nothing that is added to '{y}' takes it"]
+    again = run(done.stored.complete(), RULE)
+    assert not again.applied
