@@ -139,6 +139,8 @@ class Survey:
         if norm.gamma is not None and not bool((norm.gamma == norm.gamma.flat[0]).all()):
             told = f"{what} has a scale for each feature; fold-norm-affine has to come first"
             return Stop(norm.node, told)
+        if norm.beta is not None and bool(norm.beta.any()):
+            return Stop(norm.node, f"{what} has a bias; fold-norm-affine has to come first")
         layout = self.streams.layout_of(norm)
         if layout is None or not _plain(layout):
             return Stop(norm.node, f"{what} normalizes more than one axis")

@@ -16,14 +16,16 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
-from onnxnorm.affine import Affine
+from onnxnorm.affine import Affine, slim
 from onnxnorm.change import oversized
 from onnxnorm.facts import Facts
 from onnxnorm.flow import Flow, stage_flow
 from onnxnorm.flow_forth import flow_forth
 from onnxnorm.given import GivenNorm, given_norms
 from onnxnorm.module import Node
+from onnxnorm.port import is_real
 from onnxnorm.rewrite import Pass, Plan, Refusal, Rewriter
 from onnxnorm.sizes import find_sizes
 from onnxnorm.transfer import Stop, Transfer
@@ -35,9 +37,12 @@ class FoldNormAffine(Pass):
 
     Attributes:
         max_copy_mb: A weight that others read too is copied up to this size.
+        max_adds: How many Adds of beta W may be put behind linear layers that have no bias, as the
+            head of a language model has none, for each norm.
     """
 
     max_copy_mb: int = 32
+    max_adds: int = 1
 
     name: ClassVar = "fold-norm-affine"
     summary: ClassVar = "gamma and beta of a norm into the linear operators that read it"
@@ -45,7 +50,7 @@ class FoldNormAffine(Pass):
 
     def plan(self, facts: Facts) -> Iterator[Plan | Refusal]:
         """Every norm with an affine."""
-        norms = [n for n in given_norms(facts) if _has_affine(n)]
+        norms = [n for n in given_norms(facts) if _has_affine(n, facts)]
         if not norms:
             return
         transfer = Transfer(facts, find_sizes(facts))
@@ -54,7 +59,7 @@ class FoldNormAffine(Pass):
             if isinstance(found, Refusal):
                 yield found
                 continue
-            nodes = dict.fromkeys((*norm.nodes, *found.nodes))
+            nodes = dict.fromkeys((*norm.nodes, *found.nodes, *_added(norm, facts)))
             results = tuple(found.results)
             yield Plan(norm.node, tuple(nodes), (norm, found), outputs=results, local=bool(results))
 
@@ -62,26 +67,32 @@ class FoldNormAffine(Pass):
         at, facts = norm.node.label, transfer.facts
         if not norm.recognised:
             return Refusal(norm.reason, at, node=norm.node)
-        if _scaled(norm, facts) is None:
+        scaled, added = _scaled(norm, facts), _added(norm, facts)
+        if scaled is None:
             return Refusal("its scale and its bias are written out", at, node=norm.node)
         if not facts.uses(norm.output):
             return Refusal("nothing reads it", at, node=norm.node)
         gamma = np.ones(()) if norm.gamma is None else norm.gamma
-        beta = np.zeros(()) if norm.beta is None else norm.beta
-        found = flow_forth(norm.output, Affine.of(gamma, beta), transfer)
+        own = np.zeros(()) if norm.beta is None else norm.beta
+        value, beta = norm.output, own
+        if added and added[0] is not norm.node:
+            value, beta = added[0].outputs[0], own + _bias(added[0], facts)
+        found = flow_forth(value, Affine.of(gamma, beta), transfer)
+        fits = isinstance(found, Flow) and len(found.additions) <= self.max_adds
+        if not fits and added and bool((gamma != 1.0).any()):
+            # gamma n + beta  =  gamma (n + beta / gamma), and only gamma goes
+            own = own if added[0] is not norm.node else np.zeros(())
+            alone = flow_forth(scaled.outputs[0], Affine.of(gamma, own), transfer)
+            found = alone if isinstance(alone, Flow) else found
         if isinstance(found, Stop):
             return found.refusal(norm.node)
-        scaled = _scaled(norm, facts)
-        if found.additions and scaled is not norm.node and bool((gamma != 1.0).any()):
-            # gamma n + beta  =  gamma (n + beta / gamma), and only gamma goes
-            assert scaled is not None, "checked before"
-            alone = flow_forth(scaled.outputs[0], Affine.of(gamma), transfer)
-            found = alone if isinstance(alone, Flow) else found
-        if found.additions:
+        if len(found.additions) > self.max_adds:
             place = found.additions[0].value.name
             reason = f"beta has no place: nothing that is added to '{place}' takes it"
-            return Refusal(reason, at, node=norm.node)
-        for change in found.changes:
+            advice = f"fold-norm-affine{{max_adds={len(found.additions)}}} adds it there."
+            return Refusal(reason, at, advice, norm.node)
+        held = [a.change(p) for a in found.additions if (p := facts.producer(a.value))]
+        for change in (*found.changes, *held):
             if misfit := change.misfit():
                 return Refusal(misfit, change.node.label, node=norm.node)
         return oversized(found.changes, facts, self.max_copy_mb, self.name, norm.node) or found
@@ -93,16 +104,15 @@ class FoldNormAffine(Pass):
         scaled = _scaled(norm, rw.facts)
         assert scaled is not None, "checked before"
         ones = rw.constant("scale", np.ones(norm.gamma.shape, _dtype(scaled, rw.facts)))
-        if scaled is not norm.node and norm.node not in flow.nodes:
-            # The Add of the bias behind it goes.
-            rw.redirect(norm.node.outputs[0], scaled.outputs[0])
+        added = [node for node in _added(norm, rw.facts) if node not in flow.nodes]
+        for node in added:  # its bias went further
+            rw.redirect(node.outputs[0], scaled.outputs[0])
         if scaled.op == "Mul":
             at = next(i for i, v in enumerate(scaled.inputs) if rw.facts.constant(v) is not None)
             rw.rewire(scaled, at, ones)
         elif scaled is norm.node:
-            rw.replace(
-                scaled.op, [scaled.inputs[0], ones], attrs=dict(scaled.attrs), domain=scaled.domain
-            )
+            domain = scaled.domain or ""
+            rw.replace(scaled.op, [scaled.inputs[0], ones], attrs=dict(scaled.attrs), domain=domain)
         else:
             rw.rewire(scaled, 1, ones)
 
@@ -122,6 +132,27 @@ def _scaled(norm: GivenNorm, facts: Facts) -> Node | None:
     return root if root.op in _OPERATORS and len(root.inputs) > 1 else None
 
 
+def _added(norm: GivenNorm, facts: Facts) -> tuple[Node, ...]:
+    """The Add of a bias behind a norm, inside it or what alone reads its result; empty for none."""
+    if norm.node.op == "Add":
+        return (norm.node,)
+    uses = facts.uses(norm.output)
+    if not facts.alone(norm.output) or len(uses) != 1 or norm.gamma is None:
+        return ()
+    node = uses[0].node
+    if node.op != "Add" or node.domain or node.scope is not norm.node.scope:
+        return ()
+    constant = facts.constant(node.inputs[1 - uses[0].index])
+    if constant is None or not is_real(constant.dtype):
+        return ()
+    shape = slim(constant.float64()).shape if len(constant.shape) <= norm.gamma.ndim else (0,)
+    return (node,) if shape in ((), norm.gamma.shape) else ()
+
+
+def _bias(added: Node, facts: Facts) -> NDArray[np.float64]:
+    return next(c.float64() for v in added.inputs if (c := facts.constant(v)) is not None)
+
+
 _OPERATORS: Final = frozenset(
     {"LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"}
 )
@@ -133,8 +164,8 @@ def _dtype(scaled: Node, facts: Facts) -> np.dtype[Any]:
     return next(c.dtype for c in given if c is not None)
 
 
-def _has_affine(norm: GivenNorm) -> bool:
-    if norm.kind not in ("layer_norm", "rms_norm"):
+def _has_affine(norm: GivenNorm, facts: Facts) -> bool:
+    if norm.kind not in ("layer_norm", "rms_norm") or norm.gamma is None:
         return False
-    scaled = norm.gamma is not None and bool((norm.gamma != 1.0).any())
-    return (scaled or (norm.beta is not None and bool(norm.beta.any()))) and norm.gamma is not None
+    scaled = bool((norm.gamma != 1.0).any())
+    return scaled or (norm.beta is not None and bool(norm.beta.any())) or bool(_added(norm, facts))

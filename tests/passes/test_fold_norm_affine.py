@@ -71,11 +71,15 @@ def test_gamma_and_beta_go_into_an_einsum(
     if added:
         y = net.op("Add", y, net.keep(net.random.normal(size=bias)))
     model = net.model(net.op("Relu", y))
-    done = folded(model)
-    assert len(done.applied) == 1 or not added
-    if not added:
+    assert len(folded(model).applied) == 1
+    never = FoldNormAffine(max_adds=0)
+    if added:
+        assert len(folded(model, never).applied) == 1
+    else:
         # As behind a MatMul, beta has no place there.
-        assert [r for r in reasons(done) if r.startswith("beta has no place")]
+        assert reasons(folded(model, never)) == [
+            f"beta has no place: nothing that is added to '{y}' takes it"
+        ]
 
 
 def test_gamma_passes_an_einsum_that_does_not_sum_over_it() -> None:
@@ -119,8 +123,23 @@ def test_every_reader_has_to_be_linear() -> None:
 def test_beta_needs_a_bias() -> None:
     net = Net()
     normed = net.norm(net.input("x", ["n", 5, 8]), 8)
-    done = folded(net.model(net.linear(normed, 8, 4, bias=False)))
-    assert "beta has no place" in reasons(done)[0]
+    model = net.model(net.linear(normed, 8, 4, bias=False))
+    assert "beta has no place" in reasons(folded(model, FoldNormAffine(max_adds=0)))[0]
+
+
+def test_the_head_of_a_language_model_gets_an_add() -> None:
+    """Its result is an output of the graph, which keeps its name; two such layers are too many."""
+    net = Net()
+    normed = net.norm(net.input("x", ["n", 5, 8]), 8)
+    heads = [net.linear(normed, 8, 4, bias=False) for _ in range(2)]
+    one = net.model(heads[0])
+    done = folded(one)
+    nodes = done.stored.proto.graph.node
+    assert [n.op_type for n in nodes] == ["LayerNormalization", "MatMul", "Add"]
+    assert nodes[-1].output[0] == heads[0]
+    two = net.model(*heads)
+    assert "beta has no place" in reasons(folded(two))[0]
+    assert len(folded(two, FoldNormAffine(max_adds=2)).applied) == 1
 
 
 @pytest.mark.parametrize("pads", [[0, 0, 0, 0], [1, 1, 1, 1]])
@@ -178,8 +197,26 @@ def test_gamma_goes_alone_where_beta_has_no_place() -> None:
     net = Net()
     normed = _chain(net, net.input("x", ["n", 5, 6]))
     y = net.op("MatMul", normed, net.matrix(6, 3))
-    done = folded(net.model(net.op("Relu", y)))
+    model = net.model(net.op("Relu", y))
+    never = FoldNormAffine(max_adds=0)
+    done = folded(model, never)
     assert len(done.applied) == 1
     assert reasons(done) == [f"beta has no place: nothing that is added to '{y}' takes it"]
-    again = run(done.stored.complete(), RULE)
-    assert not again.applied
+    assert not run(done.stored.complete(), never).applied
+    # And with one Add behind the layer in the place of that behind the norm:
+    done = folded(model)
+    ops = [n.op_type for n in done.stored.proto.graph.node]
+    assert ops[-3:] == ["MatMul", "Add", "Relu"]
+
+
+@pytest.mark.parametrize("opset", [17, 23])
+@pytest.mark.parametrize("bias", [False, True])
+def test_what_is_added_behind_a_norm_goes_with_its_bias(opset: int, bias: bool) -> None:
+    net = Net(opset=opset)
+    y = net.norm(net.input("x", ["n", 5, 8]), 8, bias=bias)
+    y = net.op("Add", y, net.vector(8, 0.5))
+    done = folded(net.model(net.linear(y, 8, 3)))
+    (norm, *rest) = done.stored.proto.graph.node
+    assert norm.op_type == "LayerNormalization"
+    assert len(norm.input) == 2
+    assert [n.op_type for n in rest] == ["MatMul", "Add"]
