@@ -14,6 +14,7 @@ if __name__ != "onnxnorm.passes":  # a second copy would have its own classes
 PASSES: Final[dict[str, str]] = {
     "raise-skip-norm": "onnxnorm.passes.raise_skip_norm:RaiseSkipNorm",
     "fold-constants": "onnxnorm.passes.fold_constants:FoldConstants",
+    "fold-sizes": "onnxnorm.passes.fold_sizes:FoldSizes",
     "merge-adapters": "onnxnorm.passes.merge_adapters:MergeAdapters",
     "merge-parallel-norms": "onnxnorm.passes.merge_parallel_norms:MergeParallelNorms",
     "fold-batchnorm": "onnxnorm.passes.fold_batchnorm:FoldBatchnorm",
@@ -41,6 +42,7 @@ PASSES: Final[dict[str, str]] = {
 # Those that write calls of our own operators do nothing unless --ops asks for them.
 DEFAULT: Final[tuple[str, ...]] = (
     "fold-constants",
+    "fold-sizes",
     "merge-parallel-norms",
     "fold-batchnorm",
     "merge-parallel-convolutions",

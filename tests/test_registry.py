@@ -18,6 +18,7 @@ from onnxnorm.passes.fold_batchnorm import FoldBatchnorm
 from onnxnorm.passes.fold_constants import FoldConstants
 from onnxnorm.passes.fold_layout import FoldLayout
 from onnxnorm.passes.fold_modulation import FoldModulation
+from onnxnorm.passes.fold_sizes import FoldSizes
 from onnxnorm.passes.lower_channel_norm import LowerChannelNorm
 from onnxnorm.passes.lower_group_norm import LowerGroupNorm
 from onnxnorm.passes.lower_norms import LowerNorms
@@ -51,6 +52,7 @@ def test_approximate_passes_are_never_on_by_default() -> None:
 def test_selections() -> None:
     assert select(None) == [
         FoldConstants(),
+        FoldSizes(),
         MergeParallelNorms(),
         FoldBatchnorm(),
         MergeParallelConvolutions(),

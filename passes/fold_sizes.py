@@ -1,0 +1,125 @@
+"""Give Reshape and Expand a constant shape where the graph puts one together in every run.
+
+    Reshape(x, [batch, 16 * h, d])  ->  Reshape(x, [0, 16 * h, d])     where x begins with batch
+                                    ->  Reshape(x, [-1, 16 * h, d])    where that is the one unknown
+    Expand(x, [batch, n, d])        ->  Expand(x, [1, n, d])           likewise; 1 keeps what x has
+
+Exporters write a shape of which one size is not known as Shape, Gather, Unsqueeze and Concat, for
+each of the Reshapes around a norm or an attention. Reshape copies a size by itself, and finds one
+that is not known by itself, so those nodes go. Sizes follow from the graph's inputs and weights,
+and not from what a file states of values in between. Exact, on every input that the model accepts:
+one for which its own Reshape fails may now pass. Source: the definitions of these operators in the
+ONNX operator specification.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxnorm.constants import find_constants
+from onnxnorm.facts import Facts
+from onnxnorm.layout import Dim, Dims
+from onnxnorm.module import Node
+from onnxnorm.rewrite import Pass, Plan, Refusal, Rewriter
+from onnxnorm.sizes import derived_sizes, find_sizes
+
+
+@dataclass(frozen=True)
+class FoldSizes(Pass):
+    """Replace the shape that a Reshape or Expand reads by a constant."""
+
+    name: ClassVar = "fold-sizes"
+    summary: ClassVar = "shapes that the graph puts together although the operator knows the rest"
+    equation: ClassVar = "Reshape(x, [batch, n, d]) -> Reshape(x, [0, n, d])"
+
+    def plan(self, facts: Facts) -> Iterator[Plan | Refusal]:
+        """Every Reshape and Expand of the main graph whose shape is computed of sizes.
+
+        A body runs with shapes that may differ from turn to turn, so it keeps its own.
+        """
+        for node in facts.module.nodes():
+            if not _reads_a_computed_shape(node, facts):
+                continue
+            # What the file states is asked first: that is known already, and often not enough.
+            if find_sizes(facts).entries(node.inputs[1]) is None:
+                continue
+            sizes = derived_sizes(facts)
+            wanted = sizes.entries(node.inputs[1])
+            if wanted is None or wanted.ndim != 1:
+                continue
+            find = _reshaped if node.op == "Reshape" else _expanded
+            allowzero = bool(node.attrs.get("allowzero", 0))
+            results = sizes.of(node.outputs[0])
+            found = find(tuple(wanted.tolist()), sizes.of(node.inputs[0]), results, allowzero)
+            if isinstance(found, str):
+                yield Refusal(found, node.label, node=node)
+                continue
+            # What is cut out to be run by itself has to fit together, from the first Shape on.
+            origin = find_constants(facts).origin(node.inputs[1])
+            yield Plan(node, (node,), found, inside=origin, outputs=(node.outputs[0],))
+
+    def apply(self, plan: Plan, rw: Rewriter) -> None:
+        """Let the operator read the constant."""
+        shape = rw.constant("shape", plan.detail)
+        rw.replace_like(plan.root, [plan.root.inputs[0], shape])
+
+
+def _reads_a_computed_shape(node: Node, facts: Facts) -> bool:
+    return (
+        node.op in ("Reshape", "Expand")
+        and not node.domain
+        and not node.parametric
+        and node.scope is facts.module.main
+        and len(node.inputs) == 2
+        and facts.constant(node.inputs[1]) is None
+    )
+
+
+def _reshaped(
+    wanted: Dims, before: Dims | None, after: Dims | None, allowzero: bool
+) -> NDArray[np.int64] | str:
+    """The shape for a Reshape, or what stands in the way."""
+    shape: list[int] = []
+    open_places: list[tuple[int, Dim]] = []  # sizes that are neither known nor copied
+    copied: list[Dim] = []
+    for at, dim in enumerate(wanted):
+        if isinstance(dim, int):
+            derived = after[at] if dim == -1 and after is not None else dim
+            shape.append(derived if isinstance(derived, int) and derived > 0 else dim)
+            if shape[-1] == -1:
+                open_places.append((at, dim))
+            elif dim == 0 and allowzero:
+                return "a size is 0"
+        elif not allowzero and before is not None and at < len(before) and before[at] == dim:
+            shape.append(0)
+            copied.append(dim)
+        else:
+            shape.append(-1)
+            open_places.append((at, dim))
+    if len(open_places) > 1:
+        told = ", ".join("what is left over" if d == -1 else f"'{d}'" for _, d in open_places)
+        return f"{told} are not known, and only one size can be left open"
+    if open_places and open_places[0][1] != -1 and (copied or 0 in shape):
+        return f"'{open_places[0][1]}' would have to be found beside a size that may be 0"
+    return np.asarray(shape, np.int64)
+
+
+def _expanded(
+    wanted: Dims, before: Dims | None, after: Dims | None, allowzero: bool
+) -> NDArray[np.int64] | str:
+    """The shape for an Expand, or what stands in the way."""
+    del after, allowzero
+    if before is None:
+        return "the rank of what is expanded is not known"
+    first = len(before) - len(wanted)  # axes are aligned at the end
+    shape: list[int] = []
+    for at, dim in enumerate(wanted, first):
+        if isinstance(dim, str) and (at < 0 or before[at] != dim):
+            return f"'{dim}' is not known to be the size that is there"
+        shape.append(dim if isinstance(dim, int) else 1)
+    return np.asarray(shape, np.int64)
