@@ -34,6 +34,7 @@ PASSES: Final[dict[str, str]] = {
     "eliminate-softmax": "onnxnorm.passes.eliminate_softmax:EliminateSoftmax",
     "lower-softmax": "onnxnorm.passes.lower_softmax:LowerSoftmax",
     "lower-group-norm": "onnxnorm.passes.lower_group_norm:LowerGroupNorm",
+    "lower-attention": "onnxnorm.passes.lower_attention:LowerAttention",
     "lower-norms": "onnxnorm.passes.lower_norms:LowerNorms",
     "lower-skip-norm": "onnxnorm.passes.lower_skip_norm:LowerSkipNorm",
 }
@@ -56,6 +57,7 @@ DEFAULT: Final[tuple[str, ...]] = (
     "eliminate-softmax",
     "lower-softmax",
     "lower-group-norm",
+    "lower-attention",
     "lower-norms",
     "lower-skip-norm",
 )

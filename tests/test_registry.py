@@ -19,6 +19,7 @@ from onnxnorm.passes.fold_constants import FoldConstants
 from onnxnorm.passes.fold_layout import FoldLayout
 from onnxnorm.passes.fold_modulation import FoldModulation
 from onnxnorm.passes.fold_sizes import FoldSizes
+from onnxnorm.passes.lower_attention import LowerAttention
 from onnxnorm.passes.lower_channel_norm import LowerChannelNorm
 from onnxnorm.passes.lower_group_norm import LowerGroupNorm
 from onnxnorm.passes.lower_norms import LowerNorms
@@ -66,6 +67,7 @@ def test_selections() -> None:
         EliminateSoftmax(),
         LowerSoftmax(),
         LowerGroupNorm(),
+        LowerAttention(),
         LowerNorms(),
         LowerSkipNorm(),
     ]

@@ -9,11 +9,11 @@ from typing import Final
 
 import pytest
 
-from onnxnorm.lowering import FORMS, OWN, RESIDUAL, TARGETS, Form
+from onnxnorm.lowering import ATTENTION, FORMS, OWN, RESIDUAL, TARGETS, Form
 from onnxnorm.passes import PASSES
 
 DOCS: Final = Path(__file__).parents[1] / "docs" / "targets.md"
-ROWS: Final = (*FORMS, *RESIDUAL, *OWN)
+ROWS: Final = (*FORMS, *RESIDUAL, ATTENTION, *OWN)
 
 
 def row(form: Form) -> str:

@@ -1,0 +1,265 @@
+"""Self-attention as one operator. Dyadic constants make goldens exact."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
+
+from onnxnorm.passes import lower_attention
+from onnxnorm.passes.lower_attention import LowerAttention
+from onnxnorm.testing import assert_parity, assert_refuses, assert_rewrites, assert_sound, run
+from tests.mutants import computes_the_same, mutated
+
+CPU: Final = LowerAttention("ort-cpu")
+WEIGHTS: Final = (
+    "float[4,4] wq = {1, 0, 2, -1, 0.5, 1, 0, 1, -1, 2, 1, 0, 0, 1, -1, 0.5},"
+    " float[4,4] wk = {0, 1, 1, 2, -1, 0.5, 2, 0, 1, 0, -1, 1, 2, 1, 0, 1},"
+    " float[4,4] wv = {2, 1, 0, 0, 1, -1, 1, 0.5, 0, 2, 1, -1, 1, 0, 0, 2},"
+    " float[4] bq = {1, 0.5, 0, -1}, float[4] bk = {0, 1, -1, 2}, float[4] bv = {2, 0, 1, 0.5},"
+    " float c = {0.5}, int64[4] heads = {0, 0, 2, 2}, int64[3] joined = {0, 0, 4}"
+)
+NODES: Final = """
+    q0 = MatMul (x, wq)  q1 = Add (q0, bq)  q2 = Reshape (q1, heads)
+    q = Transpose <perm = [0, 2, 1, 3]> (q2)
+    k0 = MatMul (x, wk)  k1 = Add (k0, bk)  k2 = Reshape (k1, heads)
+    k = Transpose <perm = [0, 2, 3, 1]> (k2)
+    v0 = MatMul (x, wv)  v1 = Add (v0, bv)  v2 = Reshape (v1, heads)
+    v = Transpose <perm = [0, 2, 1, 3]> (v2)
+    s0 = MatMul (q, k)  s = Mul (s0, c)  p = Softmax <axis = -1> (s)
+    m = MatMul (p, v)  t = Transpose <perm = [0, 2, 1, 3]> (m)  y = Reshape (t, joined)
+"""
+JOINED: Final = (
+    "float[4,12] y_weights = {1, 0, 2, -1, 0, 1, 1, 2, 2, 1, 0, 0,"
+    " 0.5, 1, 0, 1, -1, 0.5, 2, 0, 1, -1, 1, 0.5,"
+    " -1, 2, 1, 0, 1, 0, -1, 1, 0, 2, 1, -1,"
+    " 0, 1, -1, 0.5, 2, 1, 0, 1, 1, 0, 0, 2},"
+)
+BIASES: Final = "float[12] y_biases = {1, 0.5, 0, -1, 0, 1, -1, 2, 2, 0, 1, 0.5}"
+OPERATOR: Final = "com.microsoft.Attention <num_heads: int = 2, scale: float = 0.5>"
+
+
+def graph(
+    body: str, weights: str = WEIGHTS, *, more: str = "", outs: str = "", ms: str = ""
+) -> str:
+    return f"""
+    <ir_version: 8, opset_import: ["" : 17{ms}]>
+    main (float[N,L,4] x{more}) => (float[N,L,4] y{outs}) <{weights}> {{ {body} }}
+    """
+
+
+def after(biases: str = BIASES, operator: str = OPERATOR) -> str:
+    body = f"y = {operator} (x, y_weights, y_biases)"
+    return graph(body, f"{JOINED}{biases}", ms=', "com.microsoft" : 1')
+
+
+def edited(*changes: tuple[str, str], more: str = "", outs: str = "") -> str:
+    body, weights = NODES, WEIGHTS
+    for old, new in changes:
+        assert (body + weights).count(old) == 1, old
+        body, weights = body.replace(old, new), weights.replace(old, new)
+    return graph(body, weights, more=more, outs=outs)
+
+
+def test_the_whole() -> None:
+    done = assert_rewrites(graph(NODES), after(), CPU)
+    assert [(r.action, r.into) for r in done.applied] == [("lowered", "Attention")]
+
+
+def test_without_a_scale_and_biases() -> None:
+    plain = "float[12] y_biases = {0, 0, 0, 0, 0, 1, -1, 2, 0, 0, 0, 0}"
+    before = edited(
+        ("s = Mul (s0, c)", ""), ("Softmax <axis = -1> (s)", "Softmax <axis = 3> (s0)"),
+        ("q1 = Add (q0, bq)", ""), ("Reshape (q1", "Reshape (q0"), (", float c = {0.5}", ""),
+        ("v1 = Add (v0, bv)", ""), ("Reshape (v1", "Reshape (v0"),
+        (" float[4] bq = {1, 0.5, 0, -1},", ""), (", float[4] bv = {2, 0, 1, 0.5}", ""),
+    )  # fmt: skip
+    assert_rewrites(before, after(plain, OPERATOR.replace("0.5", "1.0")), CPU)
+
+
+def test_a_scale_by_division() -> None:
+    divided = edited(("Mul (s0, c)", "Div (s0, c)"))
+    assert_rewrites(divided, after(operator=OPERATOR.replace("0.5", "2.0")), CPU)
+
+
+@pytest.mark.parametrize("target", ["onnx", "ort-cuda"])
+def test_other_targets_stay(target: str) -> None:
+    assert not run(graph(NODES), LowerAttention(target)).remarks
+
+
+MASK: Final = ", float[L,L] mask"
+REFUSALS: Final[dict[str, tuple[str, str]]] = {
+    "a mask": (
+        edited(("s = Mul (s0, c)", "s1 = Mul (s0, c) s = Add (s1, mask)"), more=MASK),
+        "its scores come from Add, as a mask or a bias is added",
+    ),
+    "a mask in front of the scale": (
+        edited(("s = Mul (s0, c)", "s1 = Add (s0, mask) s = Mul (s1, c)"), more=MASK),
+        "its scores come from Add, as a mask or a bias is added",
+    ),
+    "a scale of each head": (
+        edited(("float c = {0.5}", "float[2,1,1] c = {0.5, 2}")),
+        "its scores are not multiplied by one number",
+    ),
+    "the scale is divided": (
+        edited(("Mul (s0, c)", "Div (c, s0)")),
+        "its scores are not multiplied by one number",
+    ),
+    "a scale of 0 means the default": (
+        edited(("float c = {0.5}", "float c = {0}")),
+        "its scores are multiplied by 0",
+    ),
+    "another axis": (
+        edited(("Softmax <axis = -1>", "Softmax <axis = 2>")),
+        "it is not over the keys",
+    ),
+    "cross-attention": (
+        edited(("MatMul (x, wk)", "MatMul (z, wk)"), more=", float[N,L,4] z"),
+        "queries, keys and values are made of different tensors",
+    ),
+    "the projection is read elsewhere": (
+        edited(("s = Mul", "e = Relu (q1) s = Mul"), outs=", float[N,L,4] e"),
+        "'q1' is needed by others too",
+    ),
+    "a score is an output": (
+        edited(outs=", float[N,2,L,L] p"),
+        "'p' is needed by others too",
+    ),
+    "a weight of two layers": (
+        edited(("s = Mul", "e = MatMul (x, wv) s = Mul"), outs=", float[N,L,4] e"),
+        "'wv' is read by others, so it would be stored twice",
+    ),
+    "keys in the order of queries": (
+        edited(("[0, 2, 3, 1]", "[0, 2, 1, 3]"), ("MatMul (q, k)", "MatMul (k, k3)"),
+               ("s = Mul", "k3 = Transpose <perm = [0, 1, 3, 2]> (q) s = Mul")),
+        "an operand of its products is not a projection that is brought into heads",
+    ),
+    "tokens go into heads": (
+        edited(("heads = {0, 0, 2, 2}", "heads = {0, -1, 4, 1}"),
+               ("joined = {0, 0, 4}", "joined = {0, -1, 2}")),
+        "its result is not known to have the heads side by side",
+    ),
+    "the heads stay apart": (
+        edited(("[0, 2, 1, 3]> (m)", "[0, 2, 3, 1]> (m)")),
+        "its heads are not put side by side again",
+    ),
+    "a nonlinearity behind it": (
+        edited(("y = Reshape (t, joined)", "u = Relu (t) y = Reshape (u, joined)")),
+        "the Transpose behind it is not read by one Reshape",
+    ),
+    "a projection through an activation": (
+        edited(("v2 = Reshape (v1, heads)", "v3 = Relu (v1) v2 = Reshape (v3, heads)")),
+        "a projection is no MatMul with a constant",
+    ),
+    "a bias that is no constant": (
+        edited(("Add (k0, bk)", "Add (k0, z)"), more=", float[4] z"),
+        "a projection has no constant bias",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_refuses(name: str) -> None:
+    text, reason = REFUSALS[name]
+    assert_refuses(text, CPU, reason)
+
+
+def test_an_older_runtime_keeps_the_nodes() -> None:
+    assert_refuses(graph(NODES), LowerAttention("ort-cpu", "1.22"), "needs onnxruntime 1.23")
+
+
+def test_another_type_keeps_the_nodes() -> None:
+    wide = graph(NODES).replace("float", "double")
+    assert_refuses(wide, CPU, "the operator's kernel is for float32, and this is float64")
+
+
+def network(
+    batch: Any,
+    length: Any,
+    width: int,
+    heads: int,
+    size: int,
+    *,
+    scale: float,
+    biases: str,
+    op: str,
+) -> onnx.ModelProto:
+    """Attention of random weights; `biases` names the projections that have one."""
+    rng = np.random.default_rng(0)
+    weights = [
+        numpy_helper.from_array(np.asarray(scale, np.float32), "c"),
+        numpy_helper.from_array(np.asarray([0, 0, heads, size]), "heads"),
+        numpy_helper.from_array(np.asarray([0, 0, heads * size]), "joined"),
+    ]
+    nodes = []
+    for name in "qkv":
+        weight = rng.normal(0, width**-0.5, (width, heads * size)).astype(np.float32)
+        bias = rng.normal(size=heads * size).astype(np.float32)
+        weights.append(numpy_helper.from_array(weight, f"w{name}"))
+        nodes.append(helper.make_node("MatMul", ["x", f"w{name}"], [f"{name}0"]))
+        if name in biases:
+            weights.append(numpy_helper.from_array(bias, f"b{name}"))
+            nodes.append(helper.make_node("Add", [f"b{name}", f"{name}0"], [f"{name}1"]))
+        made = f"{name}{int(name in biases)}"
+        nodes.append(helper.make_node("Reshape", [made, "heads"], [f"{name}2"]))
+        perm = [0, 2, 3, 1] if name == "k" else [0, 2, 1, 3]
+        nodes.append(helper.make_node("Transpose", [f"{name}2"], [name], perm=perm))
+    nodes += [
+        helper.make_node("MatMul", ["q", "k"], ["s0"]),
+        helper.make_node(op, ["s0", "c"], ["s"]),
+        helper.make_node("Softmax", ["s"], ["p"], axis=3),
+        helper.make_node("MatMul", ["p", "v"], ["m"]),
+        helper.make_node("Transpose", ["m"], ["t"], perm=[0, 2, 1, 3]),
+        helper.make_node("Reshape", ["t", "joined"], ["y"]),
+    ]
+    made_graph = helper.make_graph(
+        nodes,
+        "attention",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [batch, length, width])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [batch, length, heads * size])],
+        weights,
+    )
+    return helper.make_model(made_graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+@settings(deadline=None, max_examples=15)
+@given(
+    st.sampled_from([1, 3, "n"]),
+    st.sampled_from([1, 5, "length"]),
+    st.sampled_from([4, 6, 10]),
+    st.integers(1, 4),
+    st.sampled_from([1, 2, 5]),
+    st.sampled_from([0.125, 0.7, 3.0, -1.0]),
+    st.sampled_from(["", "q", "kv", "qkv"]),
+    st.sampled_from(["Mul", "Div"]),
+)
+def test_any_sizes_keep_the_outputs(
+    batch: Any, length: Any, width: int, heads: int, size: int, scale: float, biases: str, op: str
+) -> None:
+    model = network(batch, length, width, heads, size, scale=scale, biases=biases, op=op)
+    done = run(model, CPU)
+    assert [n.op_type for n in done.stored.proto.graph.node] == ["Attention"]
+    assert_sound(model, done, CPU)
+    assert_parity(model, done.stored.complete())
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("np.concatenate(weights, axis=1)", "np.concatenate(weights[::-1], axis=1)"),
+        ("np.concatenate(biases)", "np.concatenate(biases[::-1])"),
+        ('"scale": found.scale', '"scale": 1.0'),
+        ('if made.op == "Mul" else 1 / factor if factor else 0.0', ""),
+        ('"num_heads": first.heads', '"num_heads": 1'),
+    ],
+)
+def test_wrong_arithmetic_would_be_seen(old: str, new: str) -> None:
+    model = network(2, 5, 6, 2, 3, scale=0.3, biases="qkv", op="Div")
+    rule = mutated(lower_attention, old, new)["LowerAttention"]("ort-cpu")
+    assert computes_the_same(model, CPU)
+    assert not computes_the_same(model, rule)
