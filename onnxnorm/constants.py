@@ -104,7 +104,7 @@ class Constants:
     def __init__(self, facts: Facts) -> None:
         self.facts = facts
         self._computed: set[AnyValue] = set()
-        self._static: dict[AnyValue, NDArray[np.int64]] = {}
+        self._static: dict[AnyValue, Array] = {}  # sizes, and casts to the type of another value
         self._refused: dict[Node, str] = {}
         self._kept: dict[AnyValue, onnx.TensorProto] = {}  # what was computed once
         self._agreed: set[Node] = set()  # decisions that no rounding changes
@@ -117,7 +117,14 @@ class Constants:
 
     def _visit(self, node: Node) -> None:
         outputs = [v for v in node.outputs if v.name]
-        if not outputs or all(self.facts.constant(v) is not None for v in outputs):
+        if not outputs:
+            return
+        if node.op == "CastLike" and self._reads_for_its_type(node):
+            moved = self.facts.constant(outputs[0])
+            if moved is not None:
+                self._static[outputs[0]] = np.asarray(moved.array())
+            return
+        if all(self.facts.constant(v) is not None for v in outputs):
             return
         if (entries := self._entries(node)) is not None:
             self._static[outputs[0]] = entries
@@ -130,6 +137,10 @@ class Constants:
             self._computed.update(outputs)
         elif any(self.facts.constant(v) is not None for v in given):
             self._refused[node] = reason
+
+    def _reads_for_its_type(self, node: Node) -> bool:
+        """Whether a CastLike stands as a reader of a value that it needs the type of alone."""
+        return not node.domain and len(node.inputs) == 2 and not self.known(node.inputs[1])
 
     def _entries(self, node: Node) -> NDArray[np.int64] | None:
         """What a node on sizes of axes gives, where that follows from the graph.

@@ -56,6 +56,18 @@ def test_a_shape_whose_entries_the_graph_knows() -> None:
     assert_rewrites(before, after, RULE)
 
 
+def test_a_cast_to_the_type_of_another_value_does_not_read_it() -> None:
+    before = graph("c = CastLike (d, x)\n y = Mul (x, c)", "double d = {0.5}")
+    done = assert_rewrites(before, graph("y = Mul (x, c_value)", "float c_value = {0.5}"), RULE)
+    assert [r.site for r in done.applied] == ["fold-constants:c"]
+    assert not run(
+        before.replace("float[N,2] x", "float[N,2] x, double like").replace(
+            "c = CastLike (d, x)", "e = Cast <to = 1> (like)\n c = CastLike (e, x)"
+        ),
+        RULE,
+    ).applied
+
+
 def test_a_size_that_differs_from_run_to_run_stays() -> None:
     before = graph(
         "s = Shape (x)\n c = Gather (s, zero)\n u = Unsqueeze (c, z)"
