@@ -1731,6 +1731,28 @@ def _skip_norm(call: Call) -> list[Value]:
     return [y if beta is None else y + beta, mean, inverse, total]
 
 
+@_implements("Attention", domain=CONTRIB)
+def _contrib_attention(call: Call) -> list[Value]:
+    """softmax(scale q k^T) v in heads, with q, k and v from one product; without a mask."""
+    x, weight = call.inputs[:2]
+    bias = call.input(2)
+    special = ("unidirectional", "do_rotary", "past_present_share_buffer", "qkv_hidden_sizes")
+    if any(v is not None for v in call.inputs[3:]) or any(map(call.attribute, special)):
+        raise NotImplementedHere("Attention with a mask or a past")
+    if call.wants(1):
+        raise NotImplementedHere("Attention that gives its keys and values")
+    heads = call.attribute("num_heads")
+    made = x @ weight if bias is None else x @ weight + bias
+    batch, length, width = made.shape
+    size = width // 3 // heads
+    q, k, v = made.reshape(batch, length, 3, heads, size).transpose(2, 0, 3, 1, 4)
+    (scale,) = _floats(call, scale=0.0)
+    scores = q @ k.swapaxes(-1, -2) * (scale or size**-0.5)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    mixed = weights / weights.sum(axis=-1, keepdims=True) @ v
+    return [mixed.transpose(0, 2, 1, 3).reshape(batch, length, heads * size)]
+
+
 @_implements("EmbedLayerNormalization", domain=CONTRIB)
 def _embed_norm(call: Call) -> list[Value]:
     ids, words, places = call.inputs[0].astype(np.int64), call.inputs[2], call.inputs[3]

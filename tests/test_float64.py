@@ -589,6 +589,17 @@ CONTRIB = [
         domain=MS,
         at=(17,),
     ),
+    case("Attention", normal(2, 5, 8), normal(8, 12), normal(12), domain=MS, at=(17,), num_heads=2),
+    case(
+        "Attention",
+        normal(2, 5, 8),
+        normal(8, 12),
+        normal(12),
+        domain=MS,
+        at=(17,),
+        num_heads=2,
+        scale=0.75,
+    ),
     case(
         "EmbedLayerNormalization",
         RNG.integers(0, 5, (2, 3)).astype(np.int32),
