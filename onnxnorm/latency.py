@@ -1055,9 +1055,20 @@ def result_of(recording: Recording) -> LatencyResult:
         seconds=recording.seconds,
         budget_seconds=recording.budget_seconds,
         not_measured=("cuda",) if recording.provider == "cpu" else ("cpu",),
-        notes=recording.notes,
+        notes=(*recording.notes, *_undecided(found)),
         trials=tuple(_turns(trial) for trial in trials),
     )
+
+
+def _undecided(found: Estimate) -> tuple[str, ...]:
+    """Why a ratio beyond band and interval is no verdict; nothing where it is one, or inside."""
+    low, high = found.interval
+    least, greatest = found.band
+    if found.verdict != "no measurable difference" or low <= 1 <= high:
+        return ()
+    if least <= found.ratio <= greatest:
+        return ()
+    return (f"Nothing is claimed: {found.reason}. A larger --time-budget measures more.",)
 
 
 def _turns(trial: Trial) -> Turns:

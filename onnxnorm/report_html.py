@@ -12,7 +12,6 @@ import itertools
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final
 
 import jinja2
@@ -41,9 +40,11 @@ from onnxnorm.report_text import (
     counted,
     files_written,
     is_planned,
+    is_undecided,
     judgements,
     latency_facts,
     latency_line,
+    model_names,
     norm_cells,
     norm_counts,
     not_measured,
@@ -161,7 +162,7 @@ def render_html(report: Json) -> str:
     Args:
         report: The object that `Report.to_json` returns.
     """
-    name = plain(Path(report["model"]["input"] or "model").name)
+    name = " and ".join(map(plain, model_names(report)))
     page = _environment().get_template("report.html")
     return page.render(
         title=f"{name}: onnxnorm {report['command']}",
@@ -188,8 +189,6 @@ def _environment() -> jinja2.Environment:
 def _about(report: Json) -> str:
     model = report["model"]
     parts = [f"onnxnorm {report['version']} {report['command']}"]
-    if report["command"] == "compare" and model["output"]:
-        parts.append(f"second model: {plain(Path(model['output']).name)}")
     if model["producer"]:
         parts.append(f"made by {plain(model['producer'])}")
     parts += [f"opset {model['opset']['ai.onnx']}"] if "ai.onnx" in model["opset"] else []
@@ -254,8 +253,10 @@ def _gain(report: Json) -> Tile:
     where = provider_name(latency["provider"])
     value, state = f"{_TIMES} {spell_ratio(latency['ratio'])}", states.get(latency["verdict"])
     if state is None:  # a figure in large type would be read as one that means something
-        note = f"that could be measured on {where}: {value}, {spell_interval(latency)}"
-        return Tile("Latency", "no difference", note)
+        told = f"{where}: {value}, {spell_interval(latency)}"
+        if is_undecided(latency):
+            return Tile("Latency", "undecided", f"too little was measured on {told}")
+        return Tile("Latency", "no difference", f"that could be measured on {told}")
     return Tile(
         "Latency", value, f"{latency['verdict']} on {where}; {spell_interval(latency)}", state
     )
@@ -320,9 +321,13 @@ def _found_and_done(report: Json) -> list[Any]:
         blocks.append(Table("Normalizations by kind", counts, rows, right=1))
     else:
         blocks.append(Words("There is no normalization in this model."))
-    titles, rows, _ = pass_rows(report, time_passes=True, everything=True)
+    titles, rows, idle = pass_rows(report, time_passes=False, everything=False)
     if rows:
-        blocks.append(Table("Passes, in order", titles, rows, right=1))
+        blocks.append(Table("Passes that found something", titles, rows, right=1))
+    if idle or rows:
+        titles, rows, _ = pass_rows(report, time_passes=True, everything=True)
+        every = Table("Passes, in order", titles, rows, right=1)
+        blocks.append(Fold(f"Every pass, with its time ({len(rows)})", [every]))
     back = sites_taken_back(report)
     if back:
         items = [(plain(site), [plain(effect)]) for site, effect in back]

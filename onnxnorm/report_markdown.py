@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Final
 
 from onnxnorm.report_analysis import (
@@ -25,6 +24,7 @@ from onnxnorm.report_text import (
     judgements,
     latency_facts,
     latency_line,
+    model_names,
     norm_counts,
     norm_table,
     not_measured,
@@ -53,8 +53,8 @@ def render_markdown(report: Json) -> str:
     Args:
         report: The object that `Report.to_json` returns.
     """
-    name = Path(report["model"]["input"] or "model").name
-    blocks = [f"### onnxnorm {report['command']}: {_code(name)}", _prose(verdict(report))]
+    names = " and ".join(map(_code, model_names(report)))
+    blocks = [f"### onnxnorm {report['command']}: {names}", _prose(verdict(report))]
     blocks += [f"**Warning:** {_prose(each)}" for each in report["warnings"]]
     analysis = report["analysis"] or {}
     if analysis.get("against") is not None:

@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
 
 Json: TypeAlias = Mapping[str, Any]
@@ -135,6 +136,8 @@ def _speed(report: Json) -> str:
     figures = f"(ratio {spell_ratio(latency['ratio'])}, {spell_interval(latency)})"
     if latency["verdict"] in {"faster", "slower"}:
         return f"{latency['verdict']} on {where} {figures}"
+    if is_undecided(latency):
+        return f"latency on {where} undecided {figures}"
     return f"no measurable difference in latency on {where} {figures}"
 
 
@@ -488,6 +491,14 @@ def roles(report: Json) -> tuple[str, str]:
     return ("first", "second") if report["command"] == "compare" else ("original", "optimized")
 
 
+def model_names(report: Json) -> list[str]:
+    """Return the names of the files that a report is about: two where it compares them."""
+    model = report["model"]
+    both = report["command"] == "compare" and model["output"] is not None
+    paths = [model["input"] or "model", *([model["output"]] if both else [])]
+    return [Path(path).name for path in paths]
+
+
 def files_written(report: Json) -> list[str]:
     """Return a line for each file that was written."""
     lines = []
@@ -635,11 +646,23 @@ def plain(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 
+def is_undecided(latency: Json) -> bool:
+    """Whether interval and A/A band both speak of a difference, and it is not claimed all the same.
+
+    That is so where there are too few session pairs, or where half of them do not show it alone.
+    """
+    if latency["verdict"] in {"faster", "slower"}:
+        return False
+    (low, high), (least, greatest) = latency["interval"], latency["band"]
+    return not low <= 1 <= high and not least <= latency["ratio"] <= greatest
+
+
 def latency_line(latency: Json) -> str:
     """Return verdict, ratio, interval and A/A band in one line."""
     low, high = latency["band"]
+    said = "undecided" if is_undecided(latency) else latency["verdict"]
     return (
-        f"{latency['verdict']}: ratio {spell_ratio(latency['ratio'])}, {spell_interval(latency)}, "
+        f"{said}: ratio {spell_ratio(latency['ratio'])}, {spell_interval(latency)}, "
         f"A/A band {spell_ratio(low)} to {spell_ratio(high)}"
     )
 

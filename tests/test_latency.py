@@ -213,6 +213,15 @@ def test_three_pairs_are_too_few() -> None:
     assert verdict_of([trial(k % 2 == 1, 1, 1, 0.5) for k in range(4)])[0] == "faster"
 
 
+def test_a_difference_that_is_not_claimed_says_why() -> None:
+    few = [trial(k == 1, 1, 1, 0.5) for k in range(3)]
+    (said,) = latency._undecided(estimate(few))
+    assert said.startswith("Nothing is claimed: 3 session pairs are too few for a claim.")
+    for trials in ([trial(k % 2 == 1, 1, 1, 0.5) for k in range(4)],
+                   [trial(k % 2 == 1, 1, 1, 1.0) for k in range(3)]):  # fmt: skip
+        assert latency._undecided(estimate(trials)) == ()
+
+
 def test_pairs_of_one_kind_are_halved_alternately() -> None:
     alternating = [trial(False, 1, 1.001, 1.2 if k % 2 else 1.0) for k in range(12)]
     assert estimate(alternating).verdict == NONE

@@ -683,6 +683,14 @@ def test_verdict_says_whether_the_outputs_agree(changes: dict[str, Any], text: s
             {},
             "no measurable difference in latency on the CPU (ratio 0.993, 95 % interval 0.970 to ",
         ),
+        (
+            {"ratio": 1.455, "interval": [1.34, 1.58]},
+            "; latency on the CPU undecided (ratio 1.455, 95 % interval 1.340 to 1.580)",
+        ),
+        (
+            {"ratio": 1.02, "interval": [1.01, 1.03]},  # inside the A/A band
+            "; no measurable difference in latency on the CPU (ratio 1.020, ",
+        ),
         ({"verdict": "faster", "provider": "cuda"}, "; faster on CUDA (ratio 0.993, "),
         ({"verdict": "slower", "confidence": 0.9}, "; slower on the CPU (ratio 0.993, 90 % interv"),
     ],
