@@ -446,6 +446,7 @@ ATTENTION: Final = Form(
     since=(1, 23),
     measured="17 tokens of 32 features take 0.6 of what the nodes take, 64 of 128 take 0.8, 197 of"
     " 384 and 128 of 768 take 0.97 to 1.0 (onnxruntime 1.31, CPU, AVX-512, one thread, 2026-11)",
+    defects="onnxruntime 1.31.1 dies on it without biases: zeros are written where there are none",
 )
 
 _OURS: Final = "see onnxnorm/ops/costs.py and docs/operators.md (2026-11-25, AVX-512, one thread)"
