@@ -29,6 +29,7 @@ def cell(**changes: Any) -> dict[str, Any]:
         "seconds": 1.5,
         "peak_mb": 90.0,
         "nodes": 7,
+        "runs": 5,
         "megabytes": 1.25,
         "agrees": True,
         "error_ratio": 0.5,
@@ -119,6 +120,28 @@ def test_what_is_there_is_kept_and_what_is_missing_is_added(
     }
 
 
+def test_what_the_runtime_makes_of_a_model_is_counted(tmp_path: Path) -> None:
+    text = """<ir_version: 8, opset_import: ["" : 17]> main (float[N,2] x) => (float[N,2] y)
+    { a = Identity (x) b = Relu (a) c = Transpose <perm = [1, 0]> (b)
+      y = Transpose <perm = [1, 0]> (c) }"""
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "m.onnx")
+    benchmark.count_runs(tmp_path / "m.onnx", tmp_path / "m.runs")
+    assert (tmp_path / "m.runs").read_text(encoding="utf-8") == "1"
+    (tmp_path / "broken.onnx").write_bytes(b"no model")
+    benchmark.count_runs(tmp_path / "broken.onnx", tmp_path / "broken.runs")
+    assert not (tmp_path / "broken.runs").exists()
+
+
+def test_results_of_an_earlier_version_are_shown(tmp_path: Path) -> None:
+    found = results(onnxnorm=cell())["net"]
+    for each in found["cells"].values():
+        del each["runs"]
+    (tmp_path / "net.json").write_text(json.dumps(found), encoding="utf-8")
+    page = tmp_path / "page.md"
+    assert benchmark.main(["--out", str(tmp_path), "--table", str(page)]) == 0
+    assert "| net | onnxnorm | 7 | - | 1.2 |" in page.read_text(encoding="utf-8")
+
+
 def test_the_page_says_what_the_cells_say(tmp_path: Path) -> None:
     text = json.dumps(
         results(
@@ -132,8 +155,10 @@ def test_the_page_says_what_the_cells_say(tmp_path: Path) -> None:
     assert benchmark.main(["--out", str(tmp_path), "--table", str(page), "--note", "Noted."]) == 0
     lines = page.read_text(encoding="utf-8").splitlines()
     assert "Noted." in lines
-    assert "| net | original | 7 | 1.2 | 5 ms | 3 ms |  |  |  |" in lines
-    ours = "| net | onnxnorm | 7 | 1.2 | 0.800 [0.750, 0.850] faster | 0.200 [0.750, 0.850] faster"
+    assert "| net | original | 7 | 5 | 1.2 | 5 ms | 3 ms |  |  |  |" in lines
+    ours = (
+        "| net | onnxnorm | 7 | 5 | 1.2 | 0.800 [0.750, 0.850] faster | 0.200 [0.750, 0.850] faster"
+    )
     assert f"{ours} | 0.50 | 1.5 | 90 |" in lines
     assert any("| onnxsim |" in line and "| 9.00 differs |" in line for line in lines)
     assert any("no result: boom" in line for line in lines)

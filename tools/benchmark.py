@@ -25,6 +25,7 @@ latency here, as the others do no such thing.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import math
@@ -75,6 +76,7 @@ class Cell:
         seconds: Wall time of the tool.
         peak_mb: Peak memory of its process.
         nodes: Nodes of the result, those of bodies and functions included.
+        runs: Nodes that onnxruntime makes of it on the CPU; unlike a time, without noise.
         megabytes: Size of the result with its data files.
         agrees: Whether its outputs are within the budget; None where that could not be told.
         error_ratio: Its error over the original's own, the worst output; None likewise.
@@ -86,6 +88,7 @@ class Cell:
     seconds: float | None = None
     peak_mb: float | None = None
     nodes: int | None = None
+    runs: int | None = None
     megabytes: float | None = None
     agrees: bool | None = None
     error_ratio: float | None = None
@@ -185,6 +188,8 @@ def judge_worker(original: Path, folder: Path) -> int:
             said.write(json.dumps({"begin": name}) + "\n")
             error = None
             try:
+                path = original if name == ORIGINAL else folder / directory(name) / original.name
+                count_runs(path, folder / f"{directory(name)}.runs")
                 if name == ORIGINAL:
                     feeds = checker.feeds[0].values
                     (folder / "feeds.pickle").write_bytes(pickle.dumps(dict(feeds)))
@@ -198,6 +203,15 @@ def judge_worker(original: Path, folder: Path) -> int:
     return 0
 
 
+def count_runs(model: Path, told: Path) -> None:
+    """Write down how many nodes onnxruntime makes of a model; not every graph can it write."""
+    from onnxnorm.session import optimized_graph
+
+    with contextlib.suppress(OnnxNormError):
+        runs = sum(1 for _ in all_nodes(optimized_graph(model)))
+        told.write_text(str(runs), encoding="utf-8")
+
+
 def directory(tool: str) -> str:
     """The folder of a tool's results."""
     return tool.replace(" ", "")
@@ -209,6 +223,8 @@ def judge(original: Path, folder: Path, cells: Mapping[str, Cell]) -> bool:
     command = [sys.executable, __file__, "--worker", "judge", str(original), str(folder)]
     usable = True
     for name, error in attempts(command, names, 600.0):
+        runs = folder / f"{directory(name)}.runs"
+        cells[name].runs = int(runs.read_text(encoding="utf-8")) if runs.is_file() else None
         if name == ORIGINAL:
             usable = error is None
             cells[ORIGINAL].why = error or ""
@@ -475,7 +491,7 @@ def cells_of(model: str, tool: str, cell: Mapping[str, Any]) -> list[str]:
     """One row of the large table."""
     label = LABELS.get(tool, tool)
     if cell["error"] is not None:
-        return [model, label, f"no result: {cell['error'][:60]}", *[""] * 6]
+        return [model, label, f"no result: {cell['error'][:60]}", *[""] * 7]
     told = []
     for threads in THREADS:
         found = cell["latency"].get(str(threads))
@@ -493,7 +509,9 @@ def cells_of(model: str, tool: str, cell: Mapping[str, Any]) -> list[str]:
         for key, form in (("seconds", ".1f"), ("peak_mb", ".0f"))
     ]
     size = f"{cell['megabytes']:.1f}"
-    return [model, label, str(cell["nodes"]), size, *told, error, *cost]
+    runs = cell.get("runs")  # results of an earlier version of this tool have none
+    shown = "-" if runs is None else str(runs)
+    return [model, label, str(cell["nodes"]), shown, size, *told, error, *cost]
 
 
 def _error(cell: Mapping[str, Any]) -> str:
@@ -508,7 +526,7 @@ def markdown(results: Mapping[str, Any], plot: str, note: str = "") -> str:
     """The page: what was run, the summary, the plot, every model."""
     first = next(iter(results.values()))
     told = "\n".join(f"| {key} | {value} |" for key, value in first["versions"].items())
-    titles = ["model", "tool", "nodes", "MB", *(f"ratio, {t} thr." for t in THREADS)]
+    titles = ["model", "tool", "nodes", "run", "MB", *(f"ratio, {t} thr." for t in THREADS)]
     titles += ["error", "seconds", "peak MB"]
     lines = [cells_of(*row) for row in rows_of(results)]
     said = f"\n{textwrap.fill(note, 100)}\n" if note else ""
@@ -518,7 +536,8 @@ Made by `tools/benchmark.py` {_when(results)}, whose docstring says what is meas
 "ratio" is the latency under ORT_ENABLE_ALL over that of the original under the same, with its 95 %
 interval; "faster" and "slower" are said only beyond the A/A band. "error" is the distance from the
 original in float64, as a multiple of the original's own; "differs" is beyond the budget of
-[report.md](report.md). "seconds" and "peak MB" are those of the tool's process.
+[report.md](report.md). "nodes" are those of the file, "run" those that onnxruntime makes
+of them on the CPU. "seconds" and "peak MB" are those of the tool's process.
 {said}
 | | |
 |---|---|
