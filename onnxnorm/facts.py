@@ -22,7 +22,7 @@ from onnx import numpy_helper
 
 from onnxnorm.module import Module, Node, Scope, Value, Weight, dense
 from onnxnorm.ops import bodies
-from onnxnorm.storage import Array, payload_size
+from onnxnorm.storage import Array, Stored, payload_size
 
 AnyValue: TypeAlias = Value | Weight
 _CONSTANT_LISTS: Final[dict[str, Any]] = {
@@ -60,8 +60,13 @@ _RUNTIME_NORMS: Final = {
     "SkipSimplifiedLayerNormalization",
 }
 _RANKS: Final = "onnxnorm.ranks"  # the domain of a function that only a copy for inference has
+# What of the facts holds whatever types shape inference gives.
+_TYPELESS: Final = (
+    "_uses", "_outputs", "positions", "_ordered", "_by_operator", "_shown", "_untyped",
+)  # fmt: skip
 _GROUPED: Final = 12  # nodes between taking a tensor into groups and back
 _MOVED_LIMIT: Final = 256 << 20  # bytes; a larger result is not worth holding
+_SMALL: Final = 4 << 10  # bytes; what is not larger is read once for all
 _HELD_LIMIT: Final = 64 << 10  # bytes; a larger result is computed again rather than held
 
 
@@ -79,6 +84,11 @@ class Type:
 
     element: int
     shape: tuple[int | str | None, ...] | None
+
+    @cached_property
+    def is_static(self) -> bool:
+        """Whether all dims are numbers."""
+        return self.shape is not None and all(isinstance(dim, int) for dim in self.shape)
 
 
 class _Computed:
@@ -107,15 +117,15 @@ class Constant:
         source: The initializer or node output at the end of the chain of Identity nodes.
     """
 
-    def __init__(self, name: str, source: AnyValue, content: Any, facts: Facts) -> None:
+    def __init__(self, name: str, source: AnyValue, content: Any, stored: Stored) -> None:
         self.name = name
         self.source = source
         self._content = content  # TensorProto, ndarray, or _Computed
-        self._facts = facts
+        self._stored = stored
         is_proto = isinstance(content, onnx.TensorProto)
         self.shape: tuple[int, ...] = tuple(content.dims) if is_proto else tuple(content.shape)
 
-    @property
+    @cached_property
     def dtype(self) -> np.dtype[Any]:
         """The element type, as numpy or ml_dtypes has it."""
         dtype: np.dtype[Any]
@@ -125,7 +135,7 @@ class Constant:
             dtype = self._content.dtype
         return dtype
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of the stored tensor."""
         if not isinstance(self._content, onnx.TensorProto):
@@ -136,21 +146,46 @@ class Constant:
 
     def array(self) -> Array:
         """The values; read-only, memory-mapped where the tensor is large."""
+        return self._small if self.nbytes <= _SMALL else self._read()
+
+    def float64(self) -> NDArray[np.float64]:
+        """The values in double precision, each one exactly; read-only."""
+        return self._small_float64 if self.nbytes <= _SMALL else self._read_float64()
+
+    @cached_property
+    def integers(self) -> NDArray[np.object_]:
+        """The values of a tensor of integers, as Python has them."""
+        return np.asarray(self.array()).astype(np.int64).astype(object)
+
+    # Every analysis asks for scalars, axes and shapes again, so those are read once.
+
+    @cached_property
+    def _small(self) -> Array:
+        array = self._read()
+        array.setflags(write=False)  # all callers share it
+        return array
+
+    @cached_property
+    def _small_float64(self) -> NDArray[np.float64]:
+        array = self._read_float64()
+        array.setflags(write=False)
+        return array
+
+    def _read(self) -> Array:
         if isinstance(self._content, onnx.TensorProto):
-            return self._facts.module.stored.array(self._content)
+            return self._stored.array(self._content)
         array: Array = (
             self._content.array() if isinstance(self._content, _Computed) else self._content
         )
         return array
 
-    def float64(self) -> NDArray[np.float64]:
-        """The values in double precision, each one exactly."""
+    def _read_float64(self) -> NDArray[np.float64]:
         with np.errstate(invalid="ignore"):  # a signalling NaN becomes a quiet one
             return np.asarray(self.array(), dtype=np.float64)
 
     def renamed(self, name: str) -> Constant:
         """The same constant under the name of an Identity of it."""
-        return Constant(name, self.source, self._content, self._facts)
+        return Constant(name, self.source, self._content, self._stored)
 
 
 class Facts:
@@ -160,12 +195,26 @@ class Facts:
         module: The module; it must not change while these facts are in use.
         stated: Whether to believe the shapes that the file itself states of inner values. A
             tool that made an input dynamic may have left those of the fixed size behind.
+        before: Facts of the module before it changed: what they know of stored tensors still holds.
     """
 
-    def __init__(self, module: Module, *, stated: bool = True) -> None:
+    def __init__(self, module: Module, *, stated: bool = True, before: Facts | None = None) -> None:
         self.module = module
+        # A Weight and a Constant node never change: an edit puts others in their places.
+        self._stored: dict[Weight | Node, Constant] = {} if before is None else before._stored
         self._stated = stated
         self.kept: dict[str, Any] = {}  # what analyses beyond this class found, by their name
+
+    @cached_property
+    def unstated(self) -> Facts:
+        """The same facts, but that the shapes which the file states of inner values are not used.
+
+        All that depends on no type is shared.
+        """
+        other = Facts(self.module, stated=False, before=self)
+        for name in _TYPELESS:
+            other.__dict__[name] = getattr(self, name)
+        return other
 
     # ** users and producers **
 
@@ -261,6 +310,10 @@ class Facts:
         known = self._constants
         if value in known:
             return known[value]
+        node = self.producer(value)
+        if node is None or node.op not in _FORWARDS:  # it depends on no other value
+            known[value] = self._find_constant(value)
+            return known[value]
         pending = [value]  # not by recursion: a chain can be as long as the graph
         while pending:
             at = pending[-1]
@@ -290,20 +343,31 @@ class Facts:
 
     def _find_constant(self, value: AnyValue) -> Constant | None:
         """A value as a constant, when all that it needs is known."""
+        stored = self.module.stored
         if isinstance(value, Weight):
+            if value in self._stored:
+                return self._stored[value]
             sparse = isinstance(value.proto, onnx.SparseTensorProto)
             content: Any = value.values if sparse else value.proto
             if not sparse and value.proto.HasField("segment"):
                 return None  # a part of a tensor, which no runtime reads
-            return Constant(value.name, value, content, self)
+            self._stored[value] = Constant(value.name, value, content, stored)
+            return self._stored[value]
         node = self.producer(value)
         if node is None or node.domain != "":
             return None
         if node.op == "Identity" and len(node.inputs) == 1:
             of = self._constants.get(node.inputs[0])
             return None if of is None else of.renamed(value.name)
+        if node in self._stored:
+            return self._stored[node]
         content = self._constant_node(node) if node.op == "Constant" else self._moved(node)
-        return None if content is None else Constant(value.name, value, content, self)
+        if content is None:
+            return None
+        found = Constant(value.name, value, content, stored)
+        if node.op == "Constant":
+            self._stored[node] = found
+        return found
 
     def _moved(self, node: Node) -> Array | _Computed | None:
         """The result of an operator that only moves or repeats constants, computed now."""
@@ -311,21 +375,18 @@ class Facts:
             return None
         if node.parametric:
             return None
-        proto = node.proto_now()
         inputs = list(node.inputs)
         if node.op == "Shape":
             # The shape of a constant is known without its values.
             of = self.constant(inputs[0])
             start, end = node.attrs.get("start", 0), node.attrs.get("end")
             return None if of is None else np.asarray(of.shape[start:end], dtype=np.int64)
+        like = None
         if node.op == "CastLike" and len(inputs) == 2:
             # Only the type of the second input counts, and that may be known of any value.
             like = self.type(inputs.pop())
             if like is None or not like.element:
                 return None
-            proto = onnx.helper.make_node(
-                "Cast", [inputs[0].name], [node.outputs[0].name], to=like.element
-            )
         given: dict[str, Constant] = {}
         for value in inputs:
             constant = self.constant(value) if value.name else None
@@ -335,6 +396,11 @@ class Facts:
                 if constant.nbytes > _MOVED_LIMIT:
                     return None
                 given[value.name] = constant
+        proto = node.proto_now()
+        if like is not None:
+            proto = onnx.helper.make_node(
+                "Cast", [inputs[0].name], [node.outputs[0].name], to=like.element
+            )
         opsets = node.scope.opsets
 
         def compute() -> Array | None:
@@ -411,16 +477,11 @@ class Facts:
     @cached_property
     def types(self) -> dict[tuple[str, str], Type]:
         """Inferred types by (scope path, value name), for the main graph and all bodies."""
-        model = self.module.export().small()
+        model = self._shown
         if not self._stated:
+            model = onnx.ModelProto()
+            model.CopyFrom(self._shown)
             _unstate(model.graph)
-        untyped = Facts(self.module)  # what is constant may depend on types, which are to come
-        untyped.__dict__["types"] = {}
-        _show_constants(model.graph, self.module.main, untyped)
-        _restore_shapes(model.graph)
-        _show_runtime_norms(model.graph, self.module.main.opsets[""])
-        _show_own_operators(model.graph)
-        _show_ranks(model)
         # Inference that fails leaves the types that the file itself states; the C++ side raises
         # several unrelated types.
         with suppress(Exception):
@@ -438,13 +499,34 @@ class Facts:
                         onnx.helper.make_tensor_value_info(value.name, known.element, known.shape)
                     )
             imports = [onnx.helper.make_opsetid(d, v) for d, v in scope.opsets.items()]
-            _show_constants(graph, scope, untyped)
+            _show_constants(graph, scope, self._untyped)
             called = onnx.helper.make_model(graph, opset_imports=imports)
             called.functions.extend(f for f in model.functions if f.domain != _RANKS)
             with suppress(Exception):
                 called = onnx.shape_inference.infer_shapes(called)
             self._collect(called.graph, scope, found)
         return found
+
+    @cached_property
+    def _shown(self) -> onnx.ModelProto:
+        """The model without its weights, as shape inference understands it best."""
+        model = self.module.export().small()
+        _show_constants(model.graph, self.module.main, self._untyped)
+        _restore_shapes(model.graph)
+        _show_runtime_norms(model.graph, self.module.main.opsets[""])
+        _show_own_operators(model.graph)
+        _show_ranks(model)
+        return model
+
+    @cached_property
+    def _untyped(self) -> Facts:
+        """What holds before any type is known: what is constant may depend on types."""
+        untyped = Facts(self.module, before=self)
+        untyped.__dict__["types"] = {}
+        if not any(node.op == "CastLike" for node in self.module.nodes()):
+            # Nothing else asks for a type: what is constant then is so with types as well.
+            untyped.__dict__["_constants"] = self._constants
+        return untyped
 
     def _called(self) -> Iterator[Scope]:
         """The functions of the model, each after all that call it."""
@@ -493,9 +575,13 @@ class Facts:
     def _collect(
         self, graph: onnx.GraphProto, scope: Scope, found: dict[tuple[str, str], Type]
     ) -> None:
+        read: dict[bytes, Type] = {}  # most values have a type that others have too
         for info in [*graph.value_info, *graph.output, *graph.input]:
             if info.type.HasField("tensor_type"):
-                found[scope.path, info.name] = _type(info.type.tensor_type)
+                message = info.type.SerializeToString()
+                if message not in read:
+                    read[message] = _type(info.type.tensor_type)
+                found[scope.path, info.name] = read[message]
         for inner, body in _bodies(graph, scope):
             self._collect(inner, body, found)
 
@@ -528,6 +614,8 @@ def _in_order(scope: Scope) -> Sequence[Node]:
 def _bodies(graph: onnx.GraphProto, scope: Scope) -> Iterator[tuple[onnx.GraphProto, Scope]]:
     """The bodies in a graph, with the scopes that they are."""
     nodes = [node for node in scope.nodes if node.bodies]
+    if not nodes:
+        return
     protos = [p for p in graph.node if any(a.HasField("g") or a.graphs for a in p.attribute)]
     for node, proto in zip(nodes, protos, strict=True):
         for name, index, body in node.bodies:

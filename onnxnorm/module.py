@@ -176,14 +176,9 @@ class Node(gs.Node):
 
     def proto_now(self) -> onnx.NodeProto:
         """The message of this node as it is wired now, to be read only."""
-        same = all(
-            len(names) == len(values)
-            and all(v.name == n for v, n in zip(values, names, strict=True))
-            for names, values in (
-                (self.proto.input, self.inputs),
-                (self.proto.output, self.outputs),
-            )
-        )
+        same = self.proto.input == [v.name for v in self.inputs] and self.proto.output == [
+            v.name for v in self.outputs
+        ]
         if same and not self.site and not any(body.touched for _, _, body in self.bodies):
             return self.proto
         proto = onnx.NodeProto()

@@ -70,18 +70,11 @@ class _Current:
 
     def __init__(self, module: Module) -> None:
         self.module = module
-        self._facts: Facts | None = None
-
-    @property
-    def facts(self) -> Facts:
-        """The facts, which hold until a commit."""
-        if self._facts is None:
-            self._facts = Facts(self.module)
-        return self._facts
+        self.facts = Facts(module)  # which hold until a commit
 
     def changed(self) -> None:
         """Forget what was true before a commit."""
-        self._facts = None
+        self.facts = Facts(self.module, before=self.facts)
 
 
 @dataclass

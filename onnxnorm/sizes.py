@@ -21,13 +21,14 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from onnxnorm.facts import AnyValue, Facts
+from onnxnorm.facts import AnyValue, Facts, Type
 from onnxnorm.layout import Dim, Dims
 from onnxnorm.module import Node
 
 Entries: TypeAlias = NDArray[np.object_]  # of int, or str for an unknown size
 
 _SMALL: Final = 64  # entries; shapes and lists of pads are not longer
+_TELLING: Final = frozenset({"Reshape", "Split"})  # whose rules say more than the first result
 _SAME: Final = "same"
 _KEPT: Final = "kept"
 _FRESH: Final = "?"  # begins the names of sizes that nobody named
@@ -50,7 +51,7 @@ def derived_sizes(facts: Facts) -> Sizes:
     """
     found: Sizes | None = facts.kept.get("derived sizes")
     if found is None:
-        found = facts.kept["derived sizes"] = Sizes(Facts(facts.module, stated=False))
+        found = facts.kept["derived sizes"] = Sizes(facts.unstated)
     return found
 
 
@@ -79,9 +80,7 @@ class Sizes:
 
     def of(self, value: AnyValue) -> Dims | None:
         """The sizes of a value, unknown ones by a name of their own; None for an unknown rank."""
-        if value not in self._dims:
-            self._dims[value] = self._merged(value, None)
-        dims = self._dims[value]
+        dims = self._dims[value] if value in self._dims else self.settle(value, None)
         if self._same and dims is not None:
             return tuple(self._renamed(d) for d in dims)
         return dims
@@ -117,8 +116,7 @@ class Sizes:
             return None
         if np.dtype(constant.dtype).kind not in "iub":
             return None
-        found = np.asarray(constant.array()).astype(np.int64).astype(object)
-        self._entries[value] = found
+        found = self._entries[value] = constant.integers
         return found
 
     def integers(self, value: AnyValue) -> list[int] | None:
@@ -161,25 +159,36 @@ class Sizes:
             self._renames.clear()
 
     def _visit(self, node: Node) -> None:
-        if not node.outputs or not node.outputs[0].name:
+        out = node.outputs[0] if node.outputs else None
+        if out is None or not out.name:
+            return
+        constant = self.facts.constant(out)
+        if constant is not None:
+            self._dims[out] = constant.shape
             return
         dims: Dims | None = None
-        known = node.parametric or node.domain != "" or not node.inputs
-        if not known and self.facts.constant(node.outputs[0]) is None:
+        stated = self.facts.type(out)
+        if node.inputs and node.domain == "" and not node.parametric:
             try:
                 rule = _ENTRIES.get(node.op)
                 found = rule(self, node) if rule is not None else None
                 if found is not None and found.size <= _SMALL:
-                    self._entries[node.outputs[0]] = found
-                deriving = _DIMS.get(node.op)
-                dims = deriving(self, node) if deriving is not None else None
-                if dims is None and deriving in (_same, _elementwise, _reduce, _unsqueeze):
-                    kin = self._followed(node, deriving)
-                    if kin is not None:
-                        self._kin[node.outputs[0]] = kin
+                    self._entries[out] = found
+                if stated is None or not stated.is_static or node.op in _TELLING:
+                    dims = self._derived(node, out)
             except (IndexError, ValueError, TypeError, ZeroDivisionError, OverflowError):
                 dims = None  # a graph that shape inference would reject; nothing is known
-        self._dims[node.outputs[0]] = self._merged(node.outputs[0], dims)
+        self._dims[out] = self._merged(stated, dims)
+
+    def _derived(self, node: Node, out: AnyValue) -> Dims | None:
+        """What an operator makes of the sizes of its inputs."""
+        deriving = _DIMS.get(node.op)
+        dims = deriving(self, node) if deriving is not None else None
+        if dims is None and deriving in (_same, _elementwise, _reduce, _unsqueeze):
+            kin = self._followed(node, deriving)
+            if kin is not None:
+                self._kin[out] = kin
+        return dims
 
     def _followed(
         self, node: Node, deriving: _Dims
@@ -201,11 +210,16 @@ class Sizes:
             return None
         return next(iter(kin))[0], _SAME if _SAME in hows else hows.pop()
 
-    def _merged(self, value: AnyValue, derived: Dims | None) -> Dims | None:
+    def settle(self, value: AnyValue, derived: Dims | None) -> Dims | None:
+        """Hold the sizes of a value: what shape inference says, and what is derived beyond it."""
         constant = self.facts.constant(value)
-        if constant is not None:
-            return constant.shape
-        known = self.facts.type(value)
+        if constant is None:
+            self._dims[value] = self._merged(self.facts.type(value), derived)
+        else:
+            self._dims[value] = constant.shape
+        return self._dims[value]
+
+    def _merged(self, known: Type | None, derived: Dims | None) -> Dims | None:
         stated = None if known is None else known.shape
         if stated is None:
             return derived
@@ -489,7 +503,7 @@ def _split(s: Sizes, node: Node) -> Dims | None:
         if at == 0:
             first = found
         else:
-            s._dims[value] = s._merged(value, found)
+            s.settle(value, found)
     return first
 
 

@@ -238,7 +238,7 @@ class Stored:
         """
         copy = onnx.ModelProto()
         copy.CopyFrom(self.proto)
-        for tensor in tensors(copy):
+        for tensor in tensors(copy) if self.files else ():
             if (
                 tensor.data_location == onnx.TensorProto.EXTERNAL
                 and reference_of(tensor) is None
@@ -583,7 +583,7 @@ def total_bytes(stored: Stored) -> int:
     pieces = length_of(splice(stored.proto.SerializeToString()))
     outside = (
         payload_size(t)
-        for t in tensors(stored.proto)
+        for t in (tensors(stored.proto) if stored.files else ())
         if t.data_location == onnx.TensorProto.EXTERNAL and reference_of(t) is None
     )
     return pieces + sum(outside)

@@ -260,6 +260,7 @@ def test_readers_of_a_constant_are_those_of_its_source() -> None:
 
 def test_large_results_are_let_go_and_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(facts_module, "_HELD_LIMIT", 4)
+    monkeypatch.setattr(facts_module, "_SMALL", 4)
     known = facts(
         after("float[3] w = {1, 2, 3}", "d = Unsqueeze (w, a) c = Squeeze (d)").replace(
             "<float", "<int64[1] a = {0}, float"
