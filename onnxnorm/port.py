@@ -371,6 +371,9 @@ class Inlet:
     def through(self, shift: NDArray[np.float64]) -> NDArray[np.float64]:
         """The product v W in float64, in a shape that broadcasts against a bias.
 
+        Not by BLAS, whose threads add in an order that depends on how many there are, and spin
+        for longer than a product with one vector takes.
+
         Args:
             shift: v, its axes from the right as those of the input; of size 1 on all that are not
                 contracted.
