@@ -295,7 +295,7 @@ class Scope:
             self._read_inputs(proto)
         drafts: list[tuple[onnx.NodeProto, list[Value]]] = []
         for node in proto.node:
-            if any(isinstance(text, bytes) for text in (node.name, node.op_type, node.domain)):
+            if isinstance(node.name, bytes):
                 raise _no_text(node.name, "node")
             outputs = []
             for name in node.output:
@@ -387,8 +387,13 @@ class Scope:
         """This scope as the message it came from, with all edits."""
         proto: Any = type(self.proto)()
         proto.CopyFrom(self.proto)
+        self.edit(proto)
+        return proto
+
+    def edit(self, proto: Any) -> None:
+        """Make all edits in a copy of the message that this scope came from."""
         if not self.touched:
-            return proto
+            return
         del proto.node[:]
         proto.node.extend(node.proto_now() for node in self.nodes)
         alive = {v.name for node in self.nodes for v in node.outputs}
@@ -398,7 +403,7 @@ class Scope:
             # What is said of a name that never was a value here is no business of ours.
             _drop(proto.value_info, gone, lambda i: i.name)
         if isinstance(self.proto, onnx.FunctionProto):
-            return proto
+            return
         if gone:
             _drop(proto.input, gone, lambda i: i.name)
             _drop(proto.initializer, gone, lambda t: t.name)
@@ -414,7 +419,6 @@ class Scope:
             proto.input.extend(
                 onnx.helper.make_tensor_value_info(t.name, t.data_type, list(t.dims)) for t in fresh
             )
-        return proto
 
 
 def _annotated(graph: onnx.GraphProto) -> set[str]:
@@ -557,7 +561,7 @@ class Module:
             return self._given
         proto = onnx.ModelProto()
         proto.CopyFrom(self.proto)
-        proto.graph.CopyFrom(self.main.export())
+        self.main.edit(proto.graph)
         del proto.functions[:]
         called = self._calls()
         gone = self._called - called
@@ -611,8 +615,8 @@ def _check_order(scope: Scope) -> None:
     waiting: dict[Node, int] = {}
     readers: dict[Node, list[Node]] = {}
     for node in scope.nodes:
-        sources = {p for v in reads(node) for p in v.inputs if p.scope is scope and p is not node}
-        if any(p is node for v in reads(node) for p in v.inputs):
+        sources = {p for v in reads(node) for p in v.inputs if p.scope is scope}
+        if node in sources:
             raise _cycle(scope, node)
         waiting[node] = len(sources)
         for source in sources:

@@ -127,23 +127,24 @@ class _Recogniser:
         statics = Statics(self.facts)
         self.moments = Moments(self.facts, self.scope, statics)
         self.exponentials = Exponentials(self.moments)
-        for node in order:
+        forward = [node for node in order if node.inputs and node.outputs]  # no Constant
+        for node in forward:
             self.moments.visit(node)
             self.exponentials.visit(node)
-        backward = order[::-1]
+        backward = forward[::-1]
         for node in backward:
             self._claim(self._activation(node))
         for node in backward:
             self._claim(self._softmax(node))
         for node in backward:
             self._claim(self._normal(node))
-        for node in order:
+        for node in forward:
             self._claim(self._standardized(node))
-        for node in order:
+        for node in forward:
             self._claim(self._operator(node))
         for node in backward:
             self._claim(self._near_miss(node))
-        for affine in Channelwise(self.moments, frozenset(self.claimed)).affines(order):
+        for affine in Channelwise(self.moments, frozenset(self.claimed)).affines(forward):
             self._claim(self._affine(affine))
         place = {node: i for i, node in enumerate(order)}
         for root in sorted(self.found, key=lambda n: place[n]):

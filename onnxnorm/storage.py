@@ -9,6 +9,7 @@ written, so the weights of a tensor that no pass touches never enter this proces
 from __future__ import annotations
 
 import errno
+import functools
 import math
 import mmap
 import os
@@ -383,7 +384,7 @@ def _holders(model: onnx.ModelProto) -> Iterator[onnx.GraphProto | onnx.Attribut
 def payload_size(tensor: onnx.TensorProto) -> int:
     """Bytes that a tensor of this shape and type has: ceil(prod(dims) * bits / 8)."""
     count = math.prod(tensor.dims)
-    if any(dim < 0 for dim in tensor.dims):
+    if min(tensor.dims, default=0) < 0:
         raise ModelError(
             f"tensor '{tensor.name}' has a negative dimension: {list(tensor.dims)}",
             "Export the model again; a stored tensor has a shape of whole numbers.",
@@ -402,6 +403,7 @@ def payload_size(tensor: onnx.TensorProto) -> int:
         ) from error
 
 
+@functools.cache
 def _bits(data_type: int) -> int:
     name = onnx.TensorProto.DataType.Name(data_type)
     if name.endswith("INT4") or name == "FLOAT4E2M1":
