@@ -63,6 +63,8 @@ class Change:
         """
         role = "bias" if self.bias or self.constant is None else "weight"
         old = np.zeros((), self.dtype) if self.constant is None else self.constant.array()
+        if self._surely_fits(old, role):
+            return None
         largest = 0.0
         for _, result in results(old, self.scale, self.shift):
             if not np.isfinite(rounded(result, self.dtype).astype(np.float64)).all():
@@ -71,6 +73,22 @@ class Change:
         if role == "weight" and 0.0 < largest < float(_finfo(self.dtype).smallest_normal):
             return f"the folded weight is too small for {self.dtype}, {largest:.1e} at most"
         return None
+
+    def _surely_fits(self, old: Array, role: str) -> bool:
+        """Whether the extremes of both factors say that it fits, so that no product has to."""
+        if not old.size or not self.scale.size:
+            return False
+        info, factors = _finfo(self.dtype), np.abs(self.scale)
+        largest = max(abs(float(old.min())), abs(float(old.max())))
+        shift = 0.0 if self.shift is None else float(np.abs(self.shift).max(initial=0.0))
+        # Half of the range leaves room for the rounding; a NaN is in no range.
+        if not float(factors.max()) * largest + shift <= float(info.max) / 2:
+            return False
+        if role == "bias":
+            return True
+        return self.shift is None and float(factors.min()) * largest >= 2 * float(
+            info.smallest_normal
+        )
 
     @property
     def nbytes(self) -> int:
