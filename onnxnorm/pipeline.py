@@ -71,10 +71,14 @@ class _Current:
     def __init__(self, module: Module) -> None:
         self.module = module
         self.facts = Facts(module)  # which hold until a commit
+        self.state = 0  # how many rounds of commits there have been
 
     def changed(self) -> None:
         """Forget what was true before a commit."""
-        self.facts = Facts(self.module, before=self.facts)
+        before = self.facts
+        self.facts = Facts(self.module, before=before)
+        self.state += 1
+        before.kept.clear()  # what is kept refers to the facts: it would stay for the collector
 
 
 @dataclass
@@ -127,18 +131,18 @@ class Pipeline:
         statistics = {p.name: PassStatistics(p.name) for p in self.passes}
         applied: list[Remark] = []
         final: dict[str, list[Remark]] = {}
-        settled: dict[int, Facts] = {}  # where a pass had nothing more to do
+        settled: dict[int, int] = {}  # the state in which a pass had nothing more to do
         self._asked = set()
         for _ in range(ROUNDS):
             committed = 0
             for i, rule in enumerate(self.passes):
-                if settled.get(i) is current.facts:
+                if settled.get(i) == current.state:
                     continue  # the graph is as it left it
                 started = time.perf_counter()
                 done, rest = self._fixed_point(rule, current, verifier, deny, allow)
                 applied += done
                 final[rule.name] = rest
-                settled[i] = current.facts
+                settled[i] = current.state
                 committed += len(done)
                 entry = statistics[rule.name]
                 entry.applied += len(done)
