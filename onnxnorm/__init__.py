@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from onnxnorm.api import Result as Result
     from onnxnorm.api import compare as compare
-    from onnxnorm.api import inspect as inspect
     from onnxnorm.api import optimize as optimize
     from onnxnorm.errors import OnnxNormError as OnnxNormError
+    from onnxnorm.inspection import inspect as inspect
     from onnxnorm.ops.library import register_ops as register_ops
     from onnxnorm.report import Report as Report
 
@@ -33,7 +33,12 @@ def __getattr__(name: str) -> Any:
     """Import what is asked for: a process that only measures need not import the compiler."""
     if name == "__version__":
         return import_module("importlib.metadata").version("onnxnorm")
-    homes = {"OnnxNormError": "errors", "Report": "report", "register_ops": "ops.library"}
+    homes = {
+        "OnnxNormError": "errors",
+        "Report": "report",
+        "inspect": "inspection",
+        "register_ops": "ops.library",
+    }
     if name not in __all__:
         raise AttributeError(f"module 'onnxnorm' has no attribute '{name}'")
     return getattr(import_module(f"onnxnorm.{homes.get(name, 'api')}"), name)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final
 
 import onnx
 
@@ -23,13 +22,15 @@ from onnxnorm.errors import (
     UsageError,
     VerificationError,
 )
+from onnxnorm.inspection import environment, told_of_target
+from onnxnorm.inspection import inspect as inspect
 from onnxnorm.intake import Model, given_back, taken
-from onnxnorm.lowering import NOT_MEASURED, OLDEST_RUNTIME, Choices
+from onnxnorm.lowering import OLDEST_RUNTIME, Choices
 from onnxnorm.lowering import version as parsed
 from onnxnorm.module import Module
 from onnxnorm.ops import bodies, library
 from onnxnorm.pipeline import Pipeline, Run
-from onnxnorm.registry import select
+from onnxnorm.registry import Target, aimed, select
 from onnxnorm.regression import MAX_REGRESSION, judge
 from onnxnorm.remark import Remark
 from onnxnorm.report import Report
@@ -41,8 +42,6 @@ from onnxnorm.staging import Staged
 from onnxnorm.storage import Stored
 from onnxnorm.stream_rows import Outline, outlines, stream_rows
 from onnxnorm.workbench import Progress, Shapes, Workbench
-
-Target: TypeAlias = Literal["onnx", "ort-cpu", "ort-cuda"]
 
 _log: Final = logging.getLogger("onnxnorm")
 
@@ -180,7 +179,7 @@ def optimize(
         ParityError: The outputs do not agree, or onnxruntime cannot run the model.
     """
     say = _heard(progress)
-    chosen = _aimed(
+    chosen = aimed(
         select(passes), target, ops=ops, cuda_kernels=cuda_kernels, runtime=runtime_version
     )
     forms = _forms(choices, tune=tune, dry_run=dry_run)
@@ -198,7 +197,7 @@ def optimize(
         blamed: list[Blame] = []
         pipeline = Pipeline(chosen, tuple(only), tuple(skip), after_pass)
         pipeline.before = lambda facts: found.extend(outlines(facts))
-        told = _Told(notes=_told_of_target(target))
+        told = _Told(notes=told_of_target(target))
         source = _in_opset(stored, opset, target, runtime_version, told)
         if tune:
             say("forms", None)
@@ -275,7 +274,7 @@ def optimize(
             streams=streams,
             passes=[vars(s) for s in run.statistics],
             sites=site_rows(run.remarks),
-            environment=_environment(bench.provider is not None, threads),
+            environment=environment(bench.provider is not None, threads),
             options={
                 "passes": [p.name for p in chosen],
                 "target": target,
@@ -296,95 +295,6 @@ def optimize(
             **vars(told),
         )
         return Result(report, run.stored, files, model)
-
-
-def inspect(
-    model: Model,
-    *,
-    passes: str | Iterable[str | Pass] | None = None,
-    target: Target = "onnx",
-    runtime_version: str | None = None,
-    ops: bool = False,
-    cuda_kernels: bool = False,
-    runtime: bool = False,
-    provider: str = "auto",
-) -> Report:
-    """List every normalization of a model, what would be done with it, and what is in the way.
-
-    Nothing is written, and nothing is run but for `runtime`.
-
-    Args:
-        model: As for `optimize`.
-        passes: As for `optimize`.
-        target: As for `optimize`.
-        runtime_version: As for `optimize`.
-        ops: As for `optimize`.
-        cuda_kernels: As for `optimize`.
-        runtime: Let onnxruntime load the model as given and as it would be, and say for each norm
-            which operators it really runs.
-        provider: Where it would run them.
-
-    Raises:
-        ModelError: The model cannot be read or is broken.
-        UsageError: `passes` names what does not exist, or `ops` is for another target.
-        ProviderError: With `runtime`, the provider is not usable.
-        RuntimeRejection: With `runtime`, onnxruntime cannot load a model.
-    """
-    chosen = _aimed(
-        select(passes), target, ops=ops, cuda_kernels=cuda_kernels, runtime=runtime_version
-    )
-    with ExitStack() as stack:
-        stored = stack.enter_context(taken(model))
-        found: list[Outline] = []
-        run = Pipeline(chosen, before=lambda facts: found.extend(outlines(facts))).run(stored)
-        rows, notes = norm_rows(run.norms, run.remarks), _told_of_target(target)
-        ran = None
-        if runtime:
-            rows, told, ran = _shown(stored, run, rows, provider, stack)
-            notes.append(told)
-        return Report(
-            command="inspect",
-            version=version("onnxnorm"),
-            model=model_facts(stored, None, None),
-            nodes={"before": run.nodes[0], "after": run.nodes[1]},
-            norms=rows,
-            streams=stream_rows(found, run.remarks),
-            passes=[vars(s) for s in run.statistics],
-            sites=site_rows(run.remarks),
-            parity_skipped="inspect runs nothing",
-            latency_skipped="inspect runs nothing",
-            options={
-                "passes": [p.name for p in chosen],
-                "target": target,
-                **({"provider": ran} if ran else {}),
-            },
-            environment=_environment(ran is not None, None),
-            notes=notes,
-        )
-
-
-def _shown(
-    stored: Stored, run: Run, rows: list[dict[str, Any]], provider: str, stack: ExitStack
-) -> tuple[list[dict[str, Any]], str, str]:
-    """The rows of norms with what onnxruntime runs for them, a sentence on it, and where."""
-    from onnxnorm.runtime_view import RuntimeGraph, runtime_note, runtime_rows
-    from onnxnorm.session import optimized_graph, resolve_provider, runtime_version
-
-    chosen = resolve_provider(provider)
-    path = stored.path or stack.enter_context(Staged(stored, None)).model
-    before = after = RuntimeGraph(optimized_graph(path, provider=chosen))
-    if run.applied:
-        made = stack.enter_context(Staged(run.stored, None)).model
-        after = RuntimeGraph(optimized_graph(made, provider=chosen))
-    rows = runtime_rows(rows, before, after)
-    return rows, runtime_note(rows, runtime_version()), chosen
-
-
-def _told_of_target(target: Target) -> list[str]:
-    """What a report on a model for a target has to say of what was measured for it."""
-    if target != "ort-cuda":
-        return []
-    return [f"Forms for ort-cuda are chosen by rule: {NOT_MEASURED} (docs/targets.md)."]
 
 
 def compare(
@@ -482,50 +392,10 @@ def compare(
             version=version("onnxnorm"),
             model=model_facts(first, second.path, second),
             nodes={"before": before, "after": after},
-            environment=_environment(True, threads),
+            environment=environment(True, threads),
             options={"provider": bench.provider, "seed": seed, "time_budget": time_budget},
             **vars(told),
         )
-
-
-def _aimed(
-    passes: list[Pass],
-    target: Target,
-    *,
-    ops: bool,
-    cuda_kernels: bool = False,
-    runtime: str | None,
-) -> list[Pass]:
-    """Passes that depend on the target, told of it; what the user gave them stays."""
-    if runtime is not None and re.fullmatch(r"\d+\.\d+(\.\w+)*", runtime) is None:
-        raise UsageError(
-            f"'{runtime}' is not a version of onnxruntime", "Write it as --runtime-version 1.23."
-        )
-    if cuda_kernels and not (ops and target == "ort-cuda"):
-        raise UsageError(
-            "--cuda-kernels was given without --target ort-cuda --ops",
-            "Give all three, or leave it out.",
-        )
-    if ops and target != "ort-cpu" and not cuda_kernels:
-        also = "" if target == "onnx" else " Those for CUDA are behind --cuda-kernels."
-        raise UsageError(
-            f"--ops was given for the target {target}",
-            "Add --target ort-cpu: the operators of onnxnorm have kernels for onnxruntime's CPU."
-            + also,
-        )
-    aimed = []
-    for each in passes:
-        given: dict[str, Any] = {}
-        if getattr(each, "target", None) == "onnx":
-            given["target"] = target
-        if ops and hasattr(each, "ops"):
-            given["ops"] = True
-        if cuda_kernels and hasattr(each, "cuda_kernels"):
-            given["cuda_kernels"] = True
-        if runtime is not None and hasattr(each, "runtime"):
-            given["runtime"] = runtime
-        aimed.append(replace(each, **given) if given else each)  # type: ignore[type-var]
-    return aimed
 
 
 def _told_of_operators(bench: Workbench, stored: Stored, *, cuda_kernels: bool) -> list[str]:
@@ -693,15 +563,6 @@ def _check_valid(before: Stored, run: Run, *, changed: bool) -> None:
             f"onnx.checker rejects the result: {complaint}",
             "This is a defect of one of the passes; please report it with the model.",
         )
-
-
-def _environment(measured: bool, threads: int | None) -> dict[str, Any]:
-    """Versions, and, where something was run, the machine it ran on."""
-    if not measured:
-        return {name: version(name) for name in ("onnxnorm", "onnx", "numpy")}
-    from onnxnorm.session import environment
-
-    return environment(threads)
 
 
 def _heard(progress: Progress | None) -> Progress:

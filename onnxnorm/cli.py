@@ -10,6 +10,7 @@ a large model's data then runs meanwhile.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -277,10 +278,11 @@ def inspect(
     **given: Any,
 ) -> None:
     """List every normalization of MODEL.onnx, what would be done, and what is in the way."""
-    from onnxnorm import api
+    with _uncollected():
+        from onnxnorm import inspection
 
-    _check_reports(reports, source)
-    report = api.inspect(source, **given)
+        _check_reports(reports, source)
+        report = inspection.inspect(source, **given)
     _show(report, reports, as_json=as_json, verbose=verbose, quiet=quiet)
 
 
@@ -568,6 +570,20 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     finally:
         signal.signal(signal.SIGTERM, before)
     sys.exit(code)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """For a command that is soon over, do not look for garbage in cycles.
+
+    The graph is a million objects that live until the end, and going through them again and again
+    took 6 % of the time of `inspect` on 4,000 nodes.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def _leave_stdout() -> None:

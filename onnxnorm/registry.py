@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import fields, replace
 from difflib import get_close_matches
 from importlib import import_module
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from onnxnorm.errors import UsageError
 from onnxnorm.rewrite import Pass
+
+Target: TypeAlias = Literal["onnx", "ort-cpu", "ort-cuda"]
 
 _ITEM = re.compile(r"\s*([a-z0-9-]+)\s*(?:\{([^{}]*)\})?\s*(?:,|$)")
 
@@ -52,6 +54,46 @@ def select(wanted: str | Iterable[str | Pass] | None) -> list[Pass]:
     for item in wanted:
         chosen += _parse(item) if isinstance(item, str) else [item]
     return chosen
+
+
+def aimed(
+    passes: list[Pass],
+    target: Target,
+    *,
+    ops: bool,
+    cuda_kernels: bool = False,
+    runtime: str | None,
+) -> list[Pass]:
+    """Passes that depend on the target, told of it; what the user gave them stays."""
+    if runtime is not None and re.fullmatch(r"\d+\.\d+(\.\w+)*", runtime) is None:
+        raise UsageError(
+            f"'{runtime}' is not a version of onnxruntime", "Write it as --runtime-version 1.23."
+        )
+    if cuda_kernels and not (ops and target == "ort-cuda"):
+        raise UsageError(
+            "--cuda-kernels was given without --target ort-cuda --ops",
+            "Give all three, or leave it out.",
+        )
+    if ops and target != "ort-cpu" and not cuda_kernels:
+        also = "" if target == "onnx" else " Those for CUDA are behind --cuda-kernels."
+        raise UsageError(
+            f"--ops was given for the target {target}",
+            "Add --target ort-cpu: the operators of onnxnorm have kernels for onnxruntime's CPU."
+            + also,
+        )
+    found = []
+    for each in passes:
+        given: dict[str, Any] = {}
+        if getattr(each, "target", None) == "onnx":
+            given["target"] = target
+        if ops and hasattr(each, "ops"):
+            given["ops"] = True
+        if cuda_kernels and hasattr(each, "cuda_kernels"):
+            given["cuda_kernels"] = True
+        if runtime is not None and hasattr(each, "runtime"):
+            given["runtime"] = runtime
+        found.append(replace(each, **given) if given else each)  # type: ignore[type-var]
+    return found
 
 
 def options(kind: type[Pass]) -> dict[str, tuple[str, Any]]:
