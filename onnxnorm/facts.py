@@ -510,7 +510,7 @@ class Facts:
     @cached_property
     def _shown(self) -> onnx.ModelProto:
         """The model without its weights, as shape inference understands it best."""
-        model = self.module.export().small()
+        model = self.module.small()
         _show_constants(model.graph, self.module.main, self._untyped)
         _restore_shapes(model.graph)
         _show_runtime_norms(model.graph, self.module.main.opsets[""])
@@ -677,6 +677,8 @@ def _restore_shapes(graph: onnx.GraphProto) -> None:
 
     Before opset 14 inference gives up the rank there, and with it all that follows.
     """
+    if not any(node.op_type == "Shape" for node in graph.node):
+        return
     made = {name: node for node in graph.node for name in node.output}
     for node in graph.node:
         shape = (

@@ -10,7 +10,6 @@ edit replaced the element. A scope that no edit touched is written back as it wa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
 from typing import Any, Final
 
 import numpy as np
@@ -22,7 +21,7 @@ from onnx_graphsurgeon.ir.tensor import LazyValues
 from onnxnorm import wellformed
 from onnxnorm.errors import ModelError
 from onnxnorm.ops import bodies
-from onnxnorm.storage import Array, Stored, total_bytes
+from onnxnorm.storage import Array, Stored
 
 SITE_KEY: Final = "onnxnorm.site"  # the metadata key that names, on a new node, the site it is from
 
@@ -506,10 +505,10 @@ class Module:
         """Whether any edit has been made."""
         return any(scope.touched for scope in self.scopes)
 
-    @cached_property
+    @property
     def bytes_read(self) -> int:
         """Bytes of the model as it was read, with all its weights."""
-        return total_bytes(self.stored)
+        return self._given.total_bytes
 
     def fresh_name(self, wanted: str) -> str:
         """`wanted`, or the first of `wanted_1`, `wanted_2` ... that nobody uses."""
@@ -557,8 +556,18 @@ class Module:
 
     def export(self) -> Stored:
         """The model with all edits; the input itself where there are none."""
+        return self.stored.with_proto(self._edited()) if self.touched else self._given
+
+    def small(self) -> onnx.ModelProto:
+        """A copy of the model with all edits for analyses, as `Stored.small` makes it."""
         if not self.touched:
-            return self._given
+            return self.stored.small()
+        copy = self._edited()
+        self.stored.bring_inside(copy)
+        return copy
+
+    def _edited(self) -> onnx.ModelProto:
+        """The model's message with all edits."""
         proto = onnx.ModelProto()
         proto.CopyFrom(self.proto)
         self.main.edit(proto.graph)
@@ -581,7 +590,7 @@ class Module:
         for domain in sorted(called - known - set(wellformed.STANDARD_DOMAINS)):
             imported = onnx.helper.make_opsetid(domain, self._imports[domain])
             proto.opset_import.append(imported)
-        return self.stored.with_proto(proto)
+        return proto
 
 
 def _attribute(proto: onnx.AttributeProto) -> Any:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from onnxnorm import storage
 from onnxnorm.module import Node
 from onnxnorm.norms import Norm
 from onnxnorm.remark import Remark
@@ -106,8 +105,8 @@ def model_facts(stored: Stored, output: Path | None, after: Stored | None) -> di
     return {
         "input": None if stored.path is None else str(stored.path),
         "output": None if output is None else str(output),
-        "bytes_before": storage.total_bytes(stored),
-        "bytes_after": None if after is None else storage.total_bytes(after),
+        "bytes_before": stored.total_bytes,
+        "bytes_after": None if after is None else after.total_bytes,
         "opset": {o.domain or "ai.onnx": o.version for o in proto.opset_import},
         "ir_version": proto.ir_version,
         "producer": producer or None,

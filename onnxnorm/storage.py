@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import itertools
 import math
 import mmap
 import os
@@ -45,6 +46,7 @@ from onnxnorm.wire import (
 PROTOBUF_LIMIT: Final = 2**31 - 1  # no protobuf parser reads a larger message
 
 Array: TypeAlias = NDArray[Any]
+_Holder: TypeAlias = onnx.GraphProto | onnx.AttributeProto
 
 _MAPPINGS: Final = 128  # of one file at a time; each one takes a file descriptor
 
@@ -239,7 +241,12 @@ class Stored:
         """
         copy = onnx.ModelProto()
         copy.CopyFrom(self.proto)
-        for tensor in tensors(copy) if self.files else ():
+        self.bring_inside(copy)
+        return copy
+
+    def bring_inside(self, model: onnx.ModelProto) -> None:
+        """Let a skeleton over these payloads hold those that are external and small."""
+        for tensor in tensors(model) if self.files else ():
             if (
                 tensor.data_location == onnx.TensorProto.EXTERNAL
                 and reference_of(tensor) is None
@@ -249,7 +256,17 @@ class Stored:
                 del tensor.external_data[:]
                 tensor.ClearField("data_location")
                 tensor.raw_data = bytes(payload or b"")
-        return copy
+
+    @functools.cached_property
+    def total_bytes(self) -> int:
+        """Bytes of the model with all its payloads, wherever they are."""
+        pieces = length_of(splice(self.proto.SerializeToString()))
+        outside = (
+            payload_size(t)
+            for t in (tensors(self.proto) if self.files else ())
+            if t.data_location == onnx.TensorProto.EXTERNAL and reference_of(t) is None
+        )
+        return pieces + sum(outside)
 
     def complete(self) -> onnx.ModelProto:
         """The whole model in memory, payloads included; external data stay external.
@@ -341,25 +358,23 @@ def _open_all(stored: Stored, folder: Path) -> None:
 def tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
     """Every dense tensor of a model: initializers and attributes, in all graphs and functions."""
     for holder in _holders(model):
-        if isinstance(holder, onnx.GraphProto):
-            yield from holder.initializer
-        else:
-            if holder.HasField("t"):
-                yield holder.t
-            yield from holder.tensors
+        yield from _dense(holder)
 
 
-def _sparse(model: onnx.ModelProto) -> Iterator[onnx.SparseTensorProto]:
-    for holder in _holders(model):
-        if isinstance(holder, onnx.GraphProto):
-            yield from holder.sparse_initializer
-        else:
-            if holder.HasField("sparse_tensor"):
-                yield holder.sparse_tensor
-            yield from holder.sparse_tensors
+def _dense(holder: _Holder) -> Iterable[onnx.TensorProto]:
+    if isinstance(holder, onnx.GraphProto):
+        return holder.initializer
+    return [holder.t, *holder.tensors] if holder.HasField("t") else holder.tensors
 
 
-def _holders(model: onnx.ModelProto) -> Iterator[onnx.GraphProto | onnx.AttributeProto]:
+def _sparse(holder: _Holder) -> Iterable[onnx.SparseTensorProto]:
+    if isinstance(holder, onnx.GraphProto):
+        return holder.sparse_initializer
+    single = holder.HasField("sparse_tensor")
+    return [holder.sparse_tensor, *holder.sparse_tensors] if single else holder.sparse_tensors
+
+
+def _holders(model: onnx.ModelProto) -> Iterator[_Holder]:
     """Every message of a model that can hold tensors."""
     graphs = [model.graph]
     for info in model.training_info:
@@ -441,7 +456,8 @@ def _parse(file: File, path: Path) -> onnx.ModelProto:
 def _check_references(skeleton: onnx.ModelProto, expected: int) -> None:
     """Refuse a model that brings references of its own, or data that we cannot keep apart."""
     found = 0
-    for tensor in tensors(skeleton):
+    holders = list(_holders(skeleton))
+    for tensor in itertools.chain.from_iterable(map(_dense, holders)):
         references = sum(entry.key == REFERENCE_KEY for entry in tensor.external_data)
         found += references
         if references and (references > 1 or tensor.HasField("raw_data")):
@@ -453,7 +469,7 @@ def _check_references(skeleton: onnx.ModelProto, expected: int) -> None:
             f"the model uses '{REFERENCE_KEY}', which is reserved, in its external data",
             "Save it with the tool that made it; this is not a complete model.",
         )
-    for sparse in _sparse(skeleton):
+    for sparse in itertools.chain.from_iterable(map(_sparse, holders)):
         for part in (sparse.values, sparse.indices):
             if part.data_location == onnx.TensorProto.EXTERNAL:
                 raise ModelError(
@@ -578,14 +594,3 @@ def _assign(message: Any, name: str, value: Any) -> None:
         target.MergeFrom(value)
     else:
         setattr(message, name, value)
-
-
-def total_bytes(stored: Stored) -> int:
-    """Bytes of a model with all its payloads, wherever they are."""
-    pieces = length_of(splice(stored.proto.SerializeToString()))
-    outside = (
-        payload_size(t)
-        for t in (tensors(stored.proto) if stored.files else ())
-        if t.data_location == onnx.TensorProto.EXTERNAL and reference_of(t) is None
-    )
-    return pieces + sum(outside)

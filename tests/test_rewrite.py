@@ -178,7 +178,7 @@ def test_large_constants_are_held_outside_the_skeleton() -> None:
 
     done = change("y", hold)
     assert len(done.stored.proto.SerializeToString()) < 2 * INLINE_LIMIT
-    assert storage.total_bytes(done.stored) > 256 * INLINE_LIMIT
+    assert done.stored.total_bytes > 256 * INLINE_LIMIT
 
 
 def test_in_a_function_constants_are_nodes() -> None:

@@ -493,10 +493,10 @@ def test_a_header_that_is_no_text_is_refused(tmp_path: Path) -> None:
 
 def test_total_bytes_counts_every_payload_once(tmp_path: Path) -> None:
     model = copies(WEIGHTS)
-    assert storage.total_bytes(storage.from_proto(model)) == model.ByteSize()
+    assert storage.from_proto(model).total_bytes == model.ByteSize()
     externalize(model, tmp_path, {"large": Place("w.bin", gap=100), "small": Place("w.bin")})
     stored = storage.load(write(model, tmp_path / "m.onnx"))
-    assert storage.total_bytes(stored) == model.ByteSize() + LARGE.nbytes + SMALL.nbytes
+    assert stored.total_bytes == model.ByteSize() + LARGE.nbytes + SMALL.nbytes
 
 
 def test_analyses_see_small_values_wherever_they_are(tmp_path: Path) -> None:
