@@ -10,6 +10,7 @@ a large model's data then runs meanwhile.
 
 from __future__ import annotations
 
+import atexit
 import gc
 import json
 import os
@@ -576,10 +577,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 def _uncollected() -> Iterator[None]:
     """For a command that is soon over, do not look for garbage in cycles.
 
-    The graph is a million objects that live until the end, and going through them again and again
-    took 6 % of the time of `inspect` on 4,000 nodes.
+    A graph is very many objects that live until the end. Going through them again and again took
+    6 % of the time of `inspect` on 4,000 nodes, and once more when the process ends 3 %.
     """
     gc.disable()
+    atexit.register(gc.freeze)  # before the interpreter's own last collection
     try:
         yield
     finally:
