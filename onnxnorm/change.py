@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from onnxnorm.facts import AnyValue, Constant, Facts
 from onnxnorm.module import Node
-from onnxnorm.port import Slot, filled_bias, rounded, row_blocks
+from onnxnorm.port import Slot, filled_bias, magnitude, rounded, row_blocks
 from onnxnorm.rewrite import Refusal, Rewriter
 from onnxnorm.storage import Array
 
@@ -65,13 +65,13 @@ class Change:
         old = np.zeros((), self.dtype) if self.constant is None else self.constant.array()
         if self._surely_fits(old, role):
             return None
-        largest = 0.0
+        most = 0.0
         for _, result in results(old, self.scale, self.shift):
             if not np.isfinite(rounded(result, self.dtype).astype(np.float64)).all():
                 return f"the folded {role} is not finite in {self.dtype}"
-            largest = max(largest, float(np.abs(result).max(initial=0.0)))
-        if role == "weight" and 0.0 < largest < float(_finfo(self.dtype).smallest_normal):
-            return f"the folded weight is too small for {self.dtype}, {largest:.1e} at most"
+            most = max(most, float(np.abs(result).max(initial=0.0)))
+        if role == "weight" and 0.0 < most < float(_finfo(self.dtype).smallest_normal):
+            return f"the folded weight is too small for {self.dtype}, {most:.1e} at most"
         return None
 
     def _surely_fits(self, old: Array, role: str) -> bool:
@@ -79,16 +79,14 @@ class Change:
         if not old.size or not self.scale.size:
             return False
         info, factors = _finfo(self.dtype), np.abs(self.scale)
-        largest = max(abs(float(old.min())), abs(float(old.max())))
+        most = magnitude(old)
         shift = 0.0 if self.shift is None else float(np.abs(self.shift).max(initial=0.0))
         # Half of the range leaves room for the rounding; a NaN is in no range.
-        if not float(factors.max()) * largest + shift <= float(info.max) / 2:
+        if not float(factors.max()) * most + shift <= float(info.max) / 2:
             return False
         if role == "bias":
             return True
-        return self.shift is None and float(factors.min()) * largest >= 2 * float(
-            info.smallest_normal
-        )
+        return self.shift is None and float(factors.min()) * most >= 2 * float(info.smallest_normal)
 
     @property
     def nbytes(self) -> int:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from onnxnorm.facts import AnyValue, Facts
 from onnxnorm.module import Module, Node
 from onnxnorm.norms import Norm, find_norms
-from onnxnorm.ops import bodies, library
+from onnxnorm.ops import bodies
 from onnxnorm.reference import confirm
 from onnxnorm.rewrite import Pass, Plan, Refusal
 from onnxnorm.site import Site
@@ -73,6 +73,8 @@ def lack(name: str, node: Node, module: Module, *, cuda: bool = False) -> str | 
 
     With `cuda` the kernels in question are those for GPUs.
     """
+    from onnxnorm.ops import library  # most runs want no calls, and need not know of compilers
+
     there = library.describe_cuda() if cuda else library.describe()
     if there.path is None or name not in there.operators:
         missing = "; ".join(there.missing) or f"it has no kernel for {name}"

@@ -58,6 +58,12 @@ def rounded(array: NDArray[np.float64], dtype: np.dtype[Any]) -> Array:
     return out
 
 
+def magnitude(array: Array) -> float:
+    """The largest |a| of an array that is not empty; NaN where an entry is."""
+    with _quiet():  # bfloat16 warns of a NaN
+        return max(abs(float(array.min())), abs(float(array.max())))
+
+
 # ** every linear operator, constant by constant **
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from onnxnorm.facts import AnyValue, Constant
 from onnxnorm.module import Node
-from onnxnorm.port import rounded
+from onnxnorm.port import magnitude, rounded
 from onnxnorm.rewrite import Rewriter, outermost
 from onnxnorm.storage import Array
 from onnxnorm.transfer import Basis
@@ -89,11 +89,10 @@ class Edits:
 def misfit(constant: Constant, basis: Basis) -> str | None:
     """What the type of a constant cannot hold of C diag(s) w, as a clause; None where it can."""
     array = constant.array()
-    if basis.scale is None and array.size and basis.layout.covers(array.shape):
-        # The mean is no larger than the largest entry, so half of the range is enough.
-        largest = max(abs(float(array.min())), abs(float(array.max())))
-        if largest <= float(_finfo(array.dtype).max) / 2:
-            return None
+    whole = basis.scale is None and array.size and basis.layout.covers(array.shape)
+    # The mean is no larger than the largest entry, so half of the range is enough.
+    if whole and magnitude(array) <= float(_finfo(array.dtype).max) / 2:
+        return None
     for block in _blocks(array.shape, basis):
         before = np.asarray(array[block], dtype=np.float64)
         with np.errstate(over="ignore", invalid="ignore"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -82,6 +83,13 @@ def command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
         return Outcome(ended.value.code, out, err)
 
     return run
+
+
+def test_inspect_leaves_the_collector_as_it_was(command: Command, model: Path) -> None:
+    assert command("inspect", model).code == 0
+    assert gc.isenabled()
+    assert command("inspect", model.parent / "missing.onnx").code == 2
+    assert gc.isenabled()
 
 
 def in_process(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:

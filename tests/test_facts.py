@@ -258,6 +258,34 @@ def test_readers_of_a_constant_are_those_of_its_source() -> None:
     )
 
 
+def test_what_is_stored_is_read_once_for_all_states() -> None:
+    known = facts(
+        after("float[2] w = {1, 2}", "d = Constant <value_ints = [3, 4]> () c = Add (w, w)")
+    )
+    later = Facts(known.module, before=known)
+    for name in ("w", "d"):
+        assert constant(later, name) is constant(known, name)
+        assert constant(known, name).array() is constant(later, name).array()
+        assert not constant(known, name).array().flags.writeable
+        assert not constant(known, name).float64().flags.writeable
+
+
+def test_facts_that_believe_no_stated_shape_share_what_needs_no_type() -> None:
+    model = parse(
+        "main (float[N] x, float16[M] like) => (float[N] y) <float[1] w = {2}, float[2] z>"
+        " { c = CastLike (w, like) b = Mul (x, x) y = Identity (b) }"
+    )
+    model.graph.value_info.append(helper.make_tensor_value_info("b", TensorProto.FLOAT, [7]))
+    known = facts(model)
+    other = known.unstated
+    node = known.producer(value(known, "b"))
+    assert node is not None
+    assert known.uses(value(known, "b")) is other.uses(value(known, "b"))
+    assert known.type(value(known, "b")) == Type(TensorProto.FLOAT, (7,))
+    assert other.type(value(known, "b")) == Type(TensorProto.FLOAT, ("N",))
+    assert constant(known, "c").dtype == constant(other, "c").dtype == np.float16
+
+
 def test_large_results_are_let_go_and_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(facts_module, "_HELD_LIMIT", 4)
     monkeypatch.setattr(facts_module, "_SMALL", 4)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,13 +12,16 @@ import pytest
 from onnx import parser
 
 from onnxnorm import storage
+from onnxnorm.constants import find_constants
 from onnxnorm.errors import UsageError, VerificationError
 from onnxnorm.facts import Facts
 from onnxnorm.matcher import Match
+from onnxnorm.norms import find_norms
 from onnxnorm.passes.fold_batchnorm import FoldBatchnorm
 from onnxnorm.pattern import const, op, var
 from onnxnorm.pipeline import Pipeline
 from onnxnorm.rewrite import Pass, Plan, Refusal, RewritePass, Rewriter
+from onnxnorm.sizes import derived_sizes, find_sizes
 from onnxnorm.storage import Stored
 
 MODEL = """
@@ -107,6 +112,26 @@ def test_denied_sites_are_left_out_and_later_ones_build_on_what_is_there() -> No
     assert [n.op_type for n in done.stored.proto.graph.node] == ["Add"]
     allowed = Pipeline([JoinAdds()]).run(stored(), allow=["join-adds:y"])
     assert [r.site for r in allowed.applied] == ["join-adds:y"]
+
+
+def test_what_was_found_before_a_commit_goes_with_it() -> None:
+    known: list[weakref.ref[Facts]] = []
+
+    class Looking(JoinAdds):
+        def plan(self, facts: Facts) -> Iterator[Plan | Refusal]:
+            find_sizes(facts)
+            derived_sizes(facts)
+            find_norms(facts)
+            find_constants(facts)
+            known.append(weakref.ref(facts))
+            return super().plan(facts)
+
+    gc.disable()  # a circle would stay until it is looked for
+    try:
+        Pipeline([Looking()]).run(stored())
+        assert [facts() for facts in known[:-1]] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_the_same_input_gives_the_same_bytes() -> None:
