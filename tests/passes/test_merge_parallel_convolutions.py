@@ -218,7 +218,9 @@ MUTANTS = {
     "the shift of a map": ("+ signs[1 - at] * shift)", "+ signs[1 - at] * scale)"),
     "the bias behind a scale": ("sign * (scale * bias + shift)", "sign * (bias + shift)"),
     "the scale behind a convolution": (
-        "self.weight.float64() * self.scale.reshape(-1, *inner)", "self.weight.float64()"),
+        "self.weight.float64() * self.scale.reshape(-1, *inner)",
+        "self.weight.float64().copy()",
+    ),
     "one bias": ("large.bias + small.bias", "large.bias"),
 }  # fmt: skip
 
