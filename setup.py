@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import compileall
 import importlib.util
 import sys
 from pathlib import Path
@@ -40,6 +41,11 @@ class BuildLibrary(build_ext):
         built = builder().build(self._folder())
         for line in built.missing:
             self.announce(f"operator library: {line}", 3)
+        if self.inplace or self.editable_mode:
+            # pip compiles what it copies, and of an editable install it copies nothing: without
+            # this, a command takes 0.2 s longer wherever Python may not write what it compiles.
+            for folder in ("onnxnorm", "passes"):
+                compileall.compile_dir(folder, quiet=2)
 
     def get_outputs(self) -> list[str]:
         """What `run` made."""

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from onnxnorm import float64
 from onnxnorm.facts import AnyValue, Facts
-from onnxnorm.module import Node, Value
+from onnxnorm.module import RANDOM, Node, Value
 from onnxnorm.sizes import Entries, derived_sizes, find_sizes
 from onnxnorm.storage import Array
 
@@ -371,7 +371,7 @@ def why_not(node: Node, facts: Facts) -> str | None:
         return f"{node.op} is an operator of the domain {node.domain}"
     if node.bodies:
         return f"{node.op} has bodies"
-    if node.op in float64.RANDOM:
+    if node.op in RANDOM:
         return f"{node.op} draws other numbers in every run"
     if node.op in _QUANTIZED:
         return "it keeps a weight in the form that a quantizer wrote"

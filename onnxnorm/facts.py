@@ -20,7 +20,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from onnxnorm.module import Module, Node, Scope, Value, Weight, dense
+from onnxnorm.module import RANDOM, Module, Node, Scope, Value, Weight, dense
 from onnxnorm.ops import bodies
 from onnxnorm.storage import Array, Stored, payload_size
 
@@ -205,12 +205,18 @@ class Facts:
         self._stated = stated
         self.kept: dict[str, Any] = {}  # what analyses beyond this class found, by their name
 
-    @cached_property
+    @property
     def unstated(self) -> Facts:
         """The same facts, but that the shapes which the file states of inner values are not used.
 
-        All that depends on no type is shared.
+        All that depends on no type is shared; these facts themselves where a file states nothing.
         """
+        return self._unstated or self
+
+    @cached_property
+    def _unstated(self) -> Facts | None:
+        if not _states(self._shown.graph):
+            return None  # and not these facts, which a cycle would keep alive
         other = Facts(self.module, stated=False, before=self)
         for name in _TYPELESS:
             other.__dict__[name] = getattr(self, name)
@@ -329,6 +335,24 @@ class Facts:
     @cached_property
     def _constants(self) -> dict[AnyValue, Constant | None]:
         return {}
+
+    def fixed(self, value: AnyValue) -> bool:
+        """Whether a value of the main graph is the same in every run: computed of constants alone.
+
+        A part that is run by itself computes it too; other numbers in its place would be no proof.
+        """
+        return not value.name or self.constant(value) is not None or value in self._fixed
+
+    @cached_property
+    def _fixed(self) -> set[AnyValue]:
+        found: set[AnyValue] = set()
+        for node in self.in_order(self.module.main):
+            named = [v for v in node.inputs if v.name]
+            if not named or node.bodies or node.op in RANDOM:
+                continue
+            if all(v in found or self.constant(v) is not None for v in named):
+                found.update(node.outputs)
+        return found
 
     def _needed(self, value: AnyValue) -> Iterator[AnyValue]:
         """What must be known before a value: inputs, up to the first that is not constant."""
@@ -622,6 +646,27 @@ def _bodies(graph: onnx.GraphProto, scope: Scope) -> Iterator[tuple[onnx.GraphPr
             for attribute in proto.attribute:
                 if attribute.name == name:
                     yield attribute.g if index < 0 else attribute.graphs[index], body
+
+
+def _states(graph: onnx.GraphProto, outer: frozenset[str] | None = None) -> bool:
+    """Whether a graph states a shape that inference would use, of other values than its inputs.
+
+    Args:
+        graph: The graph.
+        outer: Outputs with a shape of the graphs around it; None for the main graph.
+    """
+    shaped = {o.name for o in graph.output if o.type.tensor_type.HasField("shape")}
+    if graph.value_info or (shaped and outer is not None):
+        return True
+    known = shaped | (outer or frozenset())
+    for node in graph.node:
+        if not known.isdisjoint(node.input):
+            return True
+        for attribute in node.attribute:
+            for inner in [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]:
+                if _states(inner, frozenset(known)):
+                    return True
+    return False
 
 
 def _unstate(graph: onnx.GraphProto) -> None:

@@ -77,17 +77,6 @@ class Call:
 Operator: TypeAlias = Callable[[Call], list[Value]]
 OPERATORS: Final[dict[tuple[str, str], Operator]] = {}
 CONTRIB: Final = "com.microsoft"
-# Operators that draw numbers, other ones in every run.
-RANDOM: Final = frozenset(
-    {
-        "Bernoulli",
-        "Multinomial",
-        "RandomNormal",
-        "RandomNormalLike",
-        "RandomUniform",
-        "RandomUniformLike",
-    }
-)
 
 
 def is_float_dtype(dtype: np.dtype[Any]) -> bool:

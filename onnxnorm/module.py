@@ -25,6 +25,18 @@ from onnxnorm.storage import Array, Stored
 
 SITE_KEY: Final = "onnxnorm.site"  # the metadata key that names, on a new node, the site it is from
 
+# Operators that draw numbers, other ones in every run.
+RANDOM: Final = frozenset(
+    {
+        "Bernoulli",
+        "Multinomial",
+        "RandomNormal",
+        "RandomNormalLike",
+        "RandomUniform",
+        "RandomUniformLike",
+    }
+)
+
 
 class Value(gs.Variable):
     """A value known only at run time: a graph input or a node's output.

@@ -15,7 +15,6 @@ from typing import Any, ClassVar
 import onnx
 
 from onnxnorm.facts import AnyValue, Facts, Use
-from onnxnorm.float64 import RANDOM
 from onnxnorm.matcher import Match, Mismatch, match
 from onnxnorm.module import Module, Node, Scope, Value, Weight, reads
 from onnxnorm.ops import bodies
@@ -545,30 +544,11 @@ class Rewriter:
             for value in reads(node):
                 local = value.scope is not node.scope
                 skip = not value.name or value in inside or local
-                if not skip and not self._fixed(value):
+                if not skip and not self.facts.fixed(value):
                     outside[value.name] = None
         names = dict.fromkeys(v.name for v in outputs if v.name)
         between = dict.fromkeys(v.name for v in inside if v.name and v.name not in names)
         return Region(self._site, tuple(outside), tuple(names), tuple(sorted(between)))
-
-    def _fixed(self, value: AnyValue) -> bool:
-        """Whether a value is the same in every run: computed of constants alone.
-
-        A part that is run by itself computes it too; other numbers in its place would be no proof.
-        """
-        seen: set[AnyValue] = set()
-        pending = [value]
-        while pending:
-            at = pending.pop()
-            if at in seen or not at.name or self.facts.constant(at) is not None:
-                continue
-            seen.add(at)
-            node = self.facts.producer(at)
-            named = [] if node is None else [v for v in node.inputs if v.name]
-            if node is None or not named or node.bodies or node.op in RANDOM:
-                return False
-            pending += named
-        return True
 
     def _seen_outside(self, value: AnyValue) -> list[Value]:
         """A value of the main graph; what the outermost node around it computes otherwise."""

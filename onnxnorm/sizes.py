@@ -49,10 +49,7 @@ def derived_sizes(facts: Facts) -> Sizes:
     A tool that made an input dynamic may have left the shapes of the fixed size behind; what is
     computed before the model runs must not believe them.
     """
-    found: Sizes | None = facts.kept.get("derived sizes")
-    if found is None:
-        found = facts.kept["derived sizes"] = Sizes(facts.unstated)
-    return found
+    return find_sizes(facts.unstated)
 
 
 class Sizes:

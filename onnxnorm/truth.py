@@ -31,7 +31,6 @@ from onnxnorm import staging, storage
 from onnxnorm.errors import ModelError, OnnxNormError
 from onnxnorm.float64 import (
     OPERATORS,
-    RANDOM,
     Array,
     Call,
     NotImplementedHere,
@@ -40,6 +39,7 @@ from onnxnorm.float64 import (
     is_float_type,
     widen,
 )
+from onnxnorm.module import RANDOM
 from onnxnorm.session import Session, open_session
 
 FunctionKey: TypeAlias = tuple[str, str, str]
@@ -607,7 +607,7 @@ def draw(
     """Return one draw of a random operator, in float64 or its integer type.
 
     Args:
-        op_type: One of `float64.RANDOM`.
+        op_type: One of `module.RANDOM`.
         attributes: The node's attributes.
         inputs: The node's inputs; may be empty where `shape` is given and no value is needed.
         rng: The source of randomness.

@@ -20,7 +20,8 @@ import onnx
 
 from onnxnorm import storage
 from onnxnorm.errors import UsageError
-from onnxnorm.float64 import RANDOM, Array, is_float_dtype
+from onnxnorm.float64 import Array, is_float_dtype
+from onnxnorm.module import RANDOM
 from onnxnorm.truth import draw, names_read, subgraphs
 
 # A weight that one of these reads may be off by an ulp; elsewhere it may be an exponent, a scale

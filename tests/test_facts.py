@@ -286,6 +286,35 @@ def test_facts_that_believe_no_stated_shape_share_what_needs_no_type() -> None:
     assert constant(known, "c").dtype == constant(other, "c").dtype == np.float16
 
 
+@pytest.mark.parametrize(
+    ("text", "states"),
+    [
+        ("main (float[N] x) => (float[7] y) { y = Relu (x) }", False),
+        ("main (float[N] x) => (float[7] y, float[N] z) { y = Relu (x) z = Relu (y) }", True),
+        ("main (float[N] x) => (float[7] y) <float[N] b> { b = Neg (x) y = Relu (b) }", True),
+        (
+            (
+                "main (float[N] x, bool c) => (float[7] y, float[N] z) { y = Relu (x)"
+                " z = If (c) <then_branch = t () => (float u) { u = Neg (y) },"
+                " else_branch = e () => (float v) { v = Abs (x) }> }"
+            ),
+            True,
+        ),
+        (
+            (
+                "main (float[N] x, bool c) => (float[N] z)"
+                "{ z = If (c) <then_branch = t () => (float[7] u) { u = Neg (x) },"
+                " else_branch = e () => (float[7] v) { v = Abs (x) }> }"
+            ),
+            True,
+        ),
+    ],
+)
+def test_facts_of_a_file_that_states_nothing_stand_for_both(text: str, states: bool) -> None:
+    known = facts(parse(text))
+    assert (known.unstated is not known) == states
+
+
 def test_large_results_are_let_go_and_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(facts_module, "_HELD_LIMIT", 4)
     monkeypatch.setattr(facts_module, "_SMALL", 4)
