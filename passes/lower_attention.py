@@ -93,21 +93,18 @@ class LowerAttention(Pass):
         if self.target != "ort-cpu":
             return
         for softmax in facts.module.nodes():
-            if (
-                softmax.op != "Softmax"
-                or softmax.domain
-                or not _is_between_products(softmax, facts)
-            ):
+            if softmax.op != "Softmax" or softmax.domain:
+                continue
+            if not _is_between_products(softmax, facts):
                 continue
             form = attention(self.target, version(self.runtime))
             if isinstance(form, str):
                 yield Refusal(form, softmax.label, node=softmax, kept=True)
                 continue
             try:
-                found = _found(softmax, facts, find_sizes(facts))
-                found = _found(
-                    softmax, facts, derived_sizes(facts)
-                )  # what a file states may be stale
+                _found(softmax, facts, find_sizes(facts))
+                # What a file states may be stale.
+                found = _found(softmax, facts, derived_sizes(facts))
             except _Misfit as reason:
                 yield Refusal(str(reason), softmax.label, node=softmax, kept=True)
                 continue
@@ -164,7 +161,8 @@ def _found(softmax: Node, facts: Facts, sizes: Sizes) -> _Attention:
     """
     if softmax.scope is not facts.module.main:
         raise _Misfit("it is in a body or a function")
-    if softmax.attrs.get("axis", -1) not in (-1, 3) or softmax.parametric:
+    default = -1 if softmax.scope.opsets[""] >= 13 else 1  # and all behind it, then
+    if softmax.attrs.get("axis", default) not in (-1, 3) or softmax.parametric:
         raise _Misfit("it is not over the keys")
     mixed = facts.uses(softmax.outputs[0])[0].node
     spread = _only_reader(mixed, facts, "Transpose", "what it is multiplied with")
@@ -207,15 +205,9 @@ def _scores(softmax: Node, facts: Facts) -> tuple[Node, float, tuple[Node, ...]]
         raise _Misfit(f"its scores come from {made.op}, as a mask or a bias is added")
     for value, other in (tuple(made.inputs), tuple(reversed(made.inputs))):
         known = facts.constant(other)
-        if (
-            known is None
-            or known.shape not in ((), (1,))
-            or (made.op, value)
-            == (
-                "Div",
-                made.inputs[1],
-            )
-        ):
+        if known is None or known.shape not in ((), (1,)):
+            continue
+        if made.op == "Div" and value is made.inputs[1]:
             continue
         factor = float(known.float64().reshape(-1)[0])
         scale = factor if made.op == "Mul" else 1 / factor if factor else 0.0

@@ -173,6 +173,11 @@ def test_an_older_runtime_keeps_the_nodes() -> None:
     assert_refuses(graph(NODES), LowerAttention("ort-cpu", "1.22"), "needs onnxruntime 1.23")
 
 
+def test_a_softmax_of_an_older_opset_is_over_more_than_the_keys() -> None:
+    text = graph(NODES).replace('"" : 17', '"" : 12').replace("Softmax <axis = -1>", "Softmax")
+    assert_refuses(text, CPU, "it is not over the keys")
+
+
 def test_another_type_keeps_the_nodes() -> None:
     wide = graph(NODES).replace("float", "double")
     assert_refuses(wide, CPU, "the operator's kernel is for float32, and this is float64")
