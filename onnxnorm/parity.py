@@ -1237,7 +1237,7 @@ class ParityChecker:
         shapes = {n: v.shape for n, v in feed.values.items() if isinstance(v, np.ndarray)}
         types = self._with_measured(stored, feed, infer_shapes(stored, shapes), regions)
         outputs: list[OutputParity] = []
-        notes: list[str] = []
+        notes: dict[str, list[str]] = {}  # each with the sites that it is said of
         feeds: list[Feed] = []
         unproven: list[Region] = []
         precision = "float64"
@@ -1256,7 +1256,7 @@ class ParityChecker:
                         reference = self._part(part)
                 except _TooLarge as error:
                     unproven.append(region)
-                    notes.append(f"{region.site}: {error}")
+                    notes.setdefault(str(error), []).append(region.site)
                     continue
                 except ParityError:  # sizes that belong together are lost where it was cut
                     note = f"the part around {region.site} does not run by itself"
@@ -1266,7 +1266,8 @@ class ParityChecker:
             with staging.Staged(changed, None) as staged:
                 found, remarks = self._judge_twice(reference, staged.model, region)
             outputs += found
-            notes += [f"{region.site}: {note}" for note in [*reference.notes, *remarks]]
+            for note in dict.fromkeys((*reference.notes, *remarks)):
+                notes.setdefault(note, []).append(region.site)
             feeds += reference.feeds[: 1 if number else None]
             if reference.precision != "float64":
                 precision = reference.precision
@@ -1275,7 +1276,8 @@ class ParityChecker:
             f"{precision}, of the {count} {'region' if count == 1 else 'regions'} that changed "
             f"({self._too_large})"
         )
-        result = _result(outputs, truth, notes, feeds, start)
+        told = [_said_of(sites, note) for note, sites in notes.items()]
+        result = _result(outputs, truth, told, feeds, start)
         return replace(result, passed=result.passed and not unproven, unproven=tuple(unproven))
 
     def _part(self, part: storage.Stored) -> _Reference:
@@ -1293,6 +1295,12 @@ class ParityChecker:
             yield
         finally:
             self._seconds, self._until = given
+
+
+def _said_of(sites: Sequence[str], note: str) -> str:
+    """A note with the sites that it is said of, the first by name."""
+    more = f" and {len(sites) - 1} more" if len(sites) > 1 else ""
+    return f"{sites[0]}{more}: {note}"
 
 
 class _TooLarge(Exception):

@@ -613,6 +613,16 @@ def test_a_region_beyond_the_memory_is_unproven(tmp_path: Path) -> None:
     assert any("second: a float64 run does not fit into memory" in note for note in result.notes)
 
 
+def test_what_is_said_of_many_regions_is_said_once(tmp_path: Path) -> None:
+    original = layers(tmp_path, "a")
+    regions = [Region("first", ("a",), ("b",)), Region("second", ("c",), ("d",))]
+    with ParityChecker(original, memory_bytes=1) as checker:
+        result = checker.check(original, regions)
+    notes = [note for note in result.notes if "does not fit into memory" in note]
+    assert len(notes) == 1
+    assert notes[0].startswith("first and 1 more: ")
+
+
 def test_regions_that_there_is_no_time_for_are_unproven(tmp_path: Path) -> None:
     original = layers(tmp_path, "a")
     regions = [Region("first", ("a",), ("b",)), Region("second", ("c",), ("d",))]
