@@ -561,7 +561,7 @@ def _check_valid(before: Stored, run: Run, *, changed: bool) -> None:
     if complaint is not None and verifier.checker_complaint(before) is None:
         raise VerificationError(
             f"onnx.checker rejects the result: {complaint}",
-            "This is a defect of one of the passes; please report it with the model.",
+            "Unless onnxruntime cannot run the model as it is, this is a defect; please report it.",
         )
 
 

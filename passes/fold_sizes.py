@@ -26,7 +26,7 @@ from onnxnorm.facts import Facts
 from onnxnorm.layout import Dim, Dims
 from onnxnorm.module import Node
 from onnxnorm.rewrite import Pass, Plan, Refusal, Rewriter
-from onnxnorm.sizes import derived_sizes, find_sizes
+from onnxnorm.sizes import derived_sizes, factors, find_sizes
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,10 @@ def _reshaped(
     wanted: Dims, before: Dims | None, after: Dims | None, allowzero: bool
 ) -> NDArray[np.int64] | str:
     """The shape for a Reshape, or what stands in the way."""
+    if before is not None and 0 not in wanted and -1 not in wanted:
+        (number, names), (other, others) = factors(before), factors(wanted)
+        if sorted(names) == sorted(others) and number != other:
+            return "what it reads has another number of elements, so it fails in every run"
     shape: list[int] = []
     open_places: list[tuple[int, Dim]] = []  # sizes that are neither known nor copied
     copied: list[Dim] = []

@@ -103,6 +103,8 @@ def test_an_expand() -> None:
          "a size is 0"),
         (("bu", "lu", "two", "four"), "y = Reshape <allowzero = 1> (x, t)", {},
          "'N', 'L' are not known"),
+        (("bu", "lu", "two", "two"), "y = Reshape (x, t)", {"y": "N,L,2,2"},
+         "what it reads has another number of elements"),
         (("lu", "lu", "four"), "y = Expand (x, t)", {"x": "N,L,1", "y": "a,L,4"},
          "'L' is not known to be the size that is there"),
         (("bu", "lu", "two", "four"), "r = ReduceMax <keepdims = 0> (x)\n y = Expand (r, t)", {},
