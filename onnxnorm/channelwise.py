@@ -166,8 +166,10 @@ class Channelwise:
         whole = scales and shifts and not self._follows(chain.base, norm=True)
         if whole and {n.op for n in chain.nodes} == {"Mul", "Add"} and self._epsilon(chain) is None:
             # Nothing but its place says that these are folded statistics.
-            made = self._facts.producer(self._moments.source(chain.base))
-            whole = made is None or made.op in _PLACES or self._follows(chain.base)
+            source = self._moments.source(chain.base)
+            made, scope = self._facts.producer(source), chain.nodes[0].scope
+            told = not scope.is_function if made is None else made.op in _PLACES
+            whole = told or self._follows(chain.base, products=False)
         if not whole:
             near = self._follows(chain.base) or self._feeds(chain.nodes[-1].outputs[0])
             if not near:
@@ -233,10 +235,11 @@ class Channelwise:
             pending += node.inputs
         return None
 
-    def _follows(self, value: AnyValue, *, norm: bool = False) -> bool:
+    def _follows(self, value: AnyValue, *, norm: bool = False, products: bool = True) -> bool:
         """Whether a linear operator or a norm computes a value, up to what a map flows through.
 
-        With `norm`, whether a norm does, up to layout.
+        With `norm`, whether a norm does, up to layout. Without `products`, not through those of
+        computed values, as a gate or a GELU written out is one.
         """
         pending = [(value, 0)]
         while pending:
@@ -253,7 +256,7 @@ class Channelwise:
                     return True
             elif node.op in (_LAYOUT if norm else _PASSED):
                 pending += [(v, hops + 1) for v in node.inputs[:1]]
-            elif node.op in _JOINS and not norm:
+            elif node.op in _JOINS and not norm and (products or node.op not in ("Div", "Mul")):
                 dynamic = [v for v in node.inputs if self._facts.constant(v) is None]
                 # With a constant it is an affine map itself, but for the bias of a MatMul.
                 if len(dynamic) == len(node.inputs) or node.op in ("Add", "Concat", "Max", "Min"):

@@ -88,6 +88,8 @@ def _reshaped(
         (number, names), (other, others) = factors(before), factors(wanted)
         if sorted(names) == sorted(others) and number != other:
             return "what it reads has another number of elements, so it fails in every run"
+    if after is not None and len(after) != len(wanted):
+        after = None  # what inference says of it cannot be
     shape: list[int] = []
     open_places: list[tuple[int, Dim]] = []  # sizes that are neither known nor copied
     copied: list[Dim] = []

@@ -98,6 +98,12 @@ def test_behind_a_norm_it_is_a_channel_affine() -> None:
     assert (affine.kind, affine.input.name) == ("channel_affine", "q")
 
 
+def test_behind_a_product_of_values_it_is_a_channel_affine() -> None:
+    gelu = "e1 = Erf (c) e2 = Add (e1, half) e3 = Mul (c, e2) "
+    found = norms(CONV + gelu + "q = Exp (x) z = Mul (e3, q) k = Mul (z, g) y = Add (k, b)")
+    assert [n.kind for n in found] == ["channel_affine"]
+
+
 def test_a_reader_in_between_ends_the_chain() -> None:
     found = norms(CONV + "k = Mul (c, g) r = Relu (k) t = Add (k, b) y = Add (r, t)")
     assert [(n.kind, n.output.name) for n in found] == [("channel_affine", "k")]

@@ -133,6 +133,14 @@ def test_a_stated_shape_is_not_believed() -> None:
     assert shapes == [[-1, 8]]
 
 
+def test_an_output_of_a_rank_that_cannot_be_is_not_believed() -> None:
+    before = joined("bu", "lu", "two", "left")
+    before.graph.output[0].type.tensor_type.shape.dim.pop()
+    done = run(before, RULE)
+    (shape,) = (onnx.numpy_helper.to_array(t) for t in done.stored.proto.graph.initializer)
+    assert shape.tolist() == [0, 0, 2, -1]
+
+
 def test_a_body_keeps_its_shapes() -> None:
     inner = f"{computed('bu', 'lu', 'two', 'four')}\n r = Reshape (x, t)"
     text = graph(
