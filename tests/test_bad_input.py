@@ -993,9 +993,12 @@ def test_a_provider_that_is_not_there(place: Bench, good: Path) -> None:
 )
 def test_an_interruption(place: Bench, good: Path, number: int, where: str) -> None:
     script = f"""
-import sys, time
+import signal, sys, time
 from unittest import mock
 from onnxnorm import cli, registry
+
+# A shell that runs the tests in the background lets them ignore Ctrl-C, which is inherited.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def stop(*_, **__):
     print("here", flush=True)
