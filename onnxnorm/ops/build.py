@@ -73,10 +73,12 @@ _INSTRUCTION_SETS: Final[dict[str, dict[str, tuple[str, ...]]]] = {
         "avx512": (
             *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"),
             "-mprefer-vector-width=512",
+            # A line that will be written is fetched for that; older processors do nothing then.
+            "-mprfchw",
             # GCC 12 warns of its own header: _mm512_undefined_ps is meant to be so.
             *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),
         ),
-        "avx2": ("-mavx2", "-mfma", "-mf16c"),
+        "avx2": ("-mavx2", "-mfma", "-mf16c", "-mprfchw"),
         "baseline": (),
     },
     "aarch64": {"neon": ()},
