@@ -258,9 +258,8 @@ class Constants:
                     known[out] = self._settled(out, np.asarray(result), node, rounded)
             if at not in known:
                 raise Unknown(f"{node.op} gives no tensor of numbers", node)
-            for given in dict.fromkeys(
-                _named(node.inputs)
-            ):  # memory follows the largest, not their sum
+            # Memory follows the largest, not their sum.
+            for given in dict.fromkeys(_named(node.inputs)):
                 left[given] = left.get(given, len({u.node for u in self.facts.uses(given)})) - 1
                 if left[given] <= 0 and given is not value:
                     known.pop(given, None)

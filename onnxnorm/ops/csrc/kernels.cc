@@ -1,9 +1,9 @@
 // The kernels, compiled once for each instruction set: -DONNXNORM_ISA=<name> names the table that
 // this translation unit fills. No header with inline functions may be included here (kernels.h).
 //
-// float16, bfloat16 and float32 are computed in float32, float64 in float64. Sums run over at most
-// kSegment values in the lanes of four vectors and go on in float64, so their error does not grow
-// with the length of a row.
+// float16, bfloat16 and float32 are computed in float32, float64 in float64. Sums along a row run
+// over at most kSegment values in the lanes of four vectors and go on in float64, and those of a
+// norm down columns keep what they lose, so their error does not grow with the length.
 #include "kernels.h"
 
 #include "simd.h"
