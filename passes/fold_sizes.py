@@ -52,10 +52,12 @@ class FoldSizes(Pass):
             wanted = sizes.entries(node.inputs[1])
             if wanted is None or wanted.ndim != 1:
                 continue
-            find = _reshaped if node.op == "Reshape" else _expanded
-            allowzero = bool(node.attrs.get("allowzero", 0))
-            results = sizes.of(node.outputs[0])
-            found = find(tuple(wanted.tolist()), sizes.of(node.inputs[0]), results, allowzero)
+            entries, before = tuple(wanted.tolist()), sizes.of(node.inputs[0])
+            if node.op == "Reshape":
+                allowzero = bool(node.attrs.get("allowzero", 0))
+                found = _reshaped(entries, before, sizes.of(node.outputs[0]), allowzero)
+            else:
+                found = _expanded(entries, before)
             if isinstance(found, str):
                 yield Refusal(found, node.label, node=node)
                 continue
@@ -115,11 +117,8 @@ def _reshaped(
     return np.asarray(shape, np.int64)
 
 
-def _expanded(
-    wanted: Dims, before: Dims | None, after: Dims | None, allowzero: bool
-) -> NDArray[np.int64] | str:
+def _expanded(wanted: Dims, before: Dims | None) -> NDArray[np.int64] | str:
     """The shape for an Expand, or what stands in the way."""
-    del after, allowzero
     if before is None:
         return "the rank of what is expanded is not known"
     first = len(before) - len(wanted)  # axes are aligned at the end
