@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -132,3 +133,40 @@ def test_the_gatekeepers_exist() -> None:
     assert set().union(*GATEKEEPERS.values()) <= names
     own = {name.removeprefix("onnxnorm.") for name in NOT_FOR_PASSES if "." in name}
     assert own <= names
+
+
+def rooms() -> dict[str, int]:
+    """Of each module, how far down the table of rooms in docs/design.md it stands."""
+    page = (ROOT / "docs" / "design.md").read_text("utf-8")
+    table = re.search(r"\| room \| modules \|\n\|---\|---\|\n((?:\|.*\n)+)", page)
+    assert table is not None
+    found: dict[str, int] = {}
+    for floor, row in enumerate(table[1].splitlines()):
+        for name in re.findall(r"`(\w+)`", row):
+            assert name not in found, f"{name} has two rooms"
+            found[name] = floor
+    return found
+
+
+def faults_of_room(name: str, source: str, floors: dict[str, int]) -> list[str]:
+    """What a module imports from a room below its own."""
+    own = [each.split(".")[1] for each in imports(source) if each.startswith("onnxnorm.")]
+    floor = floors[name.partition(".")[0]]
+    return [f"{name} imports {each}" for each in own if floors.get(each, -1) > floor]
+
+
+def test_every_module_has_a_room_and_knows_none_below() -> None:
+    floors = rooms()
+    names = {module_name(path, "onnxnorm"): path for path in ENGINE}
+    assert {name.partition(".")[0] for name in names} == set(floors)
+    for name, path in names.items():
+        assert faults_of_room(name, path.read_text("utf-8"), floors) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["from onnxnorm.parity import Budget", "def f():\n    from onnxnorm import latency, errors"],
+)
+def test_a_door_to_a_room_below_is_seen(source: str) -> None:
+    assert faults_of_room("facts", source, rooms())
+    assert not faults_of_room("cli", source, rooms())
