@@ -60,10 +60,14 @@ class Unevaluable(OnnxNormError):
 
 @dataclass
 class _Scope:
-    """Values by name, and where names that are not here are looked up."""
+    """Values by name, and where names that are not here are looked up.
+
+    The path is that of `module.Scope`.
+    """
 
     opsets: Mapping[str, int]
     parent: _Scope | None = None
+    path: str = ""
     attributes: Mapping[str, onnx.AttributeProto] = field(default_factory=dict)
     values: dict[str, Value] = field(default_factory=dict)
 
@@ -137,8 +141,21 @@ class Evaluator:
         precision: "float64", or what was not: "float64 except 3 nodes in float32: a.B (3)".
     """
 
-    def __init__(self, stored: storage.Stored, memory_bytes: float = math.inf) -> None:
-        """Prepare to evaluate `stored`, holding at most `memory_bytes` of values at a time."""
+    def __init__(
+        self,
+        stored: storage.Stored,
+        memory_bytes: float = math.inf,
+        watch: Mapping[tuple[str, str], Callable[[Value], None]] | None = None,
+    ) -> None:
+        """Prepare to evaluate `stored`.
+
+        Args:
+            stored: The model.
+            memory_bytes: How much of values to hold at a time.
+            watch: What to call with a value, each time that it is there, by the path of its scope
+                (as `module.Scope.path`) and its name; weights excepted.
+        """
+        self._watch = watch or {}
         self._memory = memory_bytes
         self._stored = stored
         self._graph = stored.proto.graph
@@ -231,17 +248,29 @@ class Evaluator:
             for sparse in owner.sparse_initializer:
                 scope.values.setdefault(sparse.values.name, self._dense(sparse))
         plan = self._plan(owner)
+        self._show(scope, tuple(scope.values))
         for node, drops in zip(plan.nodes, plan.drops, strict=True):
             if time.monotonic() > self._deadline:
                 raise OutOfTime
             for name, value in zip(node.output, self._node(node, scope), strict=False):
                 if name:
                     scope.values[name] = value
+            self._show(scope, node.output)
             for name in drops:
                 if name not in wanted:
                     scope.values.pop(name, None)
             if self._memory < math.inf and _bytes(scope) > self._memory:
                 raise MemoryError(f"more than {self._memory / 2**30:.1f} GiB after {_label(node)}")
+
+    def _show(self, scope: _Scope, names: Iterable[str]) -> None:
+        """Hand the values that somebody watches to who does."""
+        if not self._watch:
+            return
+        for name in names:
+            seen = self._watch.get((scope.path, name))
+            value = scope.values.get(name)
+            if seen is not None and not isinstance(value, _Weight):
+                seen(value)
 
     def _plan(self, owner: onnx.GraphProto | onnx.FunctionProto) -> _Plan:
         found = self._plans.get(id(owner))
@@ -428,7 +457,9 @@ class Evaluator:
     ) -> Sequence[Value]:
         attributes = {a.name: a for a in function.attribute_proto}
         attributes |= {a.name: a for a in node.attribute}
-        scope = _Scope({**self._opsets, **_opsets(function.opset_import)}, None, attributes)
+        overload = f":{function.overload}" if function.overload else ""
+        path = f"{function.domain}.{function.name}{overload}/"
+        scope = _Scope({**self._opsets, **_opsets(function.opset_import)}, None, path, attributes)
         for position, name in enumerate(function.input):
             scope.values[name] = inputs[position] if position < len(inputs) else None
         self._evaluate(function, scope, set(function.output))
@@ -489,8 +520,13 @@ class Evaluator:
 
     # --- control flow --------------------------------------------------------------------------
 
-    def _body(self, graph: onnx.GraphProto, scope: _Scope, inputs: Sequence[Value]) -> list[Value]:
-        inner = _Scope(scope.opsets, scope, scope.attributes)
+    def _body(
+        self, node: onnx.NodeProto, attribute: str, scope: _Scope, inputs: Sequence[Value]
+    ) -> list[Value]:
+        graph = _graph_attribute(node, attribute)
+        first = next((name for name in node.output if name), node.name)
+        path = f"{scope.path}{first}/{attribute}/"
+        inner = _Scope(scope.opsets, scope, path, scope.attributes)
         inner.values.update(
             {value.name: given for value, given in zip(graph.input, inputs, strict=False)}
         )
@@ -500,7 +536,7 @@ class Evaluator:
 
     def _if(self, node: onnx.NodeProto, inputs: Sequence[Value], scope: _Scope) -> Sequence[Value]:
         chosen = "then_branch" if bool(np.asarray(inputs[0]).reshape(-1)[0]) else "else_branch"
-        return self._body(_graph_attribute(node, chosen), scope, ())
+        return self._body(node, chosen, scope, ())
 
     def _loop(
         self, node: onnx.NodeProto, inputs: Sequence[Value], scope: _Scope
@@ -513,7 +549,7 @@ class Evaluator:
         step = 0
         while running and step < limit:
             given = [np.array(step, dtype=np.int64), np.array(True), *carried]
-            results = self._body(body, scope, given)
+            results = self._body(node, "body", scope, given)
             running = bool(np.asarray(results[0]).reshape(-1)[0])
             for stack, value in zip(stacks, results[1 + len(carried) :], strict=True):
                 stack.append(value)
@@ -544,7 +580,7 @@ class Evaluator:
                 np.take(value, steps - 1 - step if back else step, axis=axis)
                 for value, axis, back in zip(scanned, axes, backward, strict=True)
             ]
-            results = self._body(body, scope, [*states, *slices])
+            results = self._body(node, "body", scope, [*states, *slices])
             states = results[: len(states)]
             for stack, value in zip(stacks, results[len(states) :], strict=True):
                 stack.append(value)
@@ -564,7 +600,8 @@ class Evaluator:
         results: list[list[Value]] = [[] for _ in body.output]
         for index in range(len(inputs[0])):
             given = [v[index] if isinstance(v, list) else v for v in inputs]
-            for items, value in zip(results, self._body(body, scope, given), strict=True):
+            made = self._body(node, "body", scope, given)
+            for items, value in zip(results, made, strict=True):
                 items.append(value)
         return results
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -326,3 +327,35 @@ def test_cost_counts_products_and_live_memory() -> None:
     assert cost.unknown == 0
     assert cost.peak_bytes >= 8 * (8 * 16 + 2 * 16)
     assert cost.seconds() > 0.0
+
+
+def test_values_of_bodies_and_functions_can_be_watched() -> None:
+    text = """
+    <ir_version: 9, opset_import: ["" : 18, "f" : 1]>
+    g (float[2] x, bool yes, int64 n) => (float[2] y, float[2] z, float[2] l) {
+       y = f.twice (x)
+       z = If (yes) <then_branch = t () => (float[2] u) { u = Neg (y) },
+                     else_branch = e () => (float[2] v) { v = Abs (y) }>
+       l = Loop (n, yes, x) <body = b (int64 i, bool c, float[2] k) => (bool d, float[2] w) {
+             d = Identity (c)  w = f.twice (k) }>
+    }
+    <domain: "f", opset_import: ["" : 18]>
+    twice (a) => (b) { b = Add (a, a) }
+    """
+    seen: dict[str, list[float]] = {}
+    names = ["f.twice/a", "f.twice/b", "z/then_branch/u", "z/else_branch/v", "l/body/k", "y", "x"]
+
+    def watched(name: str) -> Callable[[Any], None]:
+        return lambda value: seen.setdefault(name, []).append(float(value[0]))
+
+    watch = {(n[: n.rfind("/") + 1], n.rpartition("/")[2]): watched(n) for n in names}
+    x = np.array([1.0, 2.0], np.float32)
+    Evaluator(stored(text), watch=watch).run({"x": x, "yes": np.array(True), "n": np.array(2)})
+    assert seen == {
+        "x": [1.0],
+        "f.twice/a": [1.0, 1.0, 2.0],  # by the graph, and by both turns of the Loop
+        "f.twice/b": [2.0, 2.0, 4.0],
+        "y": [2.0],
+        "z/then_branch/u": [-2.0],
+        "l/body/k": [1.0, 2.0],
+    }
