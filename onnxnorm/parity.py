@@ -450,7 +450,7 @@ class ParityChecker:
         self._libraries = tuple(libraries)
         self._seconds = budget_seconds
         self._until = math.inf  # when the float64 truth of a region is given up
-        self._memory = _free_memory() // 2 if memory_bytes is None else memory_bytes
+        self._memory = free_memory() // 2 if memory_bytes is None else memory_bytes
         self._progress = progress
         self._stored: storage.Stored | None = None
         self._reference: _Reference | None = None
@@ -1388,7 +1388,7 @@ def _quantizes(model: onnx.ModelProto) -> bool:
     return any(node.op_type in _QUANTIZES for node in variants.all_nodes(model))
 
 
-def _free_memory() -> int:
+def free_memory() -> int:
     """Return the bytes of memory that are available, 8 GiB where the system does not tell."""
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():

@@ -189,6 +189,122 @@ def test_axes_that_are_inputs_tell_norms_apart(
     assert len(clock.asked) == 2
 
 
+NORM: Final = """
+   m{0} = ReduceMean <axes = [-1]> ({1})  d{0} = Sub ({1}, m{0})  p{0} = Mul (d{0}, d{0})
+   v{0} = ReduceMean <axes = [-1]> (p{0})  a{0} = Add (v{0}, e{0})  s{0} = Sqrt (a{0})
+   n{0} = Div (d{0}, s{0})
+"""
+EPS: Final = "e{0} = Constant <value = float {{1e-5}}> ()"
+# A layer norm in each branch of an If that takes the first, in a Loop of three turns, in a Scan,
+# and in a function that is called with two sizes.
+INNER: Final = f"""
+<ir_version: 8, opset_import: ["" : 17, "f" : 1]>
+main (float[2,8] x, float[3,8] w)
+  => (float[2,8] y, float[2,8] l, float[2,8] c, float[2,8] g, float[3,8] h)
+<bool yes = {{1}}, int64 three = {{3}}>
+{{
+   r = Relu (x)
+   y = If (yes) <
+     then_branch = a () => (float[2,8] n1) {{ {EPS.format(1)} {NORM.format(1, "r")} }},
+     else_branch = b () => (float[2,8] n2) {{
+       u = Neg (r) {EPS.format(2)} {NORM.format(2, "u")} }}>
+   l = Loop (three, yes, r) <
+     body = body (int64 i, bool c, float[2,8] k) => (bool go, float[2,8] n3) {{
+       go = Identity (c) {EPS.format(3)} {NORM.format(3, "k")} }}>
+   c = Scan <num_scan_inputs = 1, body = rows (float[8] t) => (float[8] n4) {{
+       {EPS.format(4)} {NORM.format(4, "t")} }}> (r)
+   g = f.norm (x)
+   h = f.norm (w)
+}}
+<domain: "f", opset_import: ["" : 17]>
+norm (x) => (n5) {{ {EPS.format(5)} {NORM.format(5, "x")} }}
+"""
+PLACES: Final[dict[str, set[tuple[int, ...]]]] = {
+    "y/then_branch/n1": {(2, 8)},
+    "l/body/n3": {(2, 8)},
+    "c/body/n4": {(8,)},
+    "f.norm/n5": {(2, 8), (3, 8)},
+}
+
+
+class Sized(Shapes):
+    """A clock for which a form can cost more for some rows."""
+
+    def __init__(self, costs: dict[str, float], slow: int) -> None:
+        super().__init__(costs)
+        self.slow = slow
+
+    def __call__(self, *given: Any, values: Any = None, **named: Any) -> dict[str, Any]:
+        told = super().__call__(*given, values=values, **named)
+        slow = any(v.shape[0] == self.slow for v in values.values())
+        return {**told, "verdict": "slower", "ratio": 2.0} if slow else told
+
+
+def test_norms_of_bodies_and_functions_have_choices_too(
+    tmp_path: Path, timed: Callable[[Clock], None]
+) -> None:
+    clock = Shapes({"LayerNormalization": 40.0})
+    timed(clock)
+    path = saved(tmp_path, INNER)
+    report = api.optimize(path, tmp_path / "out.onnx", tune=True, **GIVEN).report
+    assert set(choices(report)) == set(PLACES)
+    assert OPERATOR not in choices(report).values()
+    assert set(clock.shapes) == set().union(*PLACES.values())
+    assert report.parity is not None
+    assert report.parity["passed"]
+    (told,) = (n for n in report.notes if n.startswith("Norms that --tune did not measure"))
+    assert "y/else_branch/n2; with these inputs nothing reached it" in told
+    assert any(n.startswith("f.norm/n5 is written as ") and "2 shapes" in n for n in report.notes)
+    clock.asked.clear()
+    api.optimize(path, tmp_path / "again.onnx", choices=choices(report), **GIVEN)
+    assert (tmp_path / "again.onnx").read_bytes() == (tmp_path / "out.onnx").read_bytes()
+    assert not clock.asked
+
+
+def test_one_size_of_a_function_that_gets_slower_keeps_its_form(
+    tmp_path: Path, timed: Callable[[Clock], None]
+) -> None:
+    timed(Sized({"LayerNormalization": 40.0}, slow=3))
+    path = saved(tmp_path, INNER)
+    report = api.optimize(path, tmp_path / "out.onnx", tune=True, **GIVEN).report
+    found = choices(report)
+    assert found.pop("f.norm/n5") == OPERATOR
+    assert OPERATOR not in found.values()
+
+
+def test_what_a_body_reads_is_what_reaches_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Any] = {}
+
+    def time(_: Any, one: Path, other: Path, *, values: Any, **__: Any) -> dict[str, Any]:
+        for file in (one, other):  # both run by themselves on it
+            onnx.checker.check_model(onnx.load(file), full_check=True)
+        seen.update(values)
+        return {"verdict": "no measurable difference", "ratio": 1.0, "interval": [0.9, 1.1]}
+
+    monkeypatch.setattr(workbench.Workbench, "time", time)
+    api.optimize(saved(tmp_path, INNER), tmp_path / "out.onnx", tune=True, **GIVEN)
+    # The norm of the Loop is that of the then-branch, and is not measured again.
+    assert {name: (v.dtype, v.shape) for name, v in seen.items()} == {
+        "r": (np.float32, (2, 8)),
+        "t": (np.float32, (8,)),
+        "x": (np.float32, (3, 8)),
+    }
+    assert seen["r"].min() == 0.0  # it comes out of a Relu
+    np.testing.assert_array_equal(seen["t"], seen["r"][0])
+
+
+def test_no_time_to_see_what_reaches_a_body_is_told(
+    tmp_path: Path, timed: Callable[[Clock], None]
+) -> None:
+    timed(Shapes({}))
+    given = {**GIVEN, "time_budget": 1e-9, "parity": False}
+    report = api.optimize(saved(tmp_path, INNER), None, tune=True, **given).report
+    assert choices(report) == {}
+    assert any("the time budget ended before values reached it" in n for n in report.notes)
+
+
 @pytest.mark.parametrize(
     ("given", "why"),
     [
