@@ -364,8 +364,33 @@ def _conv(s: Sizes, node: Node) -> Dims | None:
     data, weight = s.given(node, 0), s.given(node, 1)
     if weight is None:
         return None
-    batch = data[0] if data is not None else s.some(1)[0]
-    return (batch, weight[0], *s.some(len(weight) - 2))
+    if data is None or len(data) != len(weight):
+        return (s.some(1)[0], weight[0], *s.some(len(weight) - 2))
+    return (data[0], weight[0], *_windows(s, node, data[2:], weight[2:]))
+
+
+def _windows(s: Sizes, node: Node, given: Dims, kernel: Dims) -> Dims:
+    """How many windows of a Conv or pool fit on each axis: (n + pads - reach) // stride + 1."""
+    rank, padding = len(given), node.text("auto_pad", "NOTSET")
+    if len(kernel) != rank or node.attrs.get("ceil_mode", 0):
+        return s.some(rank)
+    strides = node.attrs.get("strides") or [1] * rank
+    dilations = node.attrs.get("dilations") or [1] * rank
+    pads = node.attrs.get("pads") if padding == "NOTSET" else None
+    pads = pads or [0] * (2 * rank)
+    found: list[Dim] = []
+    for at, (size, width) in enumerate(zip(given, kernel, strict=True)):
+        stride = int(strides[at])
+        lost: int | None = None  # what the axis is shorter by at stride 1
+        if padding in ("SAME_UPPER", "SAME_LOWER"):
+            lost = 0
+        elif isinstance(width, int):
+            lost = (width - 1) * int(dilations[at]) - int(pads[at]) - int(pads[at + rank])
+        if isinstance(size, int) and lost is not None and size > lost:
+            found.append((size - lost - 1) // stride + 1)
+        else:
+            found.append(size if stride == 1 and lost == 0 else s.some(1)[0])
+    return tuple(found)
 
 
 def _transpose(s: Sizes, node: Node) -> Dims | None:
@@ -560,7 +585,9 @@ def _global_pool(s: Sizes, node: Node) -> Dims | None:
 
 def _pool(s: Sizes, node: Node) -> Dims | None:
     dims = s.given(node, 0)
-    return None if dims is None else (*dims[:2], *s.some(len(dims) - 2))
+    if dims is None:
+        return None
+    return (*dims[:2], *_windows(s, node, dims[2:], tuple(node.attrs.get("kernel_shape", ()))))
 
 
 def _shape_of(s: Sizes, node: Node) -> Dims | None:

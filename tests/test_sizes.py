@@ -7,6 +7,9 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from hypothesis import given as drawn
+from hypothesis import settings
+from hypothesis import strategies as st
 
 from onnxnorm import storage
 from onnxnorm.facts import Facts
@@ -164,3 +167,59 @@ def test_a_range_up_to_a_size_has_that_size() -> None:
     assert sizes_of(net, net.op("Range", zero, n, one)) == ("batch",)
     assert sizes_of(net, net.op("Range", one, five, one)) == (4,)
     assert sizes_of(net, net.op("Range", one, n, one)) != ("batch",)
+
+
+@settings(max_examples=40, deadline=None)
+@drawn(data=st.data())
+def test_the_windows_of_convolutions_and_pools_are_those_of_inference(data: st.DataObject) -> None:
+    op = data.draw(st.sampled_from(["Conv", "MaxPool", "AveragePool"]))
+    size = data.draw(st.tuples(st.integers(7, 20), st.integers(7, 20)))
+    kernel = data.draw(st.lists(st.integers(1, 3), min_size=2, max_size=2))
+    attrs: dict[str, Any] = {
+        "strides": data.draw(st.lists(st.integers(1, 3), min_size=2, max_size=2))
+    }
+    if op != "Conv":
+        attrs["kernel_shape"] = kernel
+    if op != "AveragePool":  # which has none at this opset
+        attrs["dilations"] = data.draw(st.lists(st.integers(1, 3), min_size=2, max_size=2))
+    padding = data.draw(st.sampled_from(["NOTSET", "VALID", "SAME_UPPER", "SAME_LOWER"]))
+    if padding == "NOTSET":
+        attrs["pads"] = data.draw(st.lists(st.integers(0, min(kernel) - 1), min_size=4, max_size=4))
+    else:
+        attrs["auto_pad"] = padding
+
+    def swept(net: Net, read: str) -> str:
+        weight = [net.keep(np.ones((5, 3, *kernel), np.float32))] if op == "Conv" else []
+        return net.op(op, read, *weight, **attrs)
+
+    plain = Net()
+    wanted = _inferred(plain, swept(plain, plain.input("x", ["batch", 3, *size])))
+    net = Net()
+    flat = net.input("x", ["batch", 3, size[0] * size[1]])
+    target = net.op("Concat", _dim(net, flat, 0), net.ints(3, *size), axis=0)
+    assert sizes_of(net, swept(net, net.op("Reshape", flat, target))) == wanted
+
+
+def _inferred(net: Net, value: str) -> tuple[Any, ...]:
+    graph = onnx.helper.make_graph(net.nodes, "g", net.inputs, [], list(net.weights.values()))
+    graph.output.append(onnx.helper.make_empty_tensor_value_info(value))
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)])
+    dims = onnx.shape_inference.infer_shapes(model).graph.output[0].type.tensor_type.shape.dim
+    return tuple(d.dim_param or d.dim_value for d in dims)
+
+
+def test_an_unknown_size_stays_where_windows_take_nothing_and_else_is_another() -> None:
+    net = Net()
+    x = net.input("x", ["batch", 3, "H", "W"])
+    weight = net.keep(np.ones((5, 3, 3, 3), np.float32))
+    target = net.op("Concat", *(_dim(net, x, at) for at in range(4)), axis=0)
+    read = net.op("Reshape", x, target)
+    kept = net.op("Conv", read, weight, pads=[1, 1, 1, 0])
+    batch, channels, height, width = sizes_of(net, kept)
+    assert (batch, channels, height) == ("batch", 5, "H")
+    assert width not in ("W", "H")
+    halved = net.op("MaxPool", read, kernel_shape=[1, 1], strides=[2, 1])
+    assert sizes_of(net, halved)[3] == "W"
+    assert sizes_of(net, halved)[2] not in ("W", "H")
+    up = net.op("MaxPool", read, kernel_shape=[3, 3], pads=[1, 1, 1, 1], ceil_mode=1)
+    assert all(str(d).startswith("?") for d in sizes_of(net, up)[2:])
