@@ -61,6 +61,15 @@ def flow_forth(value: AnyValue, affine: Affine, transfer: Transfer) -> Flow | St
         held |= walk.blamed  # their shift stays there, and the walk is another one
 
 
+def ignored(value: AnyValue, shift: Vector, transfer: Transfer) -> Flow | None:
+    """How nothing that reads `value` sees a shift of it, as it is; None where something would.
+
+    The walk ends with the first constant or attribute that would have to change.
+    """
+    found = _Walk(Affine.of(1.0, shift), transfer, set(), changing=False).run(value)
+    return found if isinstance(found, Flow) else None
+
+
 def unseen(use: Use, affine: Affine, transfer: Transfer) -> bool:
     """Whether a reader of a value makes the same of x and of affine(x), as it is."""
     node = use.node
@@ -82,10 +91,17 @@ class _Walk:
         held: Linear operators behind which a shift stays.
         blamed: Those whose shift stood in the way.
         far: Whether to look beyond the node for what ignores a shift.
+        changing: Whether constants and attributes may change.
     """
 
     def __init__(
-        self, affine: Affine, transfer: Transfer, held: set[Node], *, far: bool = True
+        self,
+        affine: Affine,
+        transfer: Transfer,
+        held: set[Node],
+        *,
+        far: bool = True,
+        changing: bool = True,
     ) -> None:
         self.affine = affine
         self.transfer = transfer
@@ -93,6 +109,7 @@ class _Walk:
         self.flow = Flow()
         self.held = held
         self.far = far
+        self.changing = changing
         self.blamed: set[Node] = set()
         self._maps: dict[AnyValue, Affine] = {}
         self._origins: dict[AnyValue, frozenset[Node]] = {}
@@ -113,6 +130,8 @@ class _Walk:
             except Halt as halt:
                 self.blamed = set(origins)
                 return Stop(node, f"{described(node)} {halt.why}")
+            if not self.changing and (self.flow.changes or self.flow.retunes):
+                return Stop(node, f"{described(node)} would have to change")
             if len(self.flow.ends) == ended:
                 self.flow.between[node] = None
             for index, made in outputs.items():

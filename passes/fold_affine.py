@@ -39,7 +39,7 @@ from onnxnorm.flow import (
     stage_flow,
 )
 from onnxnorm.flow_back import flow_back
-from onnxnorm.flow_forth import flow_forth
+from onnxnorm.flow_forth import flow_forth, ignored
 from onnxnorm.module import Node, Value
 from onnxnorm.norm_operators import norm_operator
 from onnxnorm.norms import Norm, find_norms
@@ -130,10 +130,8 @@ class FoldAffine(Pass):
             bias = _bias(node, transfer)
             if bias is None or not bias.any():
                 return
-            flow = flow_forth(node.outputs[0], Affine.of(1.0, bias), transfer)
-            if isinstance(flow, Stop) or flow.changes or flow.retunes or flow.additions:
-                return
-            if not flow.results:  # nothing reads it
+            flow = ignored(node.outputs[0], bias, transfer)
+            if flow is None or not flow.results:  # nothing reads it
                 return
             nodes = (node, *flow.nodes)
             results = tuple(flow.results)
