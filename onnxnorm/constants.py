@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from onnxnorm import float64
 from onnxnorm.facts import AnyValue, Facts
 from onnxnorm.module import RANDOM, Node, Value
+from onnxnorm.order import in_order
 from onnxnorm.sizes import Entries, derived_sizes, find_sizes
 from onnxnorm.storage import Array
 
@@ -108,7 +109,7 @@ class Constants:
         self._refused: dict[Node, str] = {}
         self._kept: dict[AnyValue, onnx.TensorProto] = {}  # what was computed once
         self._agreed: set[Node] = set()  # decisions that no rounding changes
-        self._nodes = list(_in_order(facts))
+        self._nodes = list(in_order(facts.module.nodes(), _needed_by))
         self._measures = any(n.op in ("Shape", "Size") and not n.domain for n in self._nodes)
         for node in self._nodes:
             self._visit(node)
@@ -496,19 +497,6 @@ def _named(values: Sequence[AnyValue]) -> list[AnyValue]:
     return [v for v in values if v.name]
 
 
-def _in_order(facts: Facts) -> Iterator[Node]:
-    """Every node after those that it reads from, whatever order the file has them in."""
-    done: set[Node] = set()
-    for first in facts.module.nodes():
-        pending = [first]
-        while pending:
-            node = pending[-1]
-            before = [p for v in node.inputs if (p := facts.producer(v)) is not None]
-            missing = [p for p in before if p not in done]
-            if node in done or not missing:
-                pending.pop()
-                if node not in done:
-                    done.add(node)
-                    yield node
-            else:
-                pending += missing
+def _needed_by(node: Node) -> list[Node]:
+    """The nodes that make what a node reads, in its scope or around it."""
+    return [p for v in node.inputs for p in v.inputs]

@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Final, TypeAlias
 
 import numpy as np
@@ -20,8 +20,9 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from onnxnorm.module import RANDOM, Module, Node, Scope, Value, Weight, dense
+from onnxnorm.module import RANDOM, Module, Node, Scope, Value, Weight, dense, reads
 from onnxnorm.ops import bodies
+from onnxnorm.order import in_order
 from onnxnorm.storage import Array, Stored, payload_size
 
 AnyValue: TypeAlias = Value | Weight
@@ -272,10 +273,11 @@ class Facts:
         return len(self.uses(value)) == 1 and self.pinned(value) is None
 
     def in_order(self, scope: Scope) -> Sequence[Node]:
-        """The nodes of a scope, each after those that it reads from."""
+        """The nodes of a scope, each after those that it or a body of it reads from."""
         known = self._ordered.get(scope.path)
         if known is None:
-            known = self._ordered[scope.path] = _in_order(scope)
+            needs = partial(_needed_by, scope)
+            known = self._ordered[scope.path] = list(in_order(scope.nodes, needs))
         return known
 
     @cached_property
@@ -610,29 +612,9 @@ class Facts:
             self._collect(inner, body, found)
 
 
-def _in_order(scope: Scope) -> Sequence[Node]:
-    done: set[Node] = set()
-    ordered: list[Node] = []
-    for first in scope.nodes:
-        pending = [first]
-        while pending:
-            node = pending[-1]
-            if node in done:
-                pending.pop()
-                continue
-            missing = [
-                p
-                for value in node.inputs
-                for p in value.inputs
-                if p.scope is scope and p not in done
-            ]
-            if missing:
-                pending += missing
-                continue
-            pending.pop()
-            done.add(node)
-            ordered.append(node)
-    return ordered
+def _needed_by(scope: Scope, node: Node) -> list[Node]:
+    """The nodes of a scope that a node of it waits for."""
+    return [p for value in reads(node) for p in value.inputs if p.scope is scope]
 
 
 def _bodies(graph: onnx.GraphProto, scope: Scope) -> Iterator[tuple[onnx.GraphProto, Scope]]:

@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from graphlib import CycleError, TopologicalSorter
+from graphlib import CycleError
 from types import TracebackType
 from typing import Any, Final, TypeAlias
 
@@ -40,6 +40,7 @@ from onnxnorm.float64 import (
     widen,
 )
 from onnxnorm.module import RANDOM
+from onnxnorm.order import in_order
 from onnxnorm.session import Session, open_session
 
 FunctionKey: TypeAlias = tuple[str, str, str]
@@ -118,17 +119,11 @@ def names_read(node: onnx.NodeProto) -> set[str]:
 
 
 def _in_order(nodes: Sequence[onnx.NodeProto]) -> tuple[onnx.NodeProto, ...]:
-    """The nodes, each behind those that it reads: as they are if possible.
-
-    The specification asks for that order, but onnxruntime sorts by itself, and converters to
-    float16 leave their Casts at the end.
-    """
+    """The nodes, each behind those that it reads: as they are if possible."""
     made = {name: index for index, node in enumerate(nodes) for name in node.output if name}
-    needs = [{made[name] for name in names_read(node) if name in made} for node in nodes]
-    if all(max(need, default=-1) < index for index, need in enumerate(needs)):
-        return tuple(nodes)
+    needs = [sorted(made[name] for name in names_read(node) if name in made) for node in nodes]
     try:
-        order = tuple(TopologicalSorter(dict(enumerate(needs))).static_order())
+        order = tuple(in_order(range(len(nodes)), needs.__getitem__))
     except CycleError:  # of names that a body has for values of its own
         return tuple(nodes)
     return tuple(nodes[index] for index in order)

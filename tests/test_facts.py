@@ -610,3 +610,17 @@ def test_nodes_come_after_what_they_read_whatever_their_place_in_the_file() -> N
     names = [node.name for node in facts.in_order(facts.module.main)]
     assert names == ["first", "second", "last"]
     assert find_sizes(facts).of(facts.module.main.values["y"]) == ("N", 4)
+
+
+def test_what_a_body_reads_comes_before_it_in_a_file_that_is_not_sorted() -> None:
+    known = facts(
+        """
+        main (float[2] x, bool c) => (float[2] y) {
+           y = If (c) <then_branch = t () => (float[2] u) { u = Neg (a) },
+                       else_branch = e () => (float[2] v) { v = Abs (b) }>
+           a = Relu (b)
+           b = Exp (x)
+        }
+        """
+    )
+    assert [node.op for node in known.in_order(known.module.main)] == ["Exp", "Relu", "If"]
