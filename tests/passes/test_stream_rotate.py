@@ -135,19 +135,3 @@ def test_a_transposed_rotation_is_caught(monkeypatch: pytest.MonkeyPatch) -> Non
     assert sites(done) == 1
     with pytest.raises(AssertionError):
         assert_parity(llama(), done.stored.complete())
-
-
-@pytest.mark.parametrize("opset", [17, 23])
-def test_a_bias_that_no_layer_takes_is_named_and_a_head_gets_an_add(opset: int) -> None:
-    net = Net(opset=opset)
-    x = net.linear(net.input("x", ["n", 5, 6]), 6, 8)
-    model = net.model(net.op("MatMul", net.norm(x, 8), net.matrix(8, 3)))
-    for adds in (0, 1):
-        rules = (StreamFoldMean(), FoldNormAffine(max_adds=adds), StreamRotate())
-        done = run(model, *rules)
-        assert_sound(model, done, *rules)
-        assert_parity(model, done.stored.complete())
-        assert sites(done) == adds
-        if not adds:
-            told = "has a bias" if opset < 23 else "joins it with constants"
-            assert told in reasons(done)[0]
