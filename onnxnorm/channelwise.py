@@ -20,11 +20,10 @@ from onnxnorm.facts import AnyValue
 from onnxnorm.module import Node
 from onnxnorm.moment_rules import Moments
 from onnxnorm.norm_operators import Axes, norm_operator
-from onnxnorm.port import INLETS, LINEAR
+from onnxnorm.port import MIXING
 
 Vector = NDArray[np.float64]
 
-_LINEAR: Final = LINEAR | INLETS
 _LAYOUT: Final = frozenset(
     {"Cast", "Dropout", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
 )
@@ -192,7 +191,7 @@ class Channelwise:
     def _without_bias(self, chain: _Chain) -> _Chain:
         """The chain behind the Adds that are the bias of a linear operator."""
         made = self._facts.producer(chain.base)
-        if made is None or made.op not in _LINEAR or made.domain:
+        if made is None or made.op not in MIXING or made.domain:
             return chain
         bias = 0
         while bias < len(chain.nodes) and chain.nodes[bias].op == "Add":
@@ -251,7 +250,7 @@ class Channelwise:
                 return True
             if node.domain:
                 continue
-            if node.op in _LINEAR:
+            if node.op in MIXING:
                 if not norm:
                     return True
             elif node.op in (_LAYOUT if norm else _PASSED):
@@ -271,7 +270,7 @@ class Channelwise:
             for use in self._facts.uses(at):
                 if use.node.domain:
                     continue
-                if use.node.op in _LINEAR or use.node in self._claimed:
+                if use.node.op in MIXING or use.node in self._claimed:
                     return True
                 if norm_operator(use.node, None) is not None and use.index == 0:
                     return True

@@ -37,7 +37,7 @@ from onnxnorm.layout import Layout, Part
 from onnxnorm.module import Node
 from onnxnorm.moves import MOVES, Halt, moved
 from onnxnorm.norm_operators import batch_norm_affine, norm_operator
-from onnxnorm.port import INLETS, LINEAR, Inlet, bias_of, is_real, row_blocks, spread_along
+from onnxnorm.port import MIXING, Inlet, bias_of, is_real, row_blocks, spread_along
 from onnxnorm.shift import UNSEEN, keys
 from onnxnorm.transfer import Stop, Transfer, described
 
@@ -136,7 +136,7 @@ class _Walk:
                 self.flow.between[node] = None
             for index, made in outputs.items():
                 output = node.outputs[index]
-                linear = node.op in LINEAR or node.op in INLETS
+                linear = node.op in MIXING
                 own = frozenset({node}) if linear and made.shifts else frozenset()
                 if own and node in self.held:
                     stop = self._hold(node, made)
@@ -360,10 +360,8 @@ def _concat(w: _Walk, node: Node, maps: Maps) -> Maps:
 
 def _matmul(w: _Walk, node: Node, maps: Maps) -> Maps:
     """X W, W X, and the product of two values."""
-    if len(maps) == 2:
-        if any(m.shifts or m.scale.size > 1 for m in maps.values()):
-            raise Halt("multiplies two values with different factors")
-        return {0: Affine.of(maps[0].scale * maps[1].scale)}
+    if len(maps) > 1:
+        return _multiplied(maps)
     ((index, given),) = maps.items()
     along = -1 if index == 0 else -2  # the axis of the value that is contracted
     weight = w.constant(node, 1 - index)
@@ -389,12 +387,8 @@ def _matmul(w: _Walk, node: Node, maps: Maps) -> Maps:
         return {0: Affine.of(scale)}
     if index == 0 and not varies(given.shift)[:-1] and extent(given.shift, -1) in (1, size):
         layout = Layout((Part(-1, size),))
-        plain = w.far and not (scale != 1.0).any()
-        blind = keys(node, 0, layout, w.transfer) if plain else None
-        if blind is not None:
-            w.flow.between.update(dict.fromkeys(blind))
-            w.flow.results.update(dict.fromkeys(n.outputs[0] for n in blind if n.op in UNSEEN))
-            return {0: Affine.of(scale)}
+        if not (scale != 1.0).any() and _makes_keys(w, node, index, layout):
+            return {0: IDENTITY}
     spread = aligned(given.shift, 2)
     wide = [*spread.shape]
     wide[along] = size
@@ -408,9 +402,7 @@ def _matmul(w: _Walk, node: Node, maps: Maps) -> Maps:
 def _einsum(w: _Walk, node: Node, maps: Maps) -> Maps:
     """A product with a weight, or of values; what it does not sum over goes where its axes go."""
     if len(maps) > 1:
-        if any(m.shifts or m.scale.size > 1 for m in maps.values()):
-            raise Halt("multiplies two values with different factors")
-        return {0: Affine.of(math.prod(float(m.scale) for m in maps.values()))}
+        return _multiplied(maps)
     ((index, given),) = maps.items()
     equation, inlet = Equation.of(node), Inlet.of(node, index, w.facts)
     if equation is None:
@@ -430,14 +422,27 @@ def _einsum(w: _Walk, node: Node, maps: Maps) -> Maps:
         return {0: Affine.of(scale)}
     if isinstance(inlet, str) or set(varies(given.shift)) - set(summed):
         raise Halt("multiplies what is shifted by what is computed, or along another axis")
-    if w.far and not (scale != 1.0).any():
-        lying = [Part(a, inlet.weight.shape[summed[a]]) for a in sorted(summed)]
-        blind = keys(node, index, Layout(tuple(lying)), w.transfer)
-        if blind is not None:
-            w.flow.between.update(dict.fromkeys(blind))
-            w.flow.results.update(dict.fromkeys(n.outputs[0] for n in blind if n.op in UNSEEN))
-            return {0: Affine.of(scale)}
+    layout = Layout(tuple(Part(a, inlet.weight.shape[summed[a]]) for a in sorted(summed)))
+    if not (scale != 1.0).any() and _makes_keys(w, node, index, layout):
+        return {0: IDENTITY}
     return {0: Affine.of(scale, inlet.through(_spread_over(given.shift, inlet)))}
+
+
+def _multiplied(maps: Maps) -> Maps:
+    """The map of a product of values that are all mapped."""
+    if any(m.shifts or m.scale.size > 1 for m in maps.values()):
+        raise Halt("multiplies two values with different factors")
+    return {0: Affine.of(math.prod(float(m.scale) for m in maps.values()))}
+
+
+def _makes_keys(w: _Walk, node: Node, index: int, layout: Layout) -> bool:
+    """Whether a product with a weight makes keys of attention alone, which ignore a shift."""
+    blind = keys(node, index, layout, w.transfer) if w.far else None
+    if blind is None:
+        return False
+    w.flow.between.update(dict.fromkeys(blind))
+    w.flow.results.update(dict.fromkeys(n.outputs[0] for n in blind if n.op in UNSEEN))
+    return True
 
 
 def _spread_over(shift: Vector, inlet: Inlet) -> Vector:

@@ -200,6 +200,7 @@ _SLOTS: Final[dict[str, Callable[[Node, Facts], tuple[Slot, ...] | str]]] = {
 }
 LINEAR: Final = frozenset(_SLOTS)  # the linear operators with a weight
 INLETS: Final = frozenset({"Conv", "Einsum", "Gemm", "MatMul"})  # those that can have an inlet
+MIXING: Final = LINEAR | INLETS  # what mixes channels
 
 
 # ** where a constant can be added **
