@@ -4,7 +4,9 @@
         ->  y = Attention(x, [W_q W_k W_v], [b_q b_k b_v]),  scale = c
 
 onnxruntime's operator computes the three projections in one go and keeps heads where they are, so
-three Reshapes, four Transposes and two additions go. The same function over the reals, with the
+three Reshapes, four Transposes and two additions go. Where the graph has them in one product
+already, whose result is brought to (3, batch, heads, sequence, size) and cut there, its weight is
+the operator's as it is. The same function over the reals, with the
 same products; only for the target `ort-cpu`, where it was measured (`onnxnorm.lowering.ATTENTION`),
 and in float32, which is what its kernel takes there. Scores with a mask or a bias keep their nodes,
 and so does cross-attention: the operator projects one x.
@@ -14,6 +16,7 @@ Source: A. Vaswani et al., Attention Is All You Need, 2017; contributed operator
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Final
@@ -30,6 +33,11 @@ from onnxnorm.sizes import Sizes, derived_sizes, find_sizes
 DOMAIN: Final = "com.microsoft"
 _TO_HEADS: Final = (0, 2, 1, 3)  # (batch, sequence, heads, size) and back
 _TO_KEYS: Final = (0, 2, 3, 1)
+_UNPACKED: Final = (2, 0, 3, 1, 4)  # (batch, sequence, 3, heads, size) to what is cut in three
+_FLIPPED: Final = (0, 1, 3, 2)
+
+
+_OPERAND: Final = "an operand of its products"
 
 
 class _Misfit(Exception):
@@ -37,21 +45,39 @@ class _Misfit(Exception):
 
 
 @dataclass(frozen=True, eq=False)
-class _Projection:
-    """x W + b, brought into heads.
+class _Product:
+    """x W + b.
 
     Attributes:
         source: x, of (batch, sequence, features).
-        weight: W, of (features, heads * size).
-        bias: b, of (heads * size,); None for none.
+        matrix: W, of (features, width).
+        weight: It as a constant.
+        vector: b, of (width,); None for none.
+        bias: It as a constant.
+        nodes: All nodes, the first one last.
+    """
+
+    source: AnyValue
+    matrix: AnyValue
+    weight: Constant
+    vector: AnyValue | None
+    bias: Constant | None
+    nodes: tuple[Node, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class _Projection:
+    """A product, brought into heads.
+
+    Attributes:
+        product: The product, of heads * size features; three times as many where it is queries,
+            keys and values at once.
         heads: How many heads.
         size: Features of one head.
         nodes: All nodes, the first one last.
     """
 
-    source: AnyValue
-    weight: Constant
-    bias: Constant | None
+    product: _Product
     heads: int
     size: int
     nodes: tuple[Node, ...]
@@ -62,12 +88,12 @@ class _Attention:
     """One place.
 
     Attributes:
-        parts: What makes queries, keys and values.
+        parts: What makes queries, keys and values; one for all three where they are packed.
         scale: What the scores are multiplied by.
         nodes: All nodes, the last one first.
     """
 
-    parts: tuple[_Projection, _Projection, _Projection]
+    parts: tuple[_Projection, ...]
     scale: float
     nodes: tuple[Node, ...]
 
@@ -120,18 +146,21 @@ class LowerAttention(Pass):
     def apply(self, plan: Plan, rw: Rewriter) -> None:
         """Join the weights and write the operator."""
         found: _Attention = plan.detail
-        root, first = plan.root, found.parts[0]
-        weights = [np.asarray(part.weight.array()) for part in found.parts]
-        biases = [
-            np.zeros(w.shape[1], w.dtype) if part.bias is None else np.asarray(part.bias.array())
-            for part, w in zip(found.parts, weights, strict=True)
-        ]
-        inputs = [
-            first.source,
-            rw.constant("weights", np.concatenate(weights, axis=1)),
-            rw.constant("biases", np.concatenate(biases)),
-        ]
-        attrs = {"num_heads": first.heads, "scale": found.scale}
+        root, products = plan.root, [part.product for part in found.parts]
+        matrix, vector = products[0].matrix, products[0].vector
+        if len(products) > 1:
+            weights = [np.asarray(p.weight.array()) for p in products]
+            matrix = rw.constant("weights", np.concatenate(weights, axis=1))
+        if len(products) > 1 or vector is None:
+            biases = [
+                np.zeros(p.weight.shape[1], p.weight.dtype)
+                if p.bias is None
+                else np.asarray(p.bias.array())
+                for p in products
+            ]
+            vector = rw.constant("biases", np.concatenate(biases))
+        inputs = [products[0].source, matrix, vector]
+        attrs = {"num_heads": found.parts[0].heads, "scale": found.scale}
         rw.merge(
             "Attention", inputs, [root.outputs[0]], [], at=root, name=root.name, domain=DOMAIN,
             attrs=attrs,
@@ -170,22 +199,37 @@ def _found(softmax: Node, facts: Facts, sizes: Sizes) -> _Attention:
         raise _Misfit("its heads are not put side by side again")
     joined = _only_reader(spread, facts, "Reshape", "the Transpose behind it")
     scores, scale, between = _scores(softmax, facts)
-    queries = _projection(scores.inputs[0], _TO_HEADS, facts, sizes)
-    keys = _projection(scores.inputs[1], _TO_KEYS, facts, sizes)
-    values = _projection(mixed.inputs[1], _TO_HEADS, facts, sizes)
-    parts = (queries, keys, values)
-    if any(part.source is not queries.source for part in parts):
-        raise _Misfit("queries, keys and values are made of different tensors")
-    if len({(p.heads, p.size, p.weight.shape) for p in parts}) > 1:
-        raise _Misfit("queries, keys and values differ in heads or sizes")
-    given = sizes.of(queries.source)
-    if given is None or sizes.of(joined.outputs[0]) != (*given[:2], queries.heads * queries.size):
+    parts = _parts((*scores.inputs, mixed.inputs[1]), facts, sizes)
+    first = parts[0]
+    given = sizes.of(first.product.source)
+    if given is None or sizes.of(joined.outputs[0]) != (*given[:2], first.heads * first.size):
         raise _Misfit("its result is not known to have the heads side by side")
     inner = (spread, mixed, softmax, *between, scores, *(n for p in parts for n in p.nodes))
-    for node in inner:
-        if facts.pinned(node.outputs[0]) is not None or len(facts.uses(node.outputs[0])) != 1:
-            raise _Misfit(f"'{node.outputs[0].name}' is needed by others too")
-    return _Attention(parts, scale, (joined, *inner))
+    nodes = (joined, *dict.fromkeys(inner))
+    for value in (v for node in nodes[1:] for v in node.outputs if v.name):
+        if facts.pinned(value) is not None or any(u.node not in nodes for u in facts.uses(value)):
+            raise _Misfit(f"'{value.name}' is needed by others too")
+    return _Attention(parts, scale, nodes)
+
+
+def _parts(operands: tuple[AnyValue, ...], facts: Facts, sizes: Sizes) -> tuple[_Projection, ...]:
+    """What makes queries, keys and values: three products of one tensor, or one."""
+    if _maker(operands[0], facts, _OPERAND).op in ("Gather", "Squeeze"):
+        return (_packed(operands, facts, sizes),)
+    queries, keys, values = operands
+    parts = (
+        _projection(queries, _TO_HEADS, facts, sizes),
+        _projection(keys, _TO_KEYS, facts, sizes),
+        _projection(values, _TO_HEADS, facts, sizes),
+    )
+    if any(part.product.source is not parts[0].product.source for part in parts):
+        raise _Misfit("queries, keys and values are made of different tensors")
+    if len({(p.heads, p.size, p.product.weight.shape) for p in parts}) > 1:
+        raise _Misfit("queries, keys and values differ in heads or sizes")
+    for constant in (c for p in parts for c in (p.product.weight, p.product.bias)):
+        if constant is not None and facts.readers(constant) > 1:
+            raise _Misfit(f"'{constant.name}' is read by others, so it would be stored twice")
+    return parts
 
 
 def _only_reader(node: Node, facts: Facts, op: str, what: str) -> Node:
@@ -222,52 +266,103 @@ def _scores(softmax: Node, facts: Facts) -> tuple[Node, float, tuple[Node, ...]]
 
 def _projection(value: AnyValue, order: tuple[int, ...], facts: Facts, sizes: Sizes) -> _Projection:
     """What makes queries, keys or values, back to x."""
-    turned = _maker(value, facts, "an operand of its products")
-    split = _maker(turned.inputs[0], facts, "an operand of its products")
+    turned = _maker(value, facts, _OPERAND)
+    split = _maker(turned.inputs[0], facts, _OPERAND)
     if turned.op != "Transpose" or split.op != "Reshape":
         raise _Misfit("an operand of its products is not a projection that is brought into heads")
     if tuple(turned.attrs.get("perm", ())) != order:
         raise _Misfit("the axes of an operand are in another order")
-    nodes = [turned, split]
-    made = _maker(split.inputs[0], facts, "a projection")
-    bias: Constant | None = None
+    product = _product(split.inputs[0], facts)
+    heads, size = _heads(product, sizes, split, ())
+    return _Projection(product, heads, size, (turned, split, *product.nodes))
+
+
+def _packed(operands: tuple[AnyValue, ...], facts: Facts, sizes: Sizes) -> _Projection:
+    """What makes queries, keys and values in one product, which is cut in three afterwards."""
+    flipped = _maker(operands[1], facts, _OPERAND)
+    if flipped.op != "Transpose" or tuple(flipped.attrs.get("perm", ())) != _FLIPPED:
+        raise _Misfit("the axes of its keys are in another order")
+    pieces = [
+        _piece(value, facts, sizes) for value in (operands[0], flipped.inputs[0], operands[2])
+    ]
+    whole = pieces[0][1]
+    if any(value is not whole for _, value, _ in pieces):
+        raise _Misfit("queries, keys and values are made of different tensors")
+    if [at for at, *_ in pieces] != [0, 1, 2]:
+        raise _Misfit("queries, keys and values lie in another order")
+    turned = _maker(whole, facts, _OPERAND)
+    split = _maker(turned.inputs[0], facts, _OPERAND) if turned.op == "Transpose" else turned
+    if split.op != "Reshape" or tuple(turned.attrs.get("perm", ())) != _UNPACKED:
+        raise _Misfit("what is cut in queries, keys and values has its axes in another order")
+    product = _product(split.inputs[0], facts)
+    heads, size = _heads(product, sizes, split, (3,))
+    cut = [node for *_, nodes in pieces for node in nodes]
+    return _Projection(product, heads, size, (flipped, *cut, turned, split, *product.nodes))
+
+
+def _piece(value: AnyValue, facts: Facts, sizes: Sizes) -> tuple[int, AnyValue, tuple[Node, ...]]:
+    """Which entry of the first axis of which value this is, and the nodes that take it."""
+    node = _maker(value, facts, _OPERAND)
+    if node.op == "Gather" and not node.attrs.get("axis", 0):
+        index = facts.constant(node.inputs[1])
+        if index is not None and index.shape == ():
+            return int(index.integers.item()), node.inputs[0], (node,)
+    elif node.op == "Squeeze" and sizes.listed(node, 1, "axes") == [0]:
+        cut = _maker(node.inputs[0], facts, _OPERAND)
+        if cut.op == "Split" and not cut.attrs.get("axis", 0):
+            if all((sizes.of(v) or ("",))[0] == 1 for v in cut.outputs):
+                return cut.outputs.index(node.inputs[0]), cut.inputs[0], (node, cut)
+        elif cut.op == "Slice" and (start := _taken(cut, sizes)) is not None:
+            return start, cut.inputs[0], (node, cut)
+    raise _Misfit("an operand of its products is not one of three that lie behind each other")
+
+
+def _taken(node: Node, sizes: Sizes) -> int | None:
+    """The entry of the first axis that a Slice takes; None where it takes something else."""
+    starts, ends = sizes.listed(node, 1, "starts"), sizes.listed(node, 2, "ends")
+    axes, steps = sizes.listed(node, 3, "axes"), sizes.listed(node, 4, "steps")
+    stepped = len(node.inputs) > 4 and bool(node.inputs[4].name) and steps != [1]
+    if starts is None or len(starts) != 1 or starts[0] < 0 or axes != [0] or stepped:
+        return None
+    return starts[0] if ends == [starts[0] + 1] else None
+
+
+def _product(value: AnyValue, facts: Facts) -> _Product:
+    """The product with a constant that makes a value, and the bias behind it."""
+    made = _maker(value, facts, "a projection")
+    nodes: list[Node] = []
+    vector: AnyValue | None = None
     if made.op == "Add":
         nodes.append(made)
         operands = {facts.constant(v) is not None: v for v in made.inputs}
         if len(operands) != 2:
             raise _Misfit("a projection has no constant bias")
-        bias = facts.constant(operands[True])
+        vector = operands[True]
         made = _maker(operands[False], facts, "a projection")
     weight = facts.constant(made.inputs[1]) if made.op == "MatMul" else None
     if weight is None:
         raise _Misfit("a projection is no MatMul with a constant")
     nodes.append(made)
-    source = made.inputs[0]
-    given, heads = sizes.of(source), sizes.of(split.outputs[0])
-    _check_sizes(given, heads, weight, bias)
-    assert heads is not None
-    assert isinstance(heads[2], int)
-    assert isinstance(heads[3], int)
-    for constant in (weight, bias):
-        if constant is not None and facts.readers(constant) > 1:
-            raise _Misfit(f"'{constant.name}' is read by others, so it would be stored twice")
-    return _Projection(source, weight, bias, heads[2], heads[3], tuple(nodes))
-
-
-def _check_sizes(
-    given: Dims | None, heads: Dims | None, weight: Constant, bias: Constant | None
-) -> None:
-    if given is None or len(given) != 3 or heads is None or len(heads) != 4:
-        raise _Misfit("the rank of what is projected is not known to be 3")
-    if heads[:2] != given[:2] or not all(isinstance(d, int) and d > 0 for d in heads[2:]):
-        raise _Misfit("the sizes of the heads are not known, or are not of one token each")
+    bias = None if vector is None else facts.constant(vector)
     width = weight.shape[-1]
     if len(weight.shape) != 2 or (bias is not None and bias.shape != (width,)):
         raise _Misfit("a weight is no matrix, or a bias no vector of its width")
-    if heads[2] * heads[3] != width:  # type: ignore[operator]
-        raise _Misfit("the heads are not all that is projected")
     if weight.dtype != np.float32:
         raise _Misfit(f"the operator's kernel is for float32, and this is {weight.dtype}")
+    return _Product(made.inputs[0], made.inputs[1], weight, vector, bias, tuple(nodes))
+
+
+def _heads(product: _Product, sizes: Sizes, split: Node, times: Dims) -> tuple[int, int]:
+    """How many heads a Reshape makes of a product, of `times` each, and their size."""
+    given, made = sizes.of(product.source), sizes.of(split.outputs[0])
+    if given is None or len(given) != 3 or made is None or len(made) != 4 + len(times):
+        raise _Misfit("the rank of what is projected is not known to be 3")
+    heads, size = made[-2:]
+    if made[:-2] != (*given[:2], *times) or not isinstance(heads, int) or not isinstance(size, int):
+        raise _Misfit("the sizes of the heads are not known, or are not of one token each")
+    if heads <= 0 or math.prod((heads, size, *times)) != product.weight.shape[1]:
+        raise _Misfit("the heads are not all that is projected")
+    return heads, size
 
 
 def _maker(value: AnyValue, facts: Facts, what: str) -> Node:

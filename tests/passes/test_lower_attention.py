@@ -87,6 +87,67 @@ def test_a_scale_by_division() -> None:
     assert_rewrites(divided, after(operator=OPERATOR.replace("0.5", "2.0")), CPU)
 
 
+# One product for all three, as timm has it: (batch, sequence, 3, heads, size), then cut.
+PACKED_WEIGHTS: Final = (
+    f"{JOINED.replace('y_weights', 'w')} {BIASES.replace('y_biases', 'b')}, float c = {{0.5}},"
+    " int64[5] heads = {0, 0, 3, 2, 2}, int64[3] joined = {0, 0, 4}"
+)
+INDICES: Final = {
+    "Gather": ", int64 i0 = {0}, int64 i1 = {1}, int64 i2 = {2}",
+    "Split": ", int64[1] zero = {0}",
+    "Slice": ", int64[1] zero = {0}, int64[1] one = {1}, int64[1] two = {2}, int64[1] three = {3}",
+}
+PACKED: Final = """
+    a0 = MatMul (x, w)  a1 = Add (a0, b)  a2 = Reshape (a1, heads)
+    a = Transpose <perm = [2, 0, 3, 1, 4]> (a2)
+    CUT
+    k = Transpose <perm = [0, 1, 3, 2]> (r)
+    s0 = MatMul (q, k)  s = Mul (s0, c)  p = Softmax <axis = -1> (s)
+    m = MatMul (p, v)  t = Transpose <perm = [0, 2, 1, 3]> (m)  y = Reshape (t, joined)
+"""
+CUTS: Final = {
+    "Gather": "q = Gather (a, i0)  r = Gather <axis = 0> (a, i1)  v = Gather (a, i2)",
+    "Split": (
+        "q0, r0, v0 = Split <axis = 0> (a)"
+        "  q = Squeeze (q0, zero)  r = Squeeze (r0, zero)  v = Squeeze (v0, zero)"
+    ),
+    "Slice": (
+        "q0 = Slice (a, zero, one, zero, one)  r0 = Slice (a, one, two, zero)"
+        "  v0 = Slice (a, two, three, zero)"
+        "  q = Squeeze (q0, zero)  r = Squeeze (r0, zero)  v = Squeeze (v0, zero)"
+    ),
+}
+
+
+def packed(*changes: tuple[str, str], by: str = "Gather", cut: str = "", outs: str = "") -> str:
+    body, weights = PACKED.replace("CUT", cut or CUTS[by]), PACKED_WEIGHTS + INDICES[by]
+    for old, new in changes:
+        assert (body + weights).count(old) == 1, old
+        body, weights = body.replace(old, new), weights.replace(old, new)
+    return graph(body, weights, outs=outs)
+
+
+@pytest.mark.parametrize("by", CUTS)
+def test_a_packed_product_gives_its_weights_as_they_are(by: str) -> None:
+    weights = f"{JOINED}{BIASES}".replace("y_weights", "w").replace("y_biases", "b")
+    wanted = graph(f"y = {OPERATOR} (x, w, b)", weights, ms=', "com.microsoft" : 1')
+    done = assert_rewrites(packed(by=by), wanted, CPU)
+    assert [(r.action, r.into) for r in done.applied] == [("lowered", "Attention")]
+
+
+def test_a_packed_product_without_a_bias_gets_zeros() -> None:
+    before = packed(
+        ("a1 = Add (a0, b)", ""), ("Reshape (a1", "Reshape (a0"),
+        (f" {BIASES.replace('y_biases', 'b')},", ""),
+    )  # fmt: skip
+    wanted = graph(
+        f"y = {OPERATOR} (x, w, y_biases)",
+        f"{JOINED.replace('y_weights', 'w')} float[12] y_biases = {{{', '.join('0' * 12)}}}",
+        ms=', "com.microsoft" : 1',
+    )
+    assert_rewrites(before, wanted, CPU)
+
+
 @pytest.mark.parametrize("target", ["onnx", "ort-cuda"])
 def test_other_targets_stay(target: str) -> None:
     assert not run(graph(NODES), LowerAttention(target)).remarks
@@ -155,6 +216,50 @@ REFUSALS: Final[dict[str, tuple[str, str]]] = {
     "a projection through an activation": (
         edited(("v2 = Reshape (v1, heads)", "v3 = Relu (v1) v2 = Reshape (v3, heads)")),
         "a projection is no MatMul with a constant",
+    ),
+    "packed in another order": (
+        packed(cut="q = Gather (a, i1)  r = Gather (a, i0)  v = Gather (a, i2)"),
+        "queries, keys and values lie in another order",
+    ),
+    "one packed piece for two": (
+        packed(cut="q = Gather (a, i0)  r = Gather (a, i0)  v = Gather (a, i2)"),
+        "queries, keys and values lie in another order",
+    ),
+    "packed behind each other in the heads": (
+        packed(("heads = {0, 0, 3, 2, 2}", "heads = {0, 0, 2, 3, 2}"),
+               ("[2, 0, 3, 1, 4]", "[3, 0, 2, 1, 4]")),
+        "what is cut in queries, keys and values has its axes in another order",
+    ),
+    "heads and tokens change places": (
+        packed(("[2, 0, 3, 1, 4]", "[2, 0, 1, 3, 4]")),
+        "what is cut in queries, keys and values has its axes in another order",
+    ),
+    "packed keys through an activation": (
+        packed(("[0, 1, 3, 2]> (r)", "[0, 1, 3, 2]> (r1)"),
+               ("v = Gather (a, i2)", "v = Gather (a, i2) r1 = Relu (r)")),
+        "an operand of its products is not one of three that lie behind each other",
+    ),
+    "keys that are not turned": (
+        packed(("[0, 1, 3, 2]> (r)", "[0, 1, 2, 3]> (r)")),
+        "the axes of its keys are in another order",
+    ),
+    "packed values of another tensor": (
+        packed(("v = Gather (a, i2)", "a4 = Neg (a) v = Gather (a4, i2)")),
+        "queries, keys and values are made of different tensors",
+    ),
+    "a piece that others read": (
+        packed(("v = Gather (a, i2)", "v = Gather (a, i2) e = Relu (r)"),
+               outs=", float[N,2,L,2] e"),
+        "'r' is needed by others too",
+    ),
+    "what is cut is read by others": (
+        packed(("v = Gather (a, i2)", "v = Gather (a, i2) e = Relu (a)"),
+               outs=", float[3,N,2,L,2] e"),
+        "'a' is needed by others too",
+    ),
+    "a norm of the queries": (
+        packed(("q = Gather (a, i0)", "q4 = Gather (a, i0) q = Softplus (q4)")),
+        "an operand of its products is not a projection that is brought into heads",
     ),
     "a bias that is no constant": (
         edited(("Add (k0, bk)", "Add (k0, z)"), more=", float[4] z"),
@@ -232,6 +337,56 @@ def network(
     return helper.make_model(made_graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
 
+def packed_network(
+    batch: Any, length: Any, width: int, heads: int, size: int, *, cut: str, bias: bool
+) -> onnx.ModelProto:
+    """The same in one product."""
+    rng = np.random.default_rng(1)
+    wide = 3 * heads * size
+    arrays: dict[str, Any] = {
+        "w": rng.normal(0, width**-0.5, (width, wide)).astype(np.float32),
+        "c": np.asarray(0.3, np.float32),
+        "heads": np.asarray([0, 0, 3, heads, size]),
+        "joined": np.asarray([0, 0, heads * size]),
+        **{f"i{at}": np.asarray(at) for at in range(3)},
+        **{name: np.asarray([at]) for at, name in enumerate(("zero", "one", "two", "three"))},
+    }
+    if bias:
+        arrays["b"] = rng.normal(size=wide).astype(np.float32)
+    text = PACKED.replace("CUT", CUTS[cut])
+    if not bias:
+        text = text.replace("a1 = Add (a0, b)", "").replace("Reshape (a1", "Reshape (a0")
+    shape = f"float[{batch},{length},{width}] x"
+    model = onnx.parser.parse_model(
+        f'<ir_version: 8, opset_import: ["" : 17]> main ({shape})'
+        f" => (float[{batch},{length},{heads * size}] y) {{ {text} }}"
+    )
+    read = {name for node in model.graph.node for name in node.input}
+    used = {name: array for name, array in arrays.items() if name in read}
+    model.graph.initializer.extend(numpy_helper.from_array(a, n) for n, a in used.items())
+    return model
+
+
+@settings(deadline=None, max_examples=15)
+@given(
+    st.sampled_from([1, 3, "n"]),
+    st.sampled_from([1, 5, "length"]),
+    st.sampled_from([4, 6, 10]),
+    st.integers(1, 4),
+    st.sampled_from([1, 2, 3, 5]),
+    st.sampled_from(sorted(CUTS)),
+    st.booleans(),
+)
+def test_any_packed_sizes_keep_the_outputs(
+    batch: Any, length: Any, width: int, heads: int, size: int, cut: str, bias: bool
+) -> None:
+    model = packed_network(batch, length, width, heads, size, cut=cut, bias=bias)
+    done = run(model, CPU)
+    assert [n.op_type for n in done.stored.proto.graph.node] == ["Attention"]
+    assert_sound(model, done, CPU)
+    assert_parity(model, done.stored.complete())
+
+
 @settings(deadline=None, max_examples=15)
 @given(
     st.sampled_from([1, 3, "n"]),
@@ -260,11 +415,30 @@ def test_any_sizes_keep_the_outputs(
         ("np.concatenate(biases)", "np.concatenate(biases[::-1])"),
         ('"scale": found.scale', '"scale": 1.0'),
         ('if made.op == "Mul" else 1 / factor if factor else 0.0', ""),
-        ('"num_heads": first.heads', '"num_heads": 1'),
+        ('"num_heads": found.parts[0].heads', '"num_heads": 1'),
     ],
 )
 def test_wrong_arithmetic_would_be_seen(old: str, new: str) -> None:
     model = network(2, 5, 6, 2, 3, scale=0.3, biases="qkv", op="Div")
     rule = mutated(lower_attention, old, new)["LowerAttention"]("ort-cpu")
+    assert computes_the_same(model, CPU)
+    assert not computes_the_same(model, rule)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("[at for at, *_ in pieces] != [0, 1, 2]", "False"),
+        ("_UNPACKED: Final = (2, 0, 3, 1, 4)", "_UNPACKED: Final = (2, 0, 1, 3, 4)"),
+    ],
+)
+def test_a_wrong_order_of_packed_parts_would_be_seen(old: str, new: str) -> None:
+    rule = mutated(lower_attention, old, new)["LowerAttention"]("ort-cpu")
+    model = packed_network(2, 2, 6, 2, 3, cut="Gather", bias=True)
+    for node in model.graph.node:
+        if old.startswith("[at") and node.op_type == "Gather" and "i2" not in node.input:
+            node.input[1] = "i1" if node.input[1] == "i0" else "i0"
+        elif not old.startswith("[at") and node.output[0] == "a":
+            node.attribute[0].ints[:] = [2, 0, 1, 3, 4]
     assert computes_the_same(model, CPU)
     assert not computes_the_same(model, rule)
