@@ -1,15 +1,17 @@
 """Write a softmax between two products, with the projections around it, as one operator.
 
-    q, k, v = x W_i + b_i, each in heads;  y = softmax(c q k^T) v, the heads side by side
-        ->  y = Attention(x, [W_q W_k W_v], [b_q b_k b_v]),  scale = c
+    q, k, v = x W_i + b_i, each in heads;  y = softmax(c q k^T + m) v, the heads side by side
+        ->  y = Attention(x, [W_q W_k W_v], [b_q b_k b_v], , , m),  scale = c
 
 onnxruntime's operator computes the three projections in one go and keeps heads where they are, so
 three Reshapes, four Transposes and two additions go. Where the graph has them in one product
 already, whose result is brought to (3, batch, heads, sequence, size) and cut there, its weight is
 the operator's as it is. The same function over the reals, with the
 same products; only for the target `ort-cpu`, where it was measured (`onnxnorm.lowering.ATTENTION`),
-and in float32, which is what its kernel takes there. Scores with a mask or a bias keep their nodes,
-and so does cross-attention: the operator projects one x.
+and in float32, which is what its kernel takes there. The operator adds m as the nodes do, and a row
+of -inf alone gives NaN in both; but m must have a number for each query and key, of one or all
+heads and examples. What makes zeros of such rows afterwards keeps its nodes, and so does
+cross-attention: the operator projects one x.
 
 Source: A. Vaswani et al., Attention Is All You Need, 2017; contributed operators of onnxruntime.
 """
@@ -18,10 +20,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import ClassVar, Final
 
 import numpy as np
+import onnx
 
 from onnxnorm.facts import AnyValue, Constant, Facts
 from onnxnorm.layout import Dims
@@ -37,6 +41,7 @@ _UNPACKED: Final = (2, 0, 3, 1, 4)  # (batch, sequence, 3, heads, size) to what 
 _FLIPPED: Final = (0, 1, 3, 2)
 
 
+_RANK: Final = 4  # of scores
 _OPERAND: Final = "an operand of its products"
 
 
@@ -90,17 +95,19 @@ class _Attention:
     Attributes:
         parts: What makes queries, keys and values; one for all three where they are packed.
         scale: What the scores are multiplied by.
+        added: What is added to them then; None for nothing.
         nodes: All nodes, the last one first.
     """
 
     parts: tuple[_Projection, ...]
     scale: float
+    added: AnyValue | None
     nodes: tuple[Node, ...]
 
 
 @dataclass(frozen=True)
 class LowerAttention(Pass):
-    """Write self-attention without a mask as one operator of onnxruntime.
+    """Write self-attention as one operator of onnxruntime.
 
     Attributes:
         target: `onnx`, `ort-cpu` or `ort-cuda`; given by --target.
@@ -121,6 +128,10 @@ class LowerAttention(Pass):
         for softmax in facts.module.nodes():
             if softmax.op != "Softmax" or softmax.domain:
                 continue
+            if _is_guarded(softmax, facts):
+                reason = "rows of -inf alone become 0 behind it, and NaN in the operator"
+                yield Refusal(reason, softmax.label, node=softmax, kept=True)
+                continue
             if not _is_between_products(softmax, facts):
                 continue
             form = attention(self.target, version(self.runtime))
@@ -131,8 +142,8 @@ class LowerAttention(Pass):
                 _found(softmax, facts, find_sizes(facts))
                 # What a file states may be stale.
                 found = _found(softmax, facts, derived_sizes(facts))
-            except _Misfit as reason:
-                yield Refusal(str(reason), softmax.label, node=softmax, kept=True)
+            except _Misfit as misfit:
+                yield Refusal(str(misfit), softmax.label, node=softmax, kept=True)
                 continue
             yield Plan(
                 found.nodes[0],
@@ -159,7 +170,12 @@ class LowerAttention(Pass):
                 for p in products
             ]
             vector = rw.constant("biases", np.concatenate(biases))
-        inputs = [products[0].source, matrix, vector]
+        added = found.added
+        constant = None if added is None else rw.facts.constant(added)
+        if constant is not None and len(constant.shape) < _RANK:
+            array = np.asarray(constant.array())
+            added = rw.constant("added", array.reshape((1,) * (_RANK - array.ndim) + array.shape))
+        inputs = [products[0].source, matrix, vector, None, None, added]
         attrs = {"num_heads": found.parts[0].heads, "scale": found.scale}
         rw.merge(
             "Attention", inputs, [root.outputs[0]], [], at=root, name=root.name, domain=DOMAIN,
@@ -182,6 +198,12 @@ def _is_between_products(softmax: Node, facts: Facts) -> bool:
     )
 
 
+def _is_guarded(softmax: Node, facts: Facts) -> bool:
+    """Whether numbers take the place of what is none in the result of a softmax."""
+    read = {(use.node.op, use.index) for use in facts.uses(softmax.outputs[0])}
+    return read == {("IsNaN", 0), ("Where", 2)}
+
+
 def _found(softmax: Node, facts: Facts, sizes: Sizes) -> _Attention:
     """The attention around a softmax.
 
@@ -198,18 +220,36 @@ def _found(softmax: Node, facts: Facts, sizes: Sizes) -> _Attention:
     if tuple(spread.attrs.get("perm", ())) != _TO_HEADS:
         raise _Misfit("its heads are not put side by side again")
     joined = _only_reader(spread, facts, "Reshape", "the Transpose behind it")
-    scores, scale, between = _scores(softmax, facts)
+    scores, scale, added, between = _scores(softmax, facts)
     parts = _parts((*scores.inputs, mixed.inputs[1]), facts, sizes)
     first = parts[0]
     given = sizes.of(first.product.source)
     if given is None or sizes.of(joined.outputs[0]) != (*given[:2], first.heads * first.size):
         raise _Misfit("its result is not known to have the heads side by side")
+    if added is not None:
+        _check_added(added, given, first.heads, facts, sizes)
     inner = (spread, mixed, softmax, *between, scores, *(n for p in parts for n in p.nodes))
     nodes = (joined, *dict.fromkeys(inner))
     for value in (v for node in nodes[1:] for v in node.outputs if v.name):
         if facts.pinned(value) is not None or any(u.node not in nodes for u in facts.uses(value)):
             raise _Misfit(f"'{value.name}' is needed by others too")
-    return _Attention(parts, scale, nodes)
+    return _Attention(parts, scale, added, nodes)
+
+
+def _check_added(added: AnyValue, given: Dims, heads: int, facts: Facts, sizes: Sizes) -> None:
+    """What the operator asks of what is added to the scores."""
+    batch, length, _ = given
+    constant, kind, dims = facts.constant(added), facts.type(added), sizes.of(added)
+    if constant is not None and len(constant.shape) < _RANK:
+        if facts.readers(constant) > 1:
+            raise _Misfit(f"'{constant.name}' is read by others, so it would be stored twice")
+        dims = (*(1,) * (_RANK - len(constant.shape)), *constant.shape)
+    known = dims is not None and len(dims) == _RANK and dims[2:] == (length, length)
+    if dims is None or not known or dims[0] not in (1, batch) or dims[1] not in (1, heads):
+        raise _Misfit("what is added to its scores may not be there for each pair of tokens")
+    is_float = constant is not None and constant.dtype == np.float32
+    if not is_float and (kind is None or kind.element != onnx.TensorProto.FLOAT):
+        raise _Misfit(f"the type of '{added.name}' is not known to be float32")
 
 
 def _parts(operands: tuple[AnyValue, ...], facts: Facts, sizes: Sizes) -> tuple[_Projection, ...]:
@@ -240,13 +280,28 @@ def _only_reader(node: Node, facts: Facts, op: str, what: str) -> Node:
     return uses[0].node
 
 
-def _scores(softmax: Node, facts: Facts) -> tuple[Node, float, tuple[Node, ...]]:
-    """The product of queries and keys, what it is multiplied by, and the node that does so."""
+def _scores(softmax: Node, facts: Facts) -> tuple[Node, float, AnyValue | None, tuple[Node, ...]]:
+    """The product of queries and keys, what it is multiplied by, what is added, and who does so."""
     made = _maker(softmax.inputs[0], facts, "its scores")
+    if made.op != "Add":
+        product, scale, between = _scaled(made, facts)
+        return product, scale, None, between
+    for value, added in (tuple(made.inputs), tuple(reversed(made.inputs))):
+        maker = facts.producer(value)
+        if maker is None or maker.op not in ("MatMul", "Mul", "Div") or maker.domain:
+            continue
+        with suppress(_Misfit):  # it may be the other operand
+            product, scale, between = _scaled(_maker(value, facts, "its scores"), facts)
+            return product, scale, added, (made, *between)
+    raise _Misfit("neither operand of what adds to its scores is a product times a number")
+
+
+def _scaled(made: Node, facts: Facts) -> tuple[Node, float, tuple[Node, ...]]:
+    """A product of queries and keys, what it is multiplied by, and the node that does so."""
     if made.op == "MatMul":
         return made, 1.0, ()
     if made.op not in ("Mul", "Div"):
-        raise _Misfit(f"its scores come from {made.op}, as a mask or a bias is added")
+        raise _Misfit(f"its scores come from {made.op}")
     for value, other in (tuple(made.inputs), tuple(reversed(made.inputs))):
         known = facts.constant(other)
         if known is None or known.shape not in ((), (1,)):
@@ -259,7 +314,7 @@ def _scores(softmax: Node, facts: Facts) -> tuple[Node, float, tuple[Node, ...]]
             raise _Misfit(f"its scores are multiplied by {scale:g}")
         product = _maker(value, facts, "its scores")
         if product.op != "MatMul":
-            raise _Misfit(f"its scores come from {product.op}, as a mask or a bias is added")
+            raise _Misfit(f"its scores come from {product.op}")
         return product, scale, (made,)
     raise _Misfit("its scores are not multiplied by one number")
 

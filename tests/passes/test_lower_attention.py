@@ -11,9 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
+from onnxnorm import storage
 from onnxnorm.passes import lower_attention
 from onnxnorm.passes.lower_attention import LowerAttention
+from onnxnorm.session import open_session
+from onnxnorm.staging import Staged
 from onnxnorm.testing import assert_parity, assert_refuses, assert_rewrites, assert_sound, run
+from onnxnorm.truth import Evaluator
 from tests.mutants import computes_the_same, mutated
 
 CPU: Final = LowerAttention("ort-cpu")
@@ -148,6 +152,55 @@ def test_a_packed_product_without_a_bias_gets_zeros() -> None:
     assert_rewrites(before, wanted, CPU)
 
 
+ADDED: Final = "com.microsoft.Attention <num_heads: int = 2, scale: float = 0.5>"
+
+
+@pytest.mark.parametrize("shape", ["1,1,L,L", "N,1,L,L", "1,2,L,L", "N,2,L,L"])
+@pytest.mark.parametrize("order", ["s1, mask", "mask, s1"])
+def test_a_mask_is_read_by_the_operator(shape: str, order: str) -> None:
+    mask = f", float[{shape}] mask"
+    before = edited(("s = Mul (s0, c)", f"s1 = Mul (s0, c) s = Add ({order})"), more=mask)
+    body = f"y = {ADDED} (x, y_weights, y_biases, , , mask)"
+    wanted = graph(body, f"{JOINED}{BIASES}", more=mask, ms=', "com.microsoft" : 1')
+    assert_rewrites(before, wanted, CPU)
+
+
+def test_a_constant_bias_of_each_head_gets_the_axis_of_examples() -> None:
+    numbers = ", ".join(str(at / 4) for at in range(18))
+    before = edited(
+        ("s = Mul (s0, c)", "s1 = Mul (s0, c) s = Add (s1, rel)"),
+        ("float c = {0.5}", f"float c = {{0.5}}, float[2,3,3] rel = {{{numbers}}}"),
+    ).replace("L", "3")
+    body = f"y = {ADDED} (x, y_weights, y_biases, , , y_added)"
+    weights = f"{JOINED}{BIASES}, float[1,2,3,3] y_added = {{{numbers}}}"
+    wanted = graph(body, weights, ms=', "com.microsoft" : 1').replace("L", "3")
+    assert_rewrites(before, wanted, CPU)
+
+
+@pytest.mark.parametrize("low", [-np.inf, float(np.finfo(np.float32).min), -1e4])
+def test_masked_rows_are_what_the_nodes_make_of_them(low: float) -> None:
+    """Some keys of one query, all of another: by definition in float64, and as the nodes run."""
+    mask = ", float[2,1,5,5] mask"
+    text = edited(("s = Mul (s0, c)", "s1 = Mul (s0, c) s = Add (s1, mask)"), more=mask)
+    text = text.replace("float[N,L,4]", "float[2,5,4]")
+    before = storage.from_proto(onnx.parser.parse_model(text))
+    after = run(text, CPU).stored
+    assert [n.op_type for n in after.proto.graph.node] == ["Attention"]
+    rng = np.random.default_rng(0)
+    added = np.zeros((2, 1, 5, 5), np.float32)
+    added[:, :, 3, 1:] = added[:, :, 2] = low
+    feeds = {"x": rng.normal(size=(2, 5, 4)).astype(np.float32), "mask": added}
+    (truth,) = Evaluator(before).run(feeds).values()
+    errors = []
+    for stored in (before, after):
+        with Staged(stored, None) as staged, open_session(staged.model) as session:
+            (found,) = session.run(feeds).values()
+        np.testing.assert_array_equal(np.isnan(found), np.isnan(truth))
+        errors.append(np.nanmax(np.abs(found - truth)))
+    room = 4 * np.spacing(np.float32(np.nanmax(np.abs(truth))))  # as parity has it
+    assert errors[1] <= 2 * errors[0] + room
+
+
 @pytest.mark.parametrize("target", ["onnx", "ort-cuda"])
 def test_other_targets_stay(target: str) -> None:
     assert not run(graph(NODES), LowerAttention(target)).remarks
@@ -157,11 +210,37 @@ MASK: Final = ", float[L,L] mask"
 REFUSALS: Final[dict[str, tuple[str, str]]] = {
     "a mask": (
         edited(("s = Mul (s0, c)", "s1 = Mul (s0, c) s = Add (s1, mask)"), more=MASK),
-        "its scores come from Add, as a mask or a bias is added",
+        "what is added to its scores may not be there for each pair of tokens",
+    ),
+    "a mask of keys alone": (
+        edited(("s = Mul (s0, c)", "s1 = Mul (s0, c) s = Add (s1, mask)"),
+               more=", float[N,1,1,L] mask"),
+        "what is added to its scores may not be there for each pair of tokens",
+    ),
+    "a mask of some examples": (
+        edited(("s = Mul (s0, c)", "s1 = Mul (s0, c) s = Add (s1, mask)"),
+               more=", float[M,1,L,L] mask"),
+        "what is added to its scores may not be there for each pair of tokens",
+    ),
+    "a mask made of the scores": (
+        edited(("s = Mul (s0, c)", "s1 = Mul (s0, c) s2 = Relu (s1) s = Add (s1, s2)")),
+        "'s1' is needed by others too",
+    ),
+    "two masks": (
+        edited(("s = Mul (s0, c)", "s1 = Mul (s0, c) s2 = Add (s1, mask) s = Add (s2, mask)"),
+               more=", float[N,1,L,L] mask"),
+        "neither operand of what adds to its scores is a product times a number",
+    ),
+    "rows of -inf become zeros": (
+        edited(("s = Mul (s0, c)", "s1 = Mul (s0, c) s = Add (s1, mask)"),
+               ("m = MatMul (p, v)", "n = IsNaN (p) z = Where (n, zero, p) m = MatMul (z, v)"),
+               ("float c = {0.5}", "float c = {0.5}, float zero = {0}"),
+               more=", float[N,1,L,L] mask"),
+        "rows of -inf alone become 0 behind it, and NaN in the operator",
     ),
     "a mask in front of the scale": (
         edited(("s = Mul (s0, c)", "s1 = Add (s0, mask) s = Mul (s1, c)"), more=MASK),
-        "its scores come from Add, as a mask or a bias is added",
+        "its scores come from Add",
     ),
     "a scale of each head": (
         edited(("float c = {0.5}", "float[2,1,1] c = {0.5, 2}")),
@@ -423,6 +502,17 @@ def test_wrong_arithmetic_would_be_seen(old: str, new: str) -> None:
     rule = mutated(lower_attention, old, new)["LowerAttention"]("ort-cpu")
     assert computes_the_same(model, CPU)
     assert not computes_the_same(model, rule)
+
+
+def test_a_mask_that_is_lost_would_be_seen() -> None:
+    changes = (
+        ("s = Mul (s0, c)", "s1 = Mul (s0, c) s = Add (s1, rel)"),
+        ("float c = {0.5}", "float c = {0.5}, float[1,1,2,2] rel = {0, 1, -2, 0.5}"),
+    )
+    model = onnx.parser.parse_model(edited(*changes).replace("N,L", "3,2"))
+    rule = mutated(lower_attention, "None, None, added]", "None, None, None]")["LowerAttention"]
+    assert computes_the_same(model, CPU)
+    assert not computes_the_same(model, rule("ort-cpu"))
 
 
 @pytest.mark.parametrize(
