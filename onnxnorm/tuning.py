@@ -113,6 +113,7 @@ class _Place:
         others: The other forms that it can have.
         alone: The norm alone, for each shape that comes; empty where it cannot be measured.
         lack: Why it cannot be.
+        drawn: Whether its values are random, as no run had any.
     """
 
     norm: Norm
@@ -120,6 +121,7 @@ class _Place:
     others: tuple[str, ...]
     alone: tuple[_Alone, ...] = ()
     lack: str = ""
+    drawn: bool = False
 
     @property
     def signature(self) -> tuple[object, ...]:
@@ -222,6 +224,9 @@ def tune(
             notes.append(f"{name} is written as {form}: {figure} of the time of {place.usual}.")
     rest = len(chosen) - len(notes)
     notes.append(f"Norms measured by --tune: {len(chosen)}; with the form of the table: {rest}.")
+    if drawn := [place_of(p.norm.output) for p in places if p.drawn and p.alone]:
+        told = f"Norms that nothing reaches with these inputs: {', '.join(drawn)}"
+        notes.append(f"{told}; they were measured with random numbers.")
     for lack, names in lacks.items():
         notes.append(f"Norms that --tune did not measure: {', '.join(names)}; {lack}.")
     return Tuned(tuple(chosen), tuple(notes))
@@ -251,6 +256,9 @@ def _places(bench: Workbench, stored: Stored, target: str, runtime: str) -> list
             array = values[norm.input.name]
             given = {array.shape: (array, 1)}
         found = sorted(given.values(), key=lambda each: -each[1])[:_SHAPES]
+        drawn = None if found or lack else _drawn(bench, norm, facts)
+        if drawn is not None:
+            found = [(drawn, 1)]
         if len(found) == 1:
             found = [(found[0][0], 1)]  # how often is asked of one shape beside another
         alone = [_extracted(facts, norm, array, times) for array, times in found]
@@ -259,7 +267,7 @@ def _places(bench: Workbench, stored: Stored, target: str, runtime: str) -> list
             why = lack or "with these inputs nothing reached it"
         else:
             why = "it reads more than one value and constants"
-        places.append(replace(place, alone=usable, lack=why))
+        places.append(replace(place, alone=usable, lack=why, drawn=drawn is not None))
     return places
 
 
@@ -282,7 +290,8 @@ def _seen(
 ) -> tuple[dict[str, _Shapes], str]:
     """What reaches norms of bodies and functions, and why that is not known; "" where it is.
 
-    onnxruntime shows no values from in there, so the model is evaluated in float64.
+    onnxruntime shows no values from in there, so the model is evaluated in float64, with one set of
+    inputs after another until something has reached all of them.
     """
     from onnxnorm.parity import free_memory
     from onnxnorm.truth import Evaluator, OutOfTime
@@ -298,7 +307,10 @@ def _seen(
     until = time.monotonic() + bench.budget
     with Evaluator(stored, free_memory() // 2, watch) as evaluator:
         try:
-            evaluator.run(bench.feed(), deadline=until)
+            for feed in bench.checker().feeds:
+                evaluator.run(feed.values, deadline=until)
+                if all(found.values()):
+                    break
         except OutOfTime:
             return found, "the time budget ended before values reached it"
         except MemoryError as error:
@@ -306,6 +318,16 @@ def _seen(
         except OnnxNormError as error:
             return found, f"its values are not known: {error}"
     return found, ""
+
+
+def _drawn(bench: Workbench, norm: Norm, facts: Facts) -> Any:
+    """Random values for a norm that no run has reached; None where a size is not known."""
+    dims, known = norm.dims, facts.type(norm.input)
+    if known is None or dims is None or not all(isinstance(d, int) and d > 0 for d in dims):
+        return None
+    shape = [d for d in dims if isinstance(d, int)]
+    values = np.random.default_rng(bench.seed).standard_normal(shape)
+    return values.astype(onnx.helper.tensor_dtype_to_np_dtype(known.element))
 
 
 def _keep(shapes: _Shapes, dtype: np.dtype[Any], value: Any) -> None:

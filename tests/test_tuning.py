@@ -221,6 +221,7 @@ norm (x) => (n5) {{ {EPS.format(5)} {NORM.format(5, "x")} }}
 """
 PLACES: Final[dict[str, set[tuple[int, ...]]]] = {
     "y/then_branch/n1": {(2, 8)},
+    "y/else_branch/n2": {(2, 8)},
     "l/body/n3": {(2, 8)},
     "c/body/n4": {(8,)},
     "f.norm/n5": {(2, 8), (3, 8)},
@@ -252,8 +253,8 @@ def test_norms_of_bodies_and_functions_have_choices_too(
     assert set(clock.shapes) == set().union(*PLACES.values())
     assert report.parity is not None
     assert report.parity["passed"]
-    (told,) = (n for n in report.notes if n.startswith("Norms that --tune did not measure"))
-    assert "y/else_branch/n2; with these inputs nothing reached it" in told
+    (told,) = (n for n in report.notes if n.startswith("Norms that nothing reaches"))
+    assert "y/else_branch/n2; they were measured with random numbers" in told
     assert any(n.startswith("f.norm/n5 is written as ") and "2 shapes" in n for n in report.notes)
     clock.asked.clear()
     api.optimize(path, tmp_path / "again.onnx", choices=choices(report), **GIVEN)
@@ -293,6 +294,30 @@ def test_what_a_body_reads_is_what_reaches_it(
     }
     assert seen["r"].min() == 0.0  # it comes out of a Relu
     np.testing.assert_array_equal(seen["t"], seen["r"][0])
+
+
+def test_inputs_that_take_the_other_branch_are_looked_for(
+    tmp_path: Path, timed: Callable[[Clock], None]
+) -> None:
+    timed(Shapes({"LayerNormalization": 40.0}))
+    text = INNER.replace(
+        "y = If (yes)", "w1 = ReduceMax <keepdims = 0> (w) o = Less (w1, one) y = If (o)"
+    )
+    text = text.replace("bool yes = {1}", "bool yes = {1}, float one = {1}")
+    report = api.optimize(saved(tmp_path, text), None, tune=True, parity=False, **GIVEN).report
+    assert set(choices(report)) == set(PLACES)
+    assert not any(note.startswith("Norms that") for note in report.notes)
+
+
+def test_a_norm_of_unknown_size_that_nothing_reaches_is_not_measured(
+    tmp_path: Path, timed: Callable[[Clock], None]
+) -> None:
+    timed(Shapes({}))
+    path = saved(tmp_path, INNER.replace("[2,8]", "[n,8]"))
+    report = api.optimize(path, None, tune=True, parity=False, **GIVEN).report
+    assert set(choices(report)) == set(PLACES) - {"y/else_branch/n2"}
+    (told,) = (n for n in report.notes if n.startswith("Norms that --tune did not measure"))
+    assert "y/else_branch/n2; with these inputs nothing reached it" in told
 
 
 def test_no_time_to_see_what_reaches_a_body_is_told(
