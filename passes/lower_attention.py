@@ -231,7 +231,8 @@ def _found(softmax: Node, facts: Facts, sizes: Sizes) -> _Attention:
     inner = (spread, mixed, softmax, *between, scores, *(n for p in parts for n in p.nodes))
     nodes = (joined, *dict.fromkeys(inner))
     for value in (v for node in nodes[1:] for v in node.outputs if v.name):
-        if facts.pinned(value) is not None or any(u.node not in nodes for u in facts.uses(value)):
+        read = value is added or any(use.node not in nodes for use in facts.uses(value))
+        if read or facts.pinned(value) is not None:
             raise _Misfit(f"'{value.name}' is needed by others too")
     return _Attention(parts, scale, added, nodes)
 

@@ -226,6 +226,10 @@ REFUSALS: Final[dict[str, tuple[str, str]]] = {
         edited(("s = Mul (s0, c)", "s1 = Mul (s0, c) s2 = Relu (s1) s = Add (s1, s2)")),
         "'s1' is needed by others too",
     ),
+    "the scores twice": (
+        edited(("s = Mul (s0, c)", "s1 = Mul (s0, c) s = Add (s1, s1)")),
+        "'s1' is needed by others too",
+    ),
     "two masks": (
         edited(("s = Mul (s0, c)", "s1 = Mul (s0, c) s2 = Add (s1, mask) s = Add (s2, mask)"),
                more=", float[N,1,L,L] mask"),
