@@ -1,4 +1,8 @@
-"""The three things to do with a model: optimize it, inspect it, compare it with another."""
+"""The three things to do with a model: optimize it, inspect it, compare it with another.
+
+What proves and measures is imported by the run that does it: without, a small model would be waited
+for less long than the imports.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +12,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import onnx
 
-from onnxnorm import staging, tuning, verifier
-from onnxnorm.ablation import ablate
-from onnxnorm.analysis import Measured, analyse, empty, provider_row
+from onnxnorm import staging, verifier
 from onnxnorm.copying import HeadStart
 from onnxnorm.errors import (
     ParityError,
@@ -28,20 +30,22 @@ from onnxnorm.intake import Model, given_back, taken
 from onnxnorm.lowering import OLDEST_RUNTIME, Choices
 from onnxnorm.lowering import version as parsed
 from onnxnorm.module import Module
-from onnxnorm.ops import bodies, library
+from onnxnorm.ops import bodies
 from onnxnorm.pipeline import Pipeline, Run
 from onnxnorm.registry import Target, aimed, select
 from onnxnorm.regression import MAX_REGRESSION, judge
 from onnxnorm.remark import Remark
 from onnxnorm.report import Report
 from onnxnorm.rewrite import Pass
-from onnxnorm.rollback import prove
 from onnxnorm.rows import file_rows, model_facts, norm_rows, site_rows
-from onnxnorm.slower import Blame, blame, with_kept
 from onnxnorm.staging import Staged
 from onnxnorm.storage import Stored
 from onnxnorm.stream_rows import Outline, outlines, stream_rows
 from onnxnorm.workbench import Progress, Shapes, Workbench
+
+if TYPE_CHECKING:
+    from onnxnorm.analysis import Measured
+    from onnxnorm.slower import Blame
 
 _log: Final = logging.getLogger("onnxnorm")
 
@@ -184,6 +188,8 @@ def optimize(
     )
     forms = _forms(choices, tune=tune, dry_run=dry_run)
     if tune or forms is not None:
+        from onnxnorm import tuning
+
         chosen = tuning.with_choices(chosen, forms or ())
     with ExitStack() as stack:
         stored = stack.enter_context(taken(model))
@@ -225,6 +231,8 @@ def optimize(
                 told.warnings.append("The outputs were not compared with those of the original.")
             while True:
                 if parity:
+                    from onnxnorm.rollback import prove
+
                     proof = prove(bench, pipeline, source, run, place, stack, back)
                     run, candidate, back = proof.run, proof.candidate, proof.taken_back
                     told.parity = proof.result.to_json()
@@ -235,6 +243,8 @@ def optimize(
                 _time(bench, told, candidate, asked=latency, proven=parity, changed=changed)
                 if keep_slower or told.latency is None or told.latency["verdict"] != "slower":
                     break
+                from onnxnorm.slower import blame
+
                 judged = blame(bench, pipeline, source, run, candidate.model, told.latency)
                 if isinstance(judged, str):
                     told.warnings.append(judged)
@@ -244,8 +254,12 @@ def optimize(
             told.warnings += [f"{r.site} was taken back: {r.reason}." for r in back]
             told.warnings += [f"{b.name} was taken back: {b.reason}." for b in blamed]
             if told.latency is not None:
+                from onnxnorm.analysis import analyse
+
                 parts: dict[str, Measured] = {}
                 if ablation:
+                    from onnxnorm.ablation import ablate
+
                     names = () if ablation is True else tuple(ablation)
                     whole, file = told.latency, candidate.model
                     parts["ablation"] = lambda: ablate(bench, pipeline, run, file, whole, names)
@@ -262,7 +276,10 @@ def optimize(
                 told.notes.append("Nothing was changed, so nothing was written.")
             else:
                 files = staging.save(run.stored, place, ahead)
-        run = with_kept(run, blamed, [p.name for p in chosen])
+        if blamed:
+            from onnxnorm.slower import with_kept
+
+            run = with_kept(run, blamed, [p.name for p in chosen])
         _logged(run, told)
         streams = stream_rows(found, run.remarks)
         report = Report(
@@ -349,6 +366,7 @@ def compare(
         ParityError: onnxruntime cannot run the original.
     """
     from onnxnorm import sweep as sweeps
+    from onnxnorm.analysis import analyse, empty, provider_row
 
     names = [name.strip() for name in provider.split(",")]
     _check_compare(latency, against, batch, sequence, sizes)
@@ -403,6 +421,8 @@ def _told_of_operators(bench: Workbench, stored: Stored, *, cuda_kernels: bool) 
     functions = stored.proto.functions
     if bench.provider is None or all(each.domain != bodies.DOMAIN for each in functions):
         return []
+    from onnxnorm.ops import library
+
     there = bool(bench.libraries) or (
         library.describe().path is not None and bench.provider == "cpu"
     )
@@ -420,6 +440,8 @@ def _forms(
         raise UsageError("both --tune and --choices were given", "Measure, or replay, not both.")
     if choices is None or isinstance(choices, Mapping):
         return None if choices is None else tuple(choices.items())
+    from onnxnorm import tuning
+
     return tuning.read_choices(choices)
 
 

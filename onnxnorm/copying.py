@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import shutil
 import tempfile
 import threading
@@ -40,7 +39,7 @@ class HiddenFolder:
     """
 
     def __init__(self, target: Path | None) -> None:
-        mark = secrets.token_hex(8)
+        mark = os.urandom(8).hex()
         if target is None:
             self.path = Path(tempfile.gettempdir(), f"onnxnorm-{mark}")
         else:

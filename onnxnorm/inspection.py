@@ -10,6 +10,9 @@ from contextlib import ExitStack
 from importlib.metadata import version
 from typing import Any
 
+import numpy as np
+import onnx
+
 from onnxnorm.intake import Model, taken
 from onnxnorm.lowering import NOT_MEASURED
 from onnxnorm.pipeline import Pipeline, Run
@@ -114,7 +117,11 @@ def told_of_target(target: Target) -> list[str]:
 def environment(measured: bool, threads: int | None) -> dict[str, Any]:
     """Versions, and, where something was run, the machine it ran on."""
     if not measured:
-        return {name: version(name) for name in ("onnxnorm", "onnx", "numpy")}
+        return {
+            "onnxnorm": version("onnxnorm"),
+            "onnx": onnx.__version__,
+            "numpy": np.__version__,
+        }
     from onnxnorm.session import environment as measured_on
 
     return measured_on(threads)

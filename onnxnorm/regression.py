@@ -16,7 +16,6 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from onnxnorm.errors import UsageError
-from onnxnorm.report_text import counted
 
 MAX_REGRESSION: Final = 0.05
 
@@ -100,4 +99,6 @@ def _noise(latency: Mapping[str, Any]) -> float:
 
 def _threads(latency: Mapping[str, Any]) -> str:
     threads = latency.get("threads")
-    return "the runtime's own choice of threads" if threads is None else counted(threads, "thread")
+    if threads is None:
+        return "the runtime's own choice of threads"
+    return "1 thread" if threads == 1 else f"{threads} threads"

@@ -12,18 +12,17 @@ import importlib.resources
 import json
 import math
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeAlias
 
 import numpy as np
 
 from onnxnorm.errors import OnnxNormError, OutputError, UsageError
-from onnxnorm.report_markdown import render_markdown
-from onnxnorm.report_text import Json, counted
+
+Json: TypeAlias = Mapping[str, Any]
 
 SCHEMA_VERSION: Final = 1
 
@@ -163,6 +162,8 @@ class Report:
 
     def to_markdown(self) -> str:
         """Return the report as markdown that can be pasted into a pull request."""
+        from onnxnorm.report_markdown import render_markdown
+
         return render_markdown(self.to_json())
 
     def to_html(self) -> str:
@@ -274,7 +275,7 @@ def _fault(value: Any, rule: Json, schema: Json, at: str) -> str | None:
     if isinstance(value, list):
         low, high = rule.get("minItems", 0), rule.get("maxItems", math.inf)
         if not low <= len(value) <= high:
-            return f"{at} has {counted(len(value), 'entry')}"
+            return f"{at} has {len(value)} {'entry' if len(value) == 1 else 'entries'}"
         parts = [(f"{at}[{i}]", item, rule.get("items", {})) for i, item in enumerate(value)]
     elif isinstance(value, Mapping):
         missing = [key for key in rule.get("required", ()) if key not in value]
@@ -302,7 +303,7 @@ def _number_fault(value: float, rule: Json, at: str) -> str | None:
 def _write_atomically(path: Path, text: str) -> None:
     # A link stays a link: what it points to is replaced.
     target = Path(os.path.realpath(path))
-    scratch = target.with_name(f".onnxnorm-{secrets.token_hex(8)}.tmp")
+    scratch = target.with_name(f".onnxnorm-{os.urandom(8).hex()}.tmp")
     try:
         try:
             with scratch.open("x", encoding="utf-8", newline="\n") as file:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from onnxnorm.ops.library import required
 from onnxnorm.staging import Staged
 from onnxnorm.storage import Stored
 
@@ -55,6 +54,7 @@ class Workbench:
         Raises:
             ProviderError: It is not usable.
         """
+        from onnxnorm.ops.library import required
         from onnxnorm.session import resolve_provider  # brings onnxruntime, which takes time
 
         self.provider = resolve_provider(wanted)
