@@ -125,7 +125,6 @@ def confirm(norm: Norm, facts: Facts, *, seed: int = 0) -> str | None:
 
 
 def _tried(norm: Norm, run: _Run, seed: int) -> str | None:
-    draw = _uniform(seed)
     epsilon = norm.epsilon or 1e-5
     scales: tuple[tuple[float, float], ...] = (
         (1.0, 0.0),
@@ -141,11 +140,12 @@ def _tried(norm: Norm, run: _Run, seed: int) -> str | None:
         return str(reason)
     if math.prod(shape) > _LARGEST:
         scales = scales[1:3]
+    drawn = _uniform(shape, seed)
     for deviation, mean in scales:
         precision = 16 * run.unit * (1 + mean * mean)
         if precision > 1:
             continue  # constants of a narrow type say nothing about such a mean
-        x = draw(shape) * deviation + mean * deviation
+        x = drawn * deviation + mean * deviation
         try:
             with np.errstate(all="ignore"):
                 given, wanted = run.result(x), canonical(norm, x)
@@ -164,19 +164,15 @@ def _tried(norm: Norm, run: _Run, seed: int) -> str | None:
     return None
 
 
-def _uniform(seed: int) -> Callable[[tuple[int, ...]], Array]:
+def _uniform(shape: tuple[int, ...], seed: int) -> Array:
     """Independent numbers of mean 0 and deviation 1, uniform over [-sqrt(3), sqrt(3)).
 
     Of the standard library's generator: nothing else here needs numpy.random, which with the hashes
     that it brings takes 6 MB.
     """
-    source = random.Random(seed)
-
-    def draw(shape: tuple[int, ...]) -> Array:
-        words = np.frombuffer(source.randbytes(4 * math.prod(shape)), np.uint32).reshape(shape)
-        return words * (math.sqrt(12) * 2.0**-32) - math.sqrt(3)
-
-    return draw
+    drawn = random.Random(seed).randbytes(4 * math.prod(shape))
+    words = np.frombuffer(drawn, np.uint32).reshape(shape)
+    return np.asarray(words * (math.sqrt(12) * 2.0**-32) - math.sqrt(3))
 
 
 class _NotTried(Exception):

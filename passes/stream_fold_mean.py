@@ -16,6 +16,8 @@ and Efficient Pre-LN Transformers" (2023). What a stream is, and what may change
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
@@ -128,9 +130,8 @@ class Survey:
         self.options = options
         self.streams = find_streams(facts)
         known, self.measured = times(options.target)
-        centering, add = known.prices
+        centering, _ = known.prices
         self.centering = centering if options.centering is None else options.centering
-        self.add = add if options.add is None else options.add
         self.prices = Prices(
             centering=self.centering,
             copy=options.copy_mb,
@@ -143,8 +144,17 @@ class Survey:
             if norm.kind == "layer_norm" and norm.recognised and self._one_type(norm):
                 self.betas[norm] = self._beta(norm)
                 paid = isinstance(self.betas[norm], str)
-                self.gains[norm] = 1.0 - (self.add if paid else 0.0)
+                self.gains[norm] = 1.0 - (self.add(norm) if paid else 0.0)
         self.choice = self._choose()
+
+    def add(self, norm: GivenNorm) -> float:
+        """What an Add behind a norm costs, in units of what the norm saves."""
+        if self.options.add is not None:
+            return self.options.add
+        dims = self.streams.sizes.of(norm.input)
+        known = [d for d in dims or () if isinstance(d, int)]
+        elements = math.prod(known) if dims is not None and len(known) == len(dims) else None
+        return times(self.options.target, elements)[0].prices[1]
 
     def _one_type(self, norm: GivenNorm) -> bool:
         """Whether the type of a norm is known, and its result has the type of its input."""
@@ -278,11 +288,11 @@ class Survey:
             number = len(group.explicit)
             price = f"{self.centering:g}{' each' if number > 1 else ''}"
             parts.append(f"{number} centered at run time ({names}) at the price of {price}")
-        if len(added) == 1:
-            parts.append(f"1 bias added behind its norm at the price of {self.add:g}")
-        elif added:
+        for price, number in sorted(Counter(self.add(norm) for norm in added).items()):
             parts.append(
-                f"{len(added)} biases added behind their norms at the price of {self.add:g} each"
+                f"1 bias added behind its norm at the price of {price:g}"
+                if number == 1
+                else f"{number} biases added behind their norms at the price of {price:g} each"
             )
         given = self.options
         by_table = (group.explicit and given.centering is None) or (added and given.add is None)
@@ -325,7 +335,7 @@ class Survey:
             return Refusal(reason, at, _PRICE, norm.node)
         if isinstance(beta, str):
             reason = (
-                f"its bias would need an Add, since {beta}; that costs {self.add:g} times"
+                f"its bias would need an Add, since {beta}; that costs {self.add(norm):g} times"
                 " what the mean saves"
             )
             return Refusal(reason, norm.node.label, "stream-fold-mean{add=0} does it.", norm.node)

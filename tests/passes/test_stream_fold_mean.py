@@ -416,6 +416,22 @@ def test_prices_are_those_of_the_target_unless_they_are_given(
     assert converted(run(model, StreamFoldMean(target=target, centering=2.0))) == 3
 
 
+@pytest.mark.parametrize(
+    ("rows", "price"), [(2999, "1.5"), (3000, None), ("rows", None)], ids=["small", "large", "any"]
+)
+def test_an_add_on_a_small_tensor_costs_more_than_a_norm_saves(
+    rows: int | str, price: str | None
+) -> None:
+    net = Net()
+    x = net.linear(net.input("x", [rows, 6]), 6, 8)  # 8 features: 24,000 elements in 3,000 rows
+    done = run(net.model(net.op("Relu", net.norm(x, 8))), StreamFoldMean())
+    if price is None:
+        assert done.applied[0].note.endswith("1 bias added behind its norm at the price of 0.8")
+    else:
+        assert not done.applied
+        assert named(reasons(done), "its bias would need an Add", f"that costs {price} times")
+
+
 def test_the_note_names_the_prices_and_says_where_nothing_was_measured() -> None:
     def note(rule: StreamFoldMean) -> str:
         (remark,) = run(transformer(layers=1, stem="gelu"), rule).applied
