@@ -47,9 +47,10 @@ class MergeFactors(Pass):
 
     def plan(self, facts: Facts) -> Iterator[Plan | Refusal]:
         """Every largest sum of products of one tensor that fewer operators can compute."""
-        affine, kept = {}, set()
+        affine: dict[Node, AnyValue] = {}
+        kept: set[Node] = set()
         for norm in find_norms(facts):
-            if norm.kind == "channel_affine":
+            if norm.kind in ("batch_norm", "channel_affine"):
                 affine.update(dict.fromkeys(norm.nodes, norm.output))
             else:
                 kept.update(norm.nodes)
@@ -72,7 +73,8 @@ class MergeFactors(Pass):
     def apply(self, plan: Plan, rw: Rewriter) -> None:
         """The factor, one Mul, and at most one Add."""
         found: _Merged = plan.detail
-        terms = [_term(rw, found, factors, scale) for factors, scale in found.sum.scales.items()]
+        scales = sorted(found.sum.scales.items(), key=lambda pair: not pair[0])  # constants last
+        terms = [_term(rw, found, factors, scale) for factors, scale in scales]
         factor = terms[0]
         for term in terms[1:]:
             factor = rw.add("Add", [factor, term], "factor")

@@ -288,12 +288,11 @@ class Survey:
             number = len(group.explicit)
             price = f"{self.centering:g}{' each' if number > 1 else ''}"
             parts.append(f"{number} centered at run time ({names}) at the price of {price}")
-        for price, number in sorted(Counter(self.add(norm) for norm in added).items()):
-            parts.append(
-                f"1 bias added behind its norm at the price of {price:g}"
-                if number == 1
-                else f"{number} biases added behind their norms at the price of {price:g} each"
-            )
+        for cost, count in sorted(Counter(self.add(norm) for norm in added).items()):
+            biases = "1 bias added behind its norm"
+            if count > 1:
+                biases = f"{count} biases added behind their norms"
+            parts.append(f"{biases} at the price of {cost:g}{' each' if count > 1 else ''}")
         given = self.options
         by_table = (group.explicit and given.centering is None) or (added and given.add is None)
         if by_table and not self.measured:
