@@ -38,6 +38,7 @@ PASSES: Final[dict[str, str]] = {
     "lower-attention": "onnxnorm.passes.lower_attention:LowerAttention",
     "lower-norms": "onnxnorm.passes.lower_norms:LowerNorms",
     "lower-skip-norm": "onnxnorm.passes.lower_skip_norm:LowerSkipNorm",
+    "lower-residual-sum": "onnxnorm.passes.lower_residual_sum:LowerResidualSum",
 }
 
 # What `optimize` runs when it is not told otherwise: passes that are equal over the reals.
@@ -62,4 +63,5 @@ DEFAULT: Final[tuple[str, ...]] = (
     "lower-attention",
     "lower-norms",
     "lower-skip-norm",
+    "lower-residual-sum",
 )
