@@ -23,8 +23,10 @@ from onnxnorm.passes.lower_attention import LowerAttention
 from onnxnorm.passes.lower_channel_norm import LowerChannelNorm
 from onnxnorm.passes.lower_group_norm import LowerGroupNorm
 from onnxnorm.passes.lower_norms import LowerNorms
+from onnxnorm.passes.lower_residual_sum import LowerResidualSum
 from onnxnorm.passes.lower_skip_norm import LowerSkipNorm
 from onnxnorm.passes.lower_softmax import LowerSoftmax
+from onnxnorm.passes.merge_factors import MergeFactors
 from onnxnorm.passes.merge_parallel_convolutions import MergeParallelConvolutions
 from onnxnorm.passes.merge_parallel_norms import MergeParallelNorms
 from onnxnorm.passes.prune_dead_channels import PruneDeadChannels
@@ -59,6 +61,7 @@ def test_selections() -> None:
         MergeParallelConvolutions(),
         FoldAffine(),
         FoldModulation(),
+        MergeFactors(),
         PruneDeadChannels(),
         StreamFoldAffine(),
         FoldLayout(),
@@ -70,6 +73,7 @@ def test_selections() -> None:
         LowerAttention(),
         LowerNorms(),
         LowerSkipNorm(),
+        LowerResidualSum(),
     ]
     assert select("default") == select(None)
     assert select("none") == select("") == []

@@ -9,7 +9,7 @@ from typing import Any, Final
 import onnx
 import pytest
 
-from onnxnorm import api, workbench
+from onnxnorm import analysis, api, workbench
 from onnxnorm.analysis import empty
 from onnxnorm.report import Report
 from tests.test_analysis import THEN, TWO, saved
@@ -53,7 +53,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> Callable[[Clock], None]:
 
     def put(clock: Clock) -> None:
         monkeypatch.setattr(workbench.Workbench, "time", lambda *a, **k: clock(*a, **k))
-        monkeypatch.setattr(api, "analyse", lambda *_: empty())
+        monkeypatch.setattr(analysis, "analyse", lambda *_: empty())
 
     return put
 
