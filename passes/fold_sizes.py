@@ -1,8 +1,9 @@
-"""Give Reshape and Expand a constant shape where the graph puts one together in every run.
+"""Give an operator a constant shape where the graph puts one together in every run.
 
     Reshape(x, [batch, 16 * h, d])  ->  Reshape(x, [0, 16 * h, d])     where x begins with batch
                                     ->  Reshape(x, [-1, 16 * h, d])    where that is the one unknown
     Expand(x, [batch, n, d])        ->  Expand(x, [1, n, d])           likewise; 1 keeps what x has
+    ConstantOfShape([1, batch, d])  ->  ConstantOfShape([1, 2, d])     where the batch is 2
 
 Exporters write a shape of which one size is not known as Shape, Gather, Unsqueeze and Concat, for
 each of the Reshapes around a norm or an attention. Reshape copies a size by itself, and finds one
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,17 +29,19 @@ from onnxnorm.module import Node
 from onnxnorm.rewrite import Pass, Plan, Refusal, Rewriter
 from onnxnorm.sizes import derived_sizes, factors, find_sizes
 
+_SHAPE: Final = {"ConstantOfShape": 0, "Expand": 1, "Reshape": 1}  # the input that is the shape
+
 
 @dataclass(frozen=True)
 class FoldSizes(Pass):
-    """Replace the shape that a Reshape or Expand reads by a constant."""
+    """Replace the shape that a Reshape, Expand or ConstantOfShape reads by a constant."""
 
     name: ClassVar = "fold-sizes"
     summary: ClassVar = "shapes that the graph puts together although the operator knows the rest"
     equation: ClassVar = "Reshape(x, [batch, n, d]) -> Reshape(x, [0, n, d])"
 
     def plan(self, facts: Facts) -> Iterator[Plan | Refusal]:
-        """Every Reshape and Expand of the main graph whose shape is computed of sizes.
+        """Every Reshape, Expand and ConstantOfShape of the main graph with a computed shape.
 
         A body runs with shapes that may differ from turn to turn, so it keeps its own.
         """
@@ -46,39 +49,44 @@ class FoldSizes(Pass):
             if not _reads_a_computed_shape(node, facts):
                 continue
             # What the file states is asked first: that is known already, and often not enough.
-            if find_sizes(facts).entries(node.inputs[1]) is None:
+            asked = node.inputs[_SHAPE[node.op]]
+            if find_sizes(facts).entries(asked) is None:
                 continue
             sizes = derived_sizes(facts)
-            wanted = sizes.entries(node.inputs[1])
+            wanted = sizes.entries(asked)
             if wanted is None or wanted.ndim != 1:
                 continue
             entries, before = tuple(wanted.tolist()), sizes.of(node.inputs[0])
             if node.op == "Reshape":
                 allowzero = bool(node.attrs.get("allowzero", 0))
                 found = _reshaped(entries, before, sizes.of(node.outputs[0]), allowzero)
-            else:
+            elif node.op == "Expand":
                 found = _expanded(entries, before)
+            elif all(isinstance(dim, int) for dim in entries):
+                found = np.asarray(entries, np.int64)
+            else:
+                continue  # ConstantOfShape finds no size by itself
             if isinstance(found, str):
                 yield Refusal(found, node.label, node=node)
                 continue
             # What is cut out to be run by itself has to fit together, from the first Shape on.
-            origin = find_constants(facts).origin(node.inputs[1])
+            origin = find_constants(facts).origin(asked)
             yield Plan(node, (node,), found, inside=origin, outputs=(node.outputs[0],))
 
     def apply(self, plan: Plan, rw: Rewriter) -> None:
         """Let the operator read the constant."""
         shape = rw.constant("shape", plan.detail)
-        rw.replace_like(plan.root, [plan.root.inputs[0], shape])
+        rw.replace_like(plan.root, [*plan.root.inputs[: _SHAPE[plan.root.op]], shape])
 
 
 def _reads_a_computed_shape(node: Node, facts: Facts) -> bool:
     return (
-        node.op in ("Reshape", "Expand")
+        node.op in _SHAPE
         and not node.domain
         and not node.parametric
         and node.scope is facts.module.main
-        and len(node.inputs) == 2
-        and facts.constant(node.inputs[1]) is None
+        and len(node.inputs) == _SHAPE[node.op] + 1
+        and facts.constant(node.inputs[_SHAPE[node.op]]) is None
     )
 
 

@@ -115,6 +115,18 @@ def test_refuses(entries: tuple[str, ...], use: str, sizes: dict[str, str], reas
     assert_refuses(joined(*entries, use=use, **sizes), RULE, reason)
 
 
+def test_a_filled_tensor_of_known_sizes() -> None:
+    use = "z = ConstantOfShape <value = float[1] {1.5}> (t)\n y = Add (x, z)"
+    sizes = {"x": "2,L,4", "y": "2,2,4"}
+    before = joined("bu", "two", "four", use=use, **sizes)
+    after = swept(
+        graph(use.replace("(t)", "(z_shape)"), **sizes, weights="int64[3] z_shape = {2, 2, 4}")
+    )
+    assert_rewrites(before, after, RULE, parity=False)  # L is 1 or 2
+    sizes["y"] = "2,L,4"
+    assert not run(joined("bu", "lu", "four", use=use, **sizes), RULE).remarks, "L is not known"
+
+
 def test_an_unknown_rank_is_no_place() -> None:
     made = "a = Reshape (x, w)\n y = Expand (a, t)"
     model = joined("bu", "lu", "four", use=made, y="a,b,c")
