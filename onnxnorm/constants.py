@@ -24,7 +24,7 @@ import onnx
 from numpy.typing import NDArray
 
 from onnxnorm import float64
-from onnxnorm.facts import AnyValue, Facts
+from onnxnorm.facts import AnyValue, Facts, call_of
 from onnxnorm.module import RANDOM, Node, Value
 from onnxnorm.order import in_order
 from onnxnorm.sizes import Entries, derived_sizes, find_sizes
@@ -398,16 +398,6 @@ _BY_REFERENCE: Final = frozenset(
         "ScatterElements", "ScatterND", "SpaceToDepth", "Split", "Tile", "Unique",
     }
 )  # fmt: skip
-
-
-def call_of(node: Node, inputs: Sequence[Any]) -> float64.Call:
-    """A node on given inputs, as the table of operators in float64 takes it."""
-    attrs = {k: v.decode() if isinstance(v, bytes) else v for k, v in node.attrs.items()}
-    domain = node.domain or ""
-    present = tuple(bool(v.name) for v in node.outputs)
-    return float64.Call(
-        node.op, domain, node.scope.opsets.get(domain, 1), tuple(inputs), attrs, present
-    )
 
 
 def _outcome(node: Node, given: Sequence[Values | None]) -> Sequence[Any]:

@@ -20,6 +20,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
+from onnxnorm import float64
 from onnxnorm.module import RANDOM, Module, Node, Scope, Value, Weight, dense, reads
 from onnxnorm.ops import bodies
 from onnxnorm.order import in_order
@@ -413,30 +414,24 @@ class Facts:
             like = self.type(inputs.pop())
             if like is None or not like.element:
                 return None
-        given: dict[str, Constant] = {}
+        given: list[Constant | None] = []
         for value in inputs:
             constant = self.constant(value) if value.name else None
             if value.name and constant is None:
                 return None
-            if constant is not None:
-                if constant.nbytes > _MOVED_LIMIT:
-                    return None
-                given[value.name] = constant
-        proto = node.proto_now()
-        if like is not None:
-            proto = onnx.helper.make_node(
-                "Cast", [inputs[0].name], [node.outputs[0].name], to=like.element
-            )
-        opsets = node.scope.opsets
+            if constant is not None and constant.nbytes > _MOVED_LIMIT:
+                return None
+            given.append(constant)
+        to = None if like is None else like.element
 
         def compute() -> Array | None:
-            return _run(proto, {name: c.array() for name, c in given.items()}, opsets)
+            return _run(node, [None if c is None else c.array() for c in given], to)
 
         try:
             with warnings.catch_warnings():
                 # A cast that overflows gives what the processor likes.
                 warnings.simplefilter("error", RuntimeWarning)
-                if _size(node, [given[v.name].array() for v in inputs if v.name]) > _MOVED_LIMIT:
+                if _size(node, [c.array() for c in given if c is not None]) > _MOVED_LIMIT:
                     return None
                 array = compute()
         except Exception:  # what the reference cannot do stays in the graph
@@ -794,14 +789,53 @@ def _type(proto: onnx.TypeProto.Tensor) -> Type:
     return Type(proto.elem_type, tuple(dims))
 
 
-def _run(
-    proto: onnx.NodeProto, given: Mapping[str, Array], opsets: Mapping[str, int]
-) -> Array | None:
-    """The one output of a node as the reference implementation computes it."""
+def call_of(node: Node, inputs: Sequence[Any]) -> float64.Call:
+    """A node on given inputs, as the table of operators in float64 takes it."""
+    attrs = {k: _attribute(v) for k, v in node.attrs.items()}
+    domain = node.domain or ""
+    present = tuple(bool(v.name) for v in node.outputs)
+    return float64.Call(
+        node.op, domain, node.scope.opsets.get(domain, 1), tuple(inputs), attrs, present
+    )
+
+
+def _attribute(value: Any) -> Any:
+    """An attribute as the table has it: text, and a tensor whose values are here as an array."""
+    if isinstance(value, bytes):
+        return value.decode()
+    if isinstance(value, onnx.TensorProto) and math.prod(value.dims) == 1:
+        return numpy_helper.to_array(value)
+    return value
+
+
+def _run(node: Node, given: Sequence[Array | None], to: int | None) -> Array | None:
+    """The one output of an operator that only moves; `to` is the type of a CastLike."""
+    if node.op in ("Cast", "CastLike"):
+        (data,) = given
+        result = None if data is None else _cast(node, data, to)
+    else:
+        (result,) = float64.OPERATORS["", node.op](call_of(node, given))
+    if node.op == "ConstantOfShape" and result is not None:
+        value = _attribute(node.attrs.get("value"))
+        result = result.astype(np.float32 if value is None else value.dtype)
+    if result is None or result.nbytes > _MOVED_LIMIT:
+        return None
+    return np.asarray(result, order="C")
+
+
+def _cast(node: Node, data: Array, to: int | None) -> Array | None:
+    """A tensor in the type that a node, or `to`, gives it."""
+    target = onnx.helper.tensor_dtype_to_np_dtype(int(node.attrs["to"]) if to is None else to)
+    if data.dtype.kind in "iufb" and target.kind in "iufb":
+        return data.astype(target)
     from onnx.reference import ReferenceEvaluator  # slow to import, and rarely needed
 
-    (result,) = ReferenceEvaluator(proto, opsets=dict(opsets)).run(None, dict(given))
-    return result if isinstance(result, np.ndarray) and result.nbytes <= _MOVED_LIMIT else None
+    proto = node.proto_now()
+    if to is not None:
+        proto = onnx.helper.make_node("Cast", [proto.input[0]], list(proto.output), to=to)
+    evaluator = ReferenceEvaluator(proto, opsets=dict(node.scope.opsets))
+    (result,) = evaluator.run(None, {proto.input[0]: data})
+    return result if isinstance(result, np.ndarray) else None
 
 
 def _size(node: Node, given: list[Array]) -> int:

@@ -25,9 +25,8 @@ import onnx
 from numpy.typing import NDArray
 
 from onnxnorm import float64
-from onnxnorm.constants import call_of
 from onnxnorm.errors import VerificationError
-from onnxnorm.facts import AnyValue, Facts
+from onnxnorm.facts import AnyValue, Facts, call_of
 from onnxnorm.layout import Dim
 from onnxnorm.module import Node
 from onnxnorm.norms import Norm

@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxnorm import float64
-from onnxnorm.constants import call_of, most_elements
-from onnxnorm.facts import AnyValue, Facts
+from onnxnorm.constants import most_elements
+from onnxnorm.facts import AnyValue, Facts, call_of
 from onnxnorm.layout import Dim, Dims
 from onnxnorm.module import Node
 from onnxnorm.sizes import factors, find_sizes
