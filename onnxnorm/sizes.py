@@ -369,28 +369,57 @@ def _conv(s: Sizes, node: Node) -> Dims | None:
     return (data[0], weight[0], *_windows(s, node, data[2:], weight[2:]))
 
 
-def _windows(s: Sizes, node: Node, given: Dims, kernel: Dims) -> Dims:
-    """How many windows of a Conv or pool fit on each axis: (n + pads - reach) // stride + 1."""
-    rank, padding = len(given), node.text("auto_pad", "NOTSET")
-    if len(kernel) != rank or node.attrs.get("ceil_mode", 0):
-        return s.some(rank)
-    strides = node.attrs.get("strides") or [1] * rank
-    dilations = node.attrs.get("dilations") or [1] * rank
+def _windows(s: Sizes, node: Node, dims: Dims, kernel: Sequence[Dim]) -> Dims:
+    """How many windows fit into each axis: floor((n + pads - dilation (k - 1) - 1) / stride) + 1.
+
+    An unknown size that stays is the same, and windows of one kind on one size make one size.
+    """
+    padding, count = node.text("auto_pad") or "NOTSET", len(dims)
+    if len(kernel) != count or node.attrs.get("ceil_mode", 0):
+        return s.some(count)
+    strides = node.attrs.get("strides") or [1] * count
+    dilations = node.attrs.get("dilations") or [1] * count
     pads = node.attrs.get("pads") if padding == "NOTSET" else None
-    pads = pads or [0] * (2 * rank)
+    pads = pads or [0] * 2 * count
     found: list[Dim] = []
-    for at, (size, width) in enumerate(zip(given, kernel, strict=True)):
-        stride = int(strides[at])
-        lost: int | None = None  # what the axis is shorter by at stride 1
-        if padding in ("SAME_UPPER", "SAME_LOWER"):
-            lost = 0
-        elif isinstance(width, int):
-            lost = (width - 1) * int(dilations[at]) - int(pads[at]) - int(pads[at + rank])
-        if isinstance(size, int) and lost is not None and size > lost:
-            found.append((size - lost - 1) // stride + 1)
+    for at, (dim, size) in enumerate(zip(dims, kernel, strict=True)):
+        stride, less = int(strides[at]), 0  # what the axis is shorter by at stride 1
+        if not padding.startswith("SAME"):
+            if not isinstance(size, int):
+                found += s.some(1)
+                continue
+            less = int(dilations[at]) * (size - 1) - int(pads[at]) - int(pads[at + count])
+        if less == 0 and stride == 1:
+            found.append(dim)
+        elif not isinstance(dim, int):
+            found.append(s.computed(f"Window {less}", dim, stride))
         else:
-            found.append(size if stride == 1 and lost == 0 else s.some(1)[0])
+            found += [(dim - less - 1) // stride + 1] if dim > less else s.some(1)
     return tuple(found)
+
+
+def _conv_transpose(s: Sizes, node: Node) -> Dims | None:
+    data, weight = s.given(node, 0), s.given(node, 1)
+    if data is None or weight is None or len(data) != len(weight):
+        return None
+    if not isinstance(weight[1], int):
+        return None
+    channels, count = weight[1] * int(node.attrs.get("group", 1)), len(data) - 2
+    if node.text("auto_pad") not in ("", "NOTSET") or "output_shape" in node.attrs:
+        return (data[0], channels, *s.some(count))
+    strides = node.attrs.get("strides") or [1] * count
+    dilations = node.attrs.get("dilations") or [1] * count
+    pads = node.attrs.get("pads") or [0] * 2 * count
+    added = node.attrs.get("output_padding") or [0] * count
+    found: list[Dim] = []
+    for at, (dim, size) in enumerate(zip(data[2:], weight[2:], strict=True)):
+        if not isinstance(size, int):
+            found += s.some(1)
+            continue
+        more = dilations[at] * (size - 1) + 1 + added[at] - pads[at] - pads[at + count]
+        more -= strides[at]
+        found.append(_plus(s, _times(s, dim, strides[at]), more))
+    return (data[0], channels, *found)
 
 
 def _transpose(s: Sizes, node: Node) -> Dims | None:
@@ -585,9 +614,10 @@ def _global_pool(s: Sizes, node: Node) -> Dims | None:
 
 def _pool(s: Sizes, node: Node) -> Dims | None:
     dims = s.given(node, 0)
-    if dims is None:
+    kernel = node.attrs.get("kernel_shape")
+    if dims is None or kernel is None:
         return None
-    return (*dims[:2], *_windows(s, node, dims[2:], tuple(node.attrs.get("kernel_shape", ()))))
+    return (*dims[:2], *_windows(s, node, dims[2:], kernel))
 
 
 def _shape_of(s: Sizes, node: Node) -> Dims | None:
@@ -652,6 +682,7 @@ _DIMS: Final[dict[str, _Dims]] = {
     "MatMul": _matmul,
     "Gemm": _gemm,
     "Conv": _conv,
+    "ConvTranspose": _conv_transpose,
     "Transpose": _transpose,
     "Reshape": _reshape,
     "Flatten": _flatten,

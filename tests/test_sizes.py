@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import onnx
 import pytest
-from hypothesis import given as drawn
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnxnorm import storage
@@ -169,57 +168,66 @@ def test_a_range_up_to_a_size_has_that_size() -> None:
     assert sizes_of(net, net.op("Range", one, n, one)) != ("batch",)
 
 
-@settings(max_examples=40, deadline=None)
-@drawn(data=st.data())
-def test_the_windows_of_convolutions_and_pools_are_those_of_inference(data: st.DataObject) -> None:
-    op = data.draw(st.sampled_from(["Conv", "MaxPool", "AveragePool"]))
-    size = data.draw(st.tuples(st.integers(7, 20), st.integers(7, 20)))
-    kernel = data.draw(st.lists(st.integers(1, 3), min_size=2, max_size=2))
+def _windows(kind: str, size: tuple[int, int], attrs: dict[str, Any]) -> tuple[Any, Any]:
+    """The sizes behind windows: derived where shape inference has given up, and inferred."""
+    net = Net()
+    x = net.input("x", ["batch", 6 * size[0] * size[1]])
+    target = net.op("Concat", _dim(net, x, 0), net.ints(6, *size), axis=0)
+    hidden = net.op("Reshape", x, target)
+    shown = net.input("shown", [5, 6, *size])
+    weight = [net.keep(np.zeros((6, 2, 3, 2), np.float32))] if kind.startswith("Conv") else []
+    if kind == "Conv":
+        attrs, weight = {**attrs, "group": 2}, [net.keep(np.zeros((4, 3, 3, 2), np.float32))]
+    elif not weight:
+        attrs = {**attrs, "kernel_shape": [3, 2]}
+    given = sizes_of(net, net.op(kind, hidden, *weight, **attrs))
+    return given, sizes_of(net, net.op(kind, shown, *weight, **attrs))
+
+
+@pytest.mark.parametrize("kind", ["AveragePool", "Conv", "ConvTranspose", "MaxPool"])
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_windows_are_as_many_as_shape_inference_says(kind: str, data: st.DataObject) -> None:
+    size = data.draw(st.tuples(st.integers(5, 9), st.integers(5, 9)))
     attrs: dict[str, Any] = {
         "strides": data.draw(st.lists(st.integers(1, 3), min_size=2, max_size=2))
     }
-    if op != "Conv":
-        attrs["kernel_shape"] = kernel
-    if op != "AveragePool":  # which has none at this opset
-        attrs["dilations"] = data.draw(st.lists(st.integers(1, 3), min_size=2, max_size=2))
-    padding = data.draw(st.sampled_from(["NOTSET", "VALID", "SAME_UPPER", "SAME_LOWER"]))
-    if padding == "NOTSET":
-        attrs["pads"] = data.draw(st.lists(st.integers(0, min(kernel) - 1), min_size=4, max_size=4))
+    if kind in ("Conv", "ConvTranspose"):
+        attrs["dilations"] = data.draw(st.lists(st.integers(1, 2), min_size=2, max_size=2))
+    if data.draw(st.booleans()):
+        attrs["pads"] = data.draw(st.lists(st.integers(0, 1), min_size=4, max_size=4))
+    elif kind != "ConvTranspose":
+        auto = data.draw(st.sampled_from(["NOTSET", "VALID", "SAME_UPPER", "SAME_LOWER"]))
+        attrs["auto_pad"] = auto
+        if auto.startswith("SAME"):
+            attrs.pop("dilations", None)
     else:
-        attrs["auto_pad"] = padding
+        attrs["output_padding"] = [s - 1 for s in attrs["strides"]]
+    derived, inferred = _windows(kind, size, attrs)
+    assert derived == ("batch", *inferred[1:])
 
-    def swept(net: Net, read: str) -> str:
-        weight = [net.keep(np.ones((5, 3, *kernel), np.float32))] if op == "Conv" else []
-        return net.op(op, read, *weight, **attrs)
 
-    plain = Net()
-    wanted = _inferred(plain, swept(plain, plain.input("x", ["batch", 3, *size])))
+_HALF: Final[dict[str, Any]] = {"strides": [2, 2]}
+
+
+def test_windows_that_keep_an_unknown_size_and_windows_of_one_kind() -> None:
     net = Net()
-    flat = net.input("x", ["batch", 3, size[0] * size[1]])
-    target = net.op("Concat", _dim(net, flat, 0), net.ints(3, *size), axis=0)
-    assert sizes_of(net, swept(net, net.op("Reshape", flat, target))) == wanted
+    x = net.input("x", ["N", 6, "H", 7])
+    same, half = net.keep(np.zeros((6, 6, 3, 3), np.float32)), _HALF
+    kept = sizes_of(net, net.op("Conv", x, same, pads=[1, 1, 1, 1]))
+    assert kept == ("N", 6, "H", 7)
+    first, second, third = (
+        sizes_of(net, net.op("Conv", x, same, pads=pads, **half))
+        for pads in ([1, 1, 1, 1], [0, 1, 2, 1], [0, 1, 0, 1])
+    )
+    assert first[3] == second[3] == 4
+    assert first[2] != third[2] != "H"
+    both = net.op("Conv", x, same, pads=[1, 1, 1, 1], **half)
+    other = net.op("Conv", net.op("Relu", x), same, pads=[1, 1, 1, 1], **half)
+    assert sizes_of(net, net.op("Add", both, other))[2] == sizes_of(net, both)[2]
 
 
-def _inferred(net: Net, value: str) -> tuple[Any, ...]:
-    graph = onnx.helper.make_graph(net.nodes, "g", net.inputs, [], list(net.weights.values()))
-    graph.output.append(onnx.helper.make_empty_tensor_value_info(value))
-    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)])
-    dims = onnx.shape_inference.infer_shapes(model).graph.output[0].type.tensor_type.shape.dim
-    return tuple(d.dim_param or d.dim_value for d in dims)
-
-
-def test_an_unknown_size_stays_where_windows_take_nothing_and_else_is_another() -> None:
-    net = Net()
-    x = net.input("x", ["batch", 3, "H", "W"])
-    weight = net.keep(np.ones((5, 3, 3, 3), np.float32))
-    target = net.op("Concat", *(_dim(net, x, at) for at in range(4)), axis=0)
-    read = net.op("Reshape", x, target)
-    kept = net.op("Conv", read, weight, pads=[1, 1, 1, 0])
-    batch, channels, height, width = sizes_of(net, kept)
-    assert (batch, channels, height) == ("batch", 5, "H")
-    assert width not in ("W", "H")
-    halved = net.op("MaxPool", read, kernel_shape=[1, 1], strides=[2, 1])
-    assert sizes_of(net, halved)[3] == "W"
-    assert sizes_of(net, halved)[2] not in ("W", "H")
-    up = net.op("MaxPool", read, kernel_shape=[3, 3], pads=[1, 1, 1, 1], ceil_mode=1)
-    assert all(str(d).startswith("?") for d in sizes_of(net, up)[2:])
+def test_a_pool_that_rounds_up_makes_sizes_of_which_nothing_is_known() -> None:
+    derived, _ = _windows("MaxPool", (6, 7), {"strides": [2, 2], "ceil_mode": 1})
+    assert derived[:2] == ("batch", 6)
+    assert not any(isinstance(d, int) for d in derived[2:])
