@@ -25,6 +25,7 @@ from onnxnorm.moments import (
     ROOT,
     STEPS,
     Form,
+    M,
     Miss,
     Reading,
     Root,
@@ -318,6 +319,44 @@ class Moments(Layouts):
                 return self.product_of(one, inverse, node)
 
             yield from self._pairs(node, divided)
+
+    def _visit_where(self, node: Node) -> Iterator[Reading]:
+        """Where(c, 0, v) is v if v is 0 wherever c holds, as x - E[x] is where all x are equal."""
+        condition, chosen, value = node.inputs
+        zero = self.statics.array(chosen)
+        if zero is None or zero.ndim or zero.any():
+            return
+        for reading in self.readings(value):
+            if isinstance(reading, Form) and self._vanishes(reading, condition):
+                yield reading
+
+    def _vanishes(self, form: Form, condition: AnyValue) -> bool:
+        """Whether a form is c (x - m), and a condition holds only where min x = max x."""
+        statistic = form.statistic
+        if statistic is None or statistic.groups or form.layout is not None or form.root:
+            return False
+        if form.terms.keys() != {X, M} or not np.array_equal(form.terms[X], -form.terms[M]):
+            return False
+        pending, seen = [condition], set[Node]()
+        while pending:
+            made = self.facts.producer(pending.pop())
+            if made is None or made.domain or made.scope is not self.scope or made in seen:
+                continue
+            seen.add(made)
+            if made.op == "And":
+                pending += made.inputs
+            elif made.op == "Equal":
+                ends = [self.facts.producer(v) for v in made.inputs]
+                if {e.op for e in ends if e is not None} == {"ReduceMin", "ReduceMax"} and all(
+                    e is not None
+                    and not e.domain
+                    and self.source(e.inputs[0]) is form.base
+                    and self.reduced_axes(e) == statistic.axes
+                    and self.keeps_dims(e)
+                    for e in ends
+                ):
+                    return True
+        return False
 
     def _visit_neg(self, node: Node) -> Iterator[Reading]:
         minus = scalar_of(-1.0)
@@ -742,4 +781,5 @@ _RULES: Final[Mapping[str, Any]] = {
     "Sum": Moments._visit_sum,
     "Tile": Moments.visit_layout,
     "Unsqueeze": Moments.visit_layout,
+    "Where": Moments._visit_where,
 }

@@ -43,7 +43,7 @@ Terms: TypeAlias = Mapping[Monomial, Coefficient]
 
 ONE: Final[Monomial] = (0, 0, 0, 0, 0)
 X: Final[Monomial] = (1, 0, 0, 0, 0)
-_M: Final[Monomial] = (0, 1, 0, 0, 0)
+M: Final[Monomial] = (0, 1, 0, 0, 0)
 _Q: Final[Monomial] = (0, 0, 1, 0, 0)
 ROOT: Final[Monomial] = (0, 0, 0, 1, 0)
 CENTRED: Final = "layer_norm"
@@ -398,8 +398,11 @@ class Algebra:
         return Miss(form.kind, form.base, form.statistic, reason, node, stage)
 
     def times(self, form: Form, factor: Coefficient, node: Node) -> Reading | None:
-        """A form times a constant."""
-        if form.closed or form.even or (form.statistic is None and factor.size > 1):
+        """A form times a constant; a vector times what has no moments yet is never averaged."""
+        if form.closed or form.even:
+            return None
+        early = form.statistic is None and factor.size > 1
+        if early and (form.terms.keys() != {X} or not self.fits(factor, form.base)):
             return None
         if factor.size == 1 and form.statistic is not None:
             settled = self._count(form, float(factor.reshape(-1)[0]))
@@ -659,7 +662,7 @@ class Algebra:
     def unsquared(self, form: Form, node: Node, stage: str) -> Miss | None:
         """E[x^2] - E[x], where the square of the mean was forgotten; None for anything else."""
         powers = {p[:3] for p in form.terms} - {ONE[:3]}
-        if form.root is not None or powers != {_M[:3], _Q[:3]}:
+        if form.root is not None or powers != {M[:3], _Q[:3]}:
             return None
         reason = "the mean is subtracted from the mean square, where its square should be"
         return Miss(CENTRED, form.base, form.statistic, reason, node, stage)
@@ -675,6 +678,8 @@ class Algebra:
             reason = "absolute values are averaged, where a variance averages squares"
             kind = "l2_norm" if kind == PLAIN and node.op in ("ReduceL1", "ReduceSum") else kind
             return Miss(kind, form.base, Statistic(axes), reason, node, "rooted")
+        if form.statistic is None and any(c.size > 1 for c in form.terms.values()):
+            return None  # what is scaled has moments of its own
         known = self.facts.type(form.base)
         if known is not None and known.element and not is_float_type(known.element):
             reason = "its input is of an integer type, in which a mean is rounded"
@@ -704,7 +709,7 @@ class Algebra:
         assert form.statistic is not None
         first = form.statistic.axes
         linear = all(
-            p in (_M, _Q, ONE) and c.size == 1  # without an n, which would become another one
+            p in (M, _Q, ONE) and c.size == 1  # without an n, which would become another one
             for p, c in form.terms.items()
         )
         apart = not set(first) & set(axes) and (first[0] < 0) == (axes[0] < 0)

@@ -55,6 +55,10 @@ VARIANCE: Final = CENTRED + "p = Mul (d, d) v = ReduceMean <axes = [-1]> (p) "
 ROOT: Final = VARIANCE + "a = Add (v, e) s = Sqrt (a) "
 SQUARE: Final = "p = Mul (x, x) v = ReduceMean <axes = [-1]> (p) "
 SCALED: Final = "k = Div (d, s) h = Mul (k, g) y = Add (h, b)"
+EQUAL: Final = (
+    "least = ReduceMin <axes = [-1]> (x) most = ReduceMax <axes = [-1]> (x)"
+    " alike = Equal (least, most) "
+)
 SHIFTED: Final = "m = ReduceMax <axes = [-1]> (x) d = Sub (x, m) "
 GROUPED: Final = (
     "r = Reshape (x, {blocks}) m = ReduceMean <axes = [{axes}]> (r) d = Sub (r, m) p = Mul (d, d)"
@@ -320,6 +324,13 @@ def _layer_norms() -> Iterator[_Text]:
         _is("layer_norm", _layer(), "o2"),
     )
     yield _Text(
+        "zero_where_all_are_equal",  # jax2onnx
+        CENTRED + EQUAL + "f = Sub (m, m) i = Equal (f, zero) c = And (alike, i)"
+        " k0 = Where (c, zero, d) p = Mul (k0, k0) v = ReduceMean <axes = [-1]> (p)"
+        " a = Add (v, e) s = Sqrt (a) k = Div (k0, s) h = Mul (k, g) y = Add (h, b)",
+        _FULL,
+    )
+    yield _Text(
         "eps_in_front_of_two_means",
         "q1 = ReduceMean <axes = [-1]> (x) q2 = ReduceMean <axes = [-1]> (x) d1 = Sub (x, q1)"
         " d = Sub (x, q2) p = Mul (d1, d1) v = ReduceMean <axes = [-1]> (p) a = Add (e, v)"
@@ -382,6 +393,33 @@ def _layer_misses() -> Iterator[_Text]:
         CENTRED + "p = Mul (d, d) u = ReduceMean <axes = [-1]> (p) v = Min (u, half)"
         " a = Add (v, e) s = Sqrt (a) " + SCALED,
     )
+    alike = (
+        "k0 = Where (c, {chosen}, d) p = Mul (k0, k0) v = ReduceMean <axes = [-1]> (p)"
+        " a = Add (v, e) s = Sqrt (a) k = Div (k0, s) h = Mul (k, g) y = Add (h, b)"
+    )
+    chosen = _part("rms_norm", _rms(g=GAIN, b=SHIFT), "k0")
+    for name, condition, taken in (
+        ("one_where_all_are_equal", EQUAL + "c = Identity (alike) ", "one"),
+        ("zero_where_some_are_equal", EQUAL + "u = Equal (x, z) c = Or (alike, u) ", "zero"),
+        (
+            "zero_where_all_of_another_axis_are_equal",
+            (
+                "least = ReduceMin <axes = [1]> (x) most = ReduceMax <axes = [1]> (x)"
+                " c = Equal (least, most) "
+            ),
+            "zero",
+        ),
+        (
+            "zero_where_all_of_another_are_equal",
+            (
+                "least = ReduceMin <axes = [-1]> (z) most = ReduceMax <axes = [-1]> (z)"
+                " c = Equal (least, most) "
+            ),
+            "zero",
+        ),
+        ("zero_where_the_least_is_zero", EQUAL + "c = Equal (least, zero) ", "zero"),
+    ):
+        yield miss(name, CENTRED + condition + alike.format(chosen=taken), chosen, inputs="z")
     yield miss("over_the_variance", VARIANCE + "s = Add (v, e) " + SCALED)
     yield miss("times_the_deviation", ROOT + "k = Mul (d, s) h = Mul (k, g) y = Add (h, b)")
     yield miss("deviation_plus_epsilon", VARIANCE + "r = Sqrt (v) s = Add (r, half) " + SCALED)
@@ -478,6 +516,18 @@ def _other_rows() -> Iterator[_Text]:
         SQUARE + "a = Add (v, e) s = Sqrt (a) k = Div (x, s) h = Mul (k, g) y = Div (h, root_n)",
         _is("rms_norm", _rms(g=GAIN / np.sqrt(8)), other_outputs=()),
     )
+    inverse = "a = Add (v, e) s = Sqrt (a) i = Reciprocal (s) "
+    yield _Text(
+        "rms_norm/gamma_first",
+        "h = Mul (g, x) " + SQUARE + inverse + "y = Mul (h, i)",
+        gain,
+    )
+    yield _Text(
+        "rms_norm/one_plus_gamma_first",
+        "w1 = Add (one, g) h = Mul (x, w1) " + SQUARE + "a = Add (v, e) s = Sqrt (a)"
+        " y = Div (h, s)",
+        _is("rms_norm", _rms(g=1 + GAIN)),
+    )
     for name, element in (("half", 10), ("bfloat", 16)):
         back = f"<to = {element}>"
         inverse_back = (
@@ -502,6 +552,14 @@ def _other_rows() -> Iterator[_Text]:
                 dtype=element,
             )
     near = _not("rms_norm", _rms(g=GAIN))
+    yield _Text(
+        "rms_norm/gamma_first_and_squared",
+        "h = Mul (x, g) p = Mul (h, x) v = ReduceMean <axes = [-1]> (p) "
+        + inverse
+        + "y = Mul (h, i)",
+        (replace(near[0], optional=True),),
+        mutation="gamma_first_and_squared",
+    )
     yield _Text(
         "rms_norm/weighted_square",
         "p = Mul (x, x) pw = Mul (p, g) v = ReduceMean <axes = [-1]> (pw) a = Add (v, e)"
