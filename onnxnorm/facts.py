@@ -56,11 +56,13 @@ _MOVES: Final = frozenset(
     }
 )
 _FORWARDS: Final = _MOVES | {"Identity"}
-_RUNTIME_NORMS: Final = {
+_RUNTIME_GELUS: Final = frozenset({"BiasGelu", "FastGelu", "Gelu", "QuickGelu"})
+_RUNTIME_SAME: Final = _RUNTIME_GELUS | {
     "SimplifiedLayerNormalization",
     "SkipLayerNormalization",
     "SkipSimplifiedLayerNormalization",
 }
+_RUNTIME_FUSED: Final = {"FusedConv": "Conv", "FusedGemm": "Gemm", "FusedMatMul": "MatMul"}
 _RANKS: Final = "onnxnorm.ranks"  # the domain of a function that only a copy for inference has
 # What of the facts holds whatever types shape inference gives.
 _TYPELESS: Final = (
@@ -534,7 +536,7 @@ class Facts:
         model = self.module.small()
         _show_constants(model.graph, self.module.main, self._untyped)
         _restore_shapes(model.graph)
-        _show_runtime_norms(model.graph, self.module.main.opsets[""])
+        _show_runtime_operators(model.graph, self.module.main.opsets[""])
         _show_own_operators(model.graph)
         _show_ranks(model)
         return model
@@ -745,24 +747,52 @@ def _show_ranks(model: onnx.ModelProto) -> None:
         model.ir_version = max(model.ir_version, 8)
 
 
-def _show_runtime_norms(graph: onnx.GraphProto, opset: int) -> None:
-    """Tell shape inference that the outputs of onnxruntime's own norms have their input's shape."""
-    names = _RUNTIME_NORMS | ({"LayerNormalization"} if opset < 17 else set())
+def _show_runtime_operators(graph: onnx.GraphProto, opset: int) -> None:
+    """Tell shape inference of onnxruntime's own operators, as its optimizer leaves them in a file.
+
+    Norms and GELUs have the shape of their first input; what was fused with an activation has that
+    of the operator itself.
+    """
+    names = (
+        _RUNTIME_SAME | _RUNTIME_FUSED.keys() | ({"LayerNormalization"} if opset < 17 else set())
+    )
     if not any(node.op_type in names for node in graph.node):
         return
     nodes: list[onnx.NodeProto] = []
     for node in graph.node:
-        if node.op_type not in names or node.domain not in ("", "ai.onnx", "com.microsoft"):
+        runtime = node.domain == "com.microsoft"
+        if node.op_type not in names or not (runtime or node.domain in ("", "ai.onnx")):
             nodes.append(node)
-            continue
-        places = (0, 3) if node.op_type.startswith("Skip") else (0,)
-        nodes += [
-            onnx.helper.make_node("Identity", node.input[:1], [node.output[place]])
-            for place in places
-            if place < len(node.output) and node.output[place]
-        ]
+        elif node.op_type in _RUNTIME_FUSED:
+            nodes.append(_unfused(node) if runtime else node)
+        elif node.op_type in _RUNTIME_GELUS and not runtime:
+            nodes.append(node)
+        else:
+            places = (0, 3) if node.op_type.startswith("Skip") else (0,)
+            nodes += [
+                onnx.helper.make_node("Identity", node.input[:1], [node.output[place]])
+                for place in places
+                if place < len(node.output) and node.output[place]
+            ]
     del graph.node[:]
     graph.node.extend(nodes)
+
+
+def _unfused(node: onnx.NodeProto) -> onnx.NodeProto:
+    """The standard operator whose result a fused one has the shape of; itself where none has."""
+    plain = onnx.NodeProto()
+    plain.CopyFrom(node)
+    plain.domain, plain.op_type = "", _RUNTIME_FUSED[node.op_type]
+    del plain.attribute[:]
+    for attribute in node.attribute:
+        if attribute.name.startswith("trans") and node.op_type == "FusedMatMul":
+            if attribute.i:
+                return node
+        elif attribute.name != "alpha" and not attribute.name.startswith("activation"):
+            plain.attribute.append(attribute)
+    if node.op_type == "FusedConv":
+        del plain.input[3:]
+    return plain
 
 
 def _show_own_operators(graph: onnx.GraphProto) -> None:

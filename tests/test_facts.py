@@ -492,6 +492,30 @@ def test_types_have_dims_that_are_known_named_or_unknown() -> None:
     assert known.type(value(known, "q")) is None
 
 
+def test_shapes_behind_what_the_runtime_fuses() -> None:
+    known = facts(
+        parse(
+            """main (float[N,3,6,6] x, float[N,4] z, float[4] b) => (float[] y)
+            <float[2,3,1,1] w = {1, 1, 1, 1, 1, 1}, float[4,1] v = {1, 1, 1, 1}> {
+              a = com.microsoft.FusedConv <activation = "Relu", pads = [1, 0, 0, 0]> (x, w, , x)
+              c = com.microsoft.QuickGelu <alpha = 1.0> (a)
+              d = com.microsoft.BiasGelu (z, b)
+              e = com.microsoft.FusedMatMul <alpha = 0.5> (d, v)
+              f = com.microsoft.FusedGemm <activation = "Relu", transB = 1> (z, d)
+              g = com.microsoft.FusedMatMul <transA = 1> (d, z)
+              y = Neg (e)
+            }""",
+            '<ir_version: 10, opset_import: ["" : 20, "com.microsoft" : 1]>',
+        )
+    )
+    shapes = {
+        "a": ("N", 2, 7, 6), "c": ("N", 2, 7, 6), "d": ("N", 4), "e": ("N", 1), "f": ("N", "N"),
+    }  # fmt: skip
+    for name, shape in shapes.items():
+        assert known.type(value(known, name)) == Type(TensorProto.FLOAT, shape), name
+    assert known.type(value(known, "g")) is None
+
+
 def test_a_type_may_have_no_shape() -> None:
     model = parse("main (float[2] x) => (float[2] y) { y = Neg (x) }")
     for info in (*model.graph.input, *model.graph.output):
