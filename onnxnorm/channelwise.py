@@ -37,6 +37,8 @@ _JOINS: Final = frozenset({"Add", "Concat", "Max", "Min", "Mul", "Sub", "Sum", "
 _PLACES: Final = frozenset(
     {"Add", "AveragePool", "Concat", "GlobalAveragePool", "MaxPool", "Relu"}
 )  # behind which batch normalizations stand, besides linear operators
+_PLAIN: Final = frozenset({"Einsum", "MatMul"})  # linear operators without a place for a bias
+_QUANTIZED: Final = frozenset({"ConvInteger", "MatMulInteger"})
 _HOPS: Final = 4  # layout operators between an affine and its linear neighbour
 
 
@@ -190,8 +192,7 @@ class Channelwise:
 
     def _without_bias(self, chain: _Chain) -> _Chain:
         """The chain behind the Adds that are the bias of a linear operator."""
-        made = self._facts.producer(chain.base)
-        if made is None or made.op not in MIXING or made.domain:
+        if not self._lacks_bias(chain.base):
             return chain
         bias = 0
         while bias < len(chain.nodes) and chain.nodes[bias].op == "Add":
@@ -212,6 +213,27 @@ class Channelwise:
             self._chains[node.outputs[0]] = again
         self._chains = kept
         return again if again is not None else chain
+
+    def _lacks_bias(self, value: AnyValue) -> bool:
+        """Whether an Add behind a value is the bias of what makes it.
+
+        Of a linear operator it is; also behind the Reshape of one that has no place for a bias, and
+        behind the scale of one on quantized numbers.
+        """
+        made = self._facts.producer(value)
+        if made is None or made.domain:
+            return False
+        if made.op in MIXING:
+            return True
+        if made.op == "Mul":
+            casts = [self._facts.producer(v) for v in made.inputs]
+            whole = [self._facts.producer(c.inputs[0]) for c in casts if c and c.op == "Cast"]
+            return any(m is not None and not m.domain and m.op in _QUANTIZED for m in whole)
+        for _ in range(_HOPS):
+            if made is None or made.domain or made.op not in _LAYOUT - {"Transpose"}:
+                break
+            made = self._facts.producer(made.inputs[0])
+        return made is not None and not made.domain and made.op in _PLAIN
 
     def _epsilon(self, chain: _Chain) -> float | None:
         """What is added to a constant vector under a root, where the graph computes that."""

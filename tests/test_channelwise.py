@@ -19,7 +19,9 @@ HEAD: Final = """
 main (float[N,3,4,4] x, float[?,?,?,?] u) => (float[?,?,?,?] y)
 <float[3,3,1,1] w = {{1, 2, 3, 4, 5, 6, 7, 8, 9}}, float[3,1,1] g = {{1, 2, 4}},
  float[3,1,1] b = {{0.5, -1, 0.25}}, float[3,1,1] m = {{0.5, 1, 2}}, float[3,1,1] v = {{3, 8, 15}},
- float one = {{1}}, float[4] last = {{1, 2, 3, 4}}, float half = {{0.5}}>
+ float[4,4] square = {{1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16}},
+ int8[4,4] whole = {{1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16}},
+ int64[1] at = {{0}}, float one = {{1}}, float[4] last = {{1, 2, 3, 4}}, float half = {{0.5}}>
 {{ {body} }}
 """
 CONV: Final = "c = Conv (x, w) "
@@ -84,6 +86,36 @@ def test_the_bias_of_a_linear_operator_is_its_own() -> None:
     assert norms(CONV + "y = Add (c, b)") == []
     (norm,) = norms(CONV + "k = Add (c, b) y = Mul (k, g)")
     assert (norm.kind, norm.input.name, norm.beta) == ("channel_affine", "k", None)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        "o = MatMul (x, square) r = Shape (o) c = Reshape (o, r) ",
+        "o = MatMul (x, square) q = Unsqueeze (o, at) c = Squeeze (q, at) ",
+        (
+            "q, s, z = DynamicQuantizeLinear (x) o = MatMulInteger (q, whole, z)"
+            " k = Cast <to = 1> (o) c = Mul (k, s) "
+        ),
+    ],
+)
+def test_so_is_the_bias_behind_a_reshape_or_the_scale_of_quantized_numbers(made: str) -> None:
+    assert norms(made + "d = Add (c, last) y = MatMul (d, square)") == []
+    (norm,) = norms(made + "d = Mul (c, last) y = MatMul (d, square)")
+    assert (norm.kind, norm.output.name) == ("channel_affine", "d")
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        "o = Conv (x, w) r = Shape (o) c = Reshape (o, r) ",  # its bias has a place in the Conv
+        "o = MatMul (x, square) q = Relu (o) c = Identity (q) ",
+        "o = MatMul (x, square) q = Relu (x) c = Mul (o, q) ",
+    ],
+)
+def test_a_shift_further_away_is_no_bias(made: str) -> None:
+    (norm,) = norms(made + "y = Add (c, last)")
+    assert (norm.kind, norm.output.name) == ("channel_affine", "y")
 
 
 def test_far_from_anything_linear_it_is_no_row() -> None:
