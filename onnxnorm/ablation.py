@@ -19,6 +19,7 @@ from onnxnorm.errors import OnnxNormError
 from onnxnorm.pipeline import Pipeline, Run
 from onnxnorm.slower import changing, without
 from onnxnorm.staging import Staged
+from onnxnorm.storage import Stored
 from onnxnorm.workbench import Workbench
 
 _LEAST_SECONDS: Final = 8.0  # of one measurement; what it gives is worth little after less
@@ -28,6 +29,7 @@ _PAIRS: Final = 8
 def ablate(
     bench: Workbench,
     pipeline: Pipeline,
+    source: Stored,
     run: Run,
     candidate: Path,
     whole: Mapping[str, Any],
@@ -38,6 +40,7 @@ def ablate(
     Args:
         bench: The original, and how it is run.
         pipeline: What made the run.
+        source: What it started from: the original, or that in another opset.
         run: The run whose passes are judged.
         candidate: The file of its model.
         whole: The latency of that model against the original, as JSON.
@@ -50,7 +53,7 @@ def ablate(
     names = changing(run, pipeline)
     rows: list[dict[str, Any]] = []
     skipped: list[dict[str, str]] = []
-    if len(names) == 1:
+    if len(names) == 1 and source is bench.stored:
         # Without the only pass there is the original, and that comparison is there already.
         return {
             "passes": [_row(names[0], whole)],
@@ -64,7 +67,7 @@ def ablate(
             bench.progress(f"without {name}", index / len(asked))
         try:
             rest = without(pipeline, (name,))
-            left = rest.run(bench.stored, deny=taken_back, check_sites=False)
+            left = rest.run(source, deny=taken_back, check_sites=False)
             with Staged(left.stored, None) as staged:
                 seconds = max(bench.budget / 2 / len(asked), _LEAST_SECONDS)
                 latency = bench.time(staged.model, candidate, seconds=seconds, pairs=_PAIRS)

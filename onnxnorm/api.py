@@ -262,7 +262,9 @@ def optimize(
 
                     names = () if ablation is True else tuple(ablation)
                     whole, file = told.latency, candidate.model
-                    parts["ablation"] = lambda: ablate(bench, pipeline, run, file, whole, names)
+                    parts["ablation"] = lambda: ablate(
+                        bench, pipeline, source, run, file, whole, names
+                    )
                 told.analysis = analyse(bench, candidate.model, parts)
                 if not ablation:
                     told.analysis["skipped"]["ablation"] = "it was not asked for (--ablation all)"

@@ -219,6 +219,24 @@ def test_each_pass_that_changed_something_is_left_out_once(
     assert [row["pass"] for row in only.analysis["ablation"]["skipped"]] == changed[1:]
 
 
+def test_what_a_pass_bought_is_measured_in_the_opset_of_the_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside a model in the old opset, a pass would be credited with the conversion."""
+    opsets: list[int] = []
+
+    def time(_: workbench.Workbench, original: Path, *__: Any, **___: Any) -> dict[str, Any]:
+        opsets.append(onnx.load(original).opset_import[0].version)
+        return {**THEN, "ratio": 0.5, "interval": [0.49, 0.51], "pairs": 8}
+
+    monkeypatch.setattr(workbench.Workbench, "time", time)
+    path = saved(tmp_path, TWO)
+    before = onnx.load(path).opset_import[0].version
+    given: dict[str, Any] = {"provider": "cpu", "parity": False, "passes": "fold-batchnorm"}
+    api.optimize(path, tmp_path / "out.onnx", ablation=True, opset=before + 1, **given)
+    assert opsets == [before, before + 1]
+
+
 @pytest.mark.usefixtures("quick")
 def test_the_only_pass_is_measured_already_and_none_is_left_out_unasked(tmp_path: Path) -> None:
     path = saved(tmp_path, TWO)
