@@ -13,6 +13,7 @@ from onnxnorm.report_text import (
     plain,
     spell_milliseconds,
     spell_ratio,
+    spell_verdict,
 )
 
 Rows: TypeAlias = tuple[list[str], list[list[str]]]  # titles, and cells under them
@@ -78,7 +79,7 @@ def ablation_rows(ablation: Json) -> Rows:
             spell_ratio(row["ratio"]),
             _range(row["interval"]),
             _range(row["band"]),
-            row["verdict"],
+            spell_verdict(row),
         ]
         for row in ablation["passes"]
     ]
@@ -95,7 +96,7 @@ def sweep_rows(sweep: Json, names: tuple[str, str]) -> Rows:
         else:
             times = [spell_milliseconds(latency[role]["p50"]) for role in _ROLES]
             ratio = spell_ratio(latency["ratio"])
-            cells = [*times, ratio, _range(latency["interval"]), latency["verdict"]]
+            cells = [*times, ratio, _range(latency["interval"]), spell_verdict(latency)]
         rows.append([point_name(point["sizes"]), *cells])
     return ["size", *(f"p50 {name}" for name in names), "ratio", "interval", "verdict"], rows
 

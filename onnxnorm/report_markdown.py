@@ -23,6 +23,7 @@ from onnxnorm.report_text import (
     is_planned,
     judgements,
     latency_facts,
+    latency_legend,
     latency_line,
     model_names,
     norm_counts,
@@ -185,6 +186,7 @@ def _markdown_latency(report: Json) -> list[str]:
         return []
     items = [
         latency_line(latency),
+        latency_legend(report),
         "; ".join(latency_facts(latency)),
         *latency.get("notes", ()),
         *not_measured(report),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from types import TracebackType
 from typing import Final, final
 
@@ -27,11 +27,13 @@ from onnxnorm.report_text import (
     because,
     budget_used,
     counted,
+    disappoints,
     files_written,
     grouped,
     is_planned,
     judgements,
     latency_facts,
+    latency_legend,
     latency_line,
     norm_counts,
     norm_outcome,
@@ -40,6 +42,7 @@ from onnxnorm.report_text import (
     parity_cells,
     parity_facts,
     pass_rows,
+    places_by_pass,
     plain,
     provider_name,
     roles,
@@ -61,8 +64,9 @@ _PLACES_SHOWN: Final = 3
 class _Page:
     """Lines of text on a console: prose is wrapped, tables are aligned, nothing else is.
 
-    On a terminal, tables fit its width and long names lose their middle. In a pipe or a file no
-    name is shortened, because what reads it may look for the name.
+    On a terminal, tables fit its width: long names lose their middle, and where that would make
+    two of them look alike they stand on lines of their own. In a pipe or a file no name is
+    shortened, because what reads it may look for the name.
     """
 
     def __init__(self, console: Console) -> None:
@@ -131,26 +135,29 @@ class _Page:
         """
         cells = [[plain(cell) for cell in row] for row in rows]
         widths = [max(map(cell_len, column)) for column in zip(titles, *cells, strict=True)]
+        right, apart = set(numeric), False
         if self._narrow:
             room = self._width - 2 - sum(widths) - 2 * (len(widths) - 1) + widths[flexible]
-            widths[flexible] = min(widths[flexible], max(8, room))
-            names = _fitted([row[flexible] for row in cells], widths[flexible])
-            for row, name in zip(cells, names, strict=True):
+            whole = [row[flexible] for row in cells]
+            names = _fitted(whole, min(widths[flexible], max(8, room)))
+            apart = len(set(names)) < len(set(whole))
+            for row, name in zip(cells, whole if apart else names, strict=True):
                 row[flexible] = name
             widths[flexible] = max(map(cell_len, (titles[flexible], *names)))
-        right = set(numeric)
 
-        def aligned(row: Sequence[str]) -> str:
+        def show(row: Sequence[str], style: str) -> None:
+            if apart and row[flexible]:
+                self.line(f"  {row[flexible]}", style=style)
             parts = []
             for i, cell in enumerate(row):
                 pad = " " * (widths[i] - cell_len(cell))
-                parts.append(pad + cell if i in right else cell + pad)
-            return "  " + "  ".join(parts)
+                if not (apart and i == flexible):
+                    parts.append(pad + cell if i in right else cell + pad)
+            self.line(("    " if apart else "  ") + "  ".join(parts), style=style)
 
-        self.line(aligned(titles), style="dim")
+        show(titles, "dim")
         for number, row in enumerate(cells):
-            bad = any(cell.endswith("FAILED") for cell in row)
-            self.line(aligned(row), style="red" if bad else "")
+            show(row, "red" if any(cell.endswith("FAILED") for cell in row) else "")
             if below is not None:
                 below(number)
 
@@ -262,8 +269,12 @@ def render_inspect(report: Json, console: Console, *, verbose: bool = False) -> 
     if report["norms"]:
         page.line()
         _print_norm_rows(page, report, verbose=verbose)
-    _print_streams(page, report, verbose=verbose)
+    if places_by_pass(report):
+        _print_passes(page, report, verbose=verbose, time_passes=False)
     norms = {norm["site"] for norm in report["norms"]}
+    if verbose:
+        _print_sites(page, report, norms)
+    _print_streams(page, report, verbose=verbose)
     others = [s for s in report["sites"] if s["action"] == "refused" and s["site"] not in norms]
     if others:
         page.heading("Also refused")
@@ -294,10 +305,9 @@ def _print_streams(page: _Page, report: Json, *, verbose: bool) -> None:
 
 
 def _mood(report: Json) -> str:
-    parity = report["parity"]
-    if parity is not None:
-        return "bold green" if parity["passed"] else "bold red"
-    return "bold"
+    if disappoints(report):
+        return "bold red"
+    return "bold" if report["parity"] is None else "bold green"
 
 
 def _print_passes(page: _Page, report: Json, *, verbose: bool, time_passes: bool) -> None:
@@ -311,6 +321,16 @@ def _print_passes(page: _Page, report: Json, *, verbose: bool, time_passes: bool
         page.line(f"  {idle} {more}{noun} found nothing to do")
     if not report["passes"]:
         page.line("  none was run")
+
+
+def _print_sites(page: _Page, report: Json, known: Collection[str | None]) -> None:
+    """The sites that would change and are those of no norm."""
+    sites = [s["site"] for s in report["sites"] if s["action"] == "applied"]
+    others = [site for site in dict.fromkeys(sites) if site not in known]
+    if others:
+        page.heading("Other sites that would be changed")
+        for site in others:
+            page.prose(site, lead="  ", hang=4)
 
 
 def _print_reasons(page: _Page, report: Json, *, verbose: bool) -> None:
@@ -430,6 +450,7 @@ def _print_latency(page: _Page, report: Json) -> None:
     ]
     page.table(["", "p50", "p90"], rows, numeric=(1, 2))
     page.prose(latency_line(latency), lead="  ", hang=2)
+    page.prose(latency_legend(report), lead="  ", hang=2, style="dim")
     for each in (*latency.get("notes", ()), *not_measured(report)):
         page.prose(each, lead="  ", hang=2)
 

@@ -56,7 +56,7 @@ def verdict(report: Json) -> str:
     if report["command"] != "compare":
         clauses.append(_changes(report))
     if report["command"] != "inspect":
-        clauses += [_agreement(report), _speed(report)]
+        clauses += [_agreement(report), _speed(report), *_elsewhere(report)]
     text = "; ".join(clauses)
     return f"{text[0].upper()}{text[1:]}."
 
@@ -80,23 +80,80 @@ def _changes(report: Json) -> str:
         if refused[kind]:
             part += f" and {refused.pop(kind)} refused"
         parts.append(part)
-    applied = sum(site["action"] == "applied" for site in sites)
-    if not parts and applied:
-        parts.append(f"{counted(applied, 'site')} {would}changed")
-    elif not parts and not report["passes"] and not planned:
+    places = places_by_pass(report)
+    number = sum(refused.values())
+    if not parts and not places and not report["passes"] and not planned:
         parts.append(f"no pass was run; {counted(len(found), 'normalization')} found")
     elif not parts and not found:
         missed = len(norms) - len(found)
         near = f" ({counted(missed, 'near miss')})" if missed else ""
         parts.append(f"no normalization {'recognised' if near else 'found'}{near}")
-    elif not parts:
-        number = sum(refused.values())
+    elif not parts and not places:
         tail = f": {number} refused" if number else ""
         parts.append(f"nothing to change in {counted(len(found), 'normalization')}{tail}")
+    elif not parts:
+        tail = f" ({number} refused)" if number else ""
+        parts.append(f"none of {counted(len(found), 'normalization')} {would}changed{tail}")
+    if places and not changed:
+        by = _by_passes(places)
+        parts.append(f"{counted(sum(places.values()), 'place')} {would}changed by {by}")
     taken_back = sum(site["action"] == "rolled_back" for site in sites)
     if taken_back:
         parts.append(f"{counted(taken_back, 'change')} taken back because the outputs disagreed")
     return ", ".join(parts)
+
+
+def places_by_pass(report: Json) -> dict[str, int]:
+    """Return how many places each pass changed, or would change, the most first."""
+    applied = Counter(site["pass"] for site in report["sites"] if site["action"] == "applied")
+    return dict(applied.most_common())
+
+
+def _by_passes(places: Mapping[str, int]) -> str:
+    """Return the passes that change places, the first few by name.
+
+    >>> _by_passes({"fold-constants": 31, "fold-sizes": 8})
+    'fold-constants (31) and fold-sizes (8)'
+    """
+    if len(places) == 1:
+        return next(iter(places))
+    rows = list(places.items())
+    few = rows if len(rows) <= _PLACES_SHOWN + 1 else rows[:_PLACES_SHOWN]
+    words = [f"{name} ({number:,})" for name, number in few]
+    rest = rows[len(few) :]
+    if rest:
+        words.append(f"{len(rest)} more passes ({sum(number for _, number in rest):,})")
+    return listed(words)
+
+
+def _elsewhere(report: Json) -> list[str]:
+    """Return what came of further providers, and of an earlier report, a clause each."""
+    analysis = report["analysis"] or {}
+    clauses = []
+    for each in analysis.get("providers", ()):
+        part = {**report, **each}
+        clauses.append(f"on {provider_name(each['provider'])} {_agreement(part)}")
+        if each["latency"] is not None:
+            clauses.append(_speed(part))
+    against = analysis.get("against")
+    if against is not None:
+        said = {
+            "regressed": "LESS IS GAINED than in {}",
+            "holds": "the gain of {} holds",
+            "cannot tell": "whether the gain of {} holds, this run cannot tell",
+        }[against["verdict"]]
+        clauses.append(said.format(plain(against["report"])))
+    return clauses
+
+
+def disappoints(report: Json) -> bool:
+    """Return whether outputs do not agree, on any provider, or a gain is gone."""
+    analysis = report["analysis"] or {}
+    checks = [report["parity"], *(each["parity"] for each in analysis.get("providers", ()))]
+    against = analysis.get("against")
+    return any(check is not None and not check["passed"] for check in checks) or (
+        against is not None and against["verdict"] == "regressed"
+    )
 
 
 def _agreement(report: Json) -> str:
@@ -133,7 +190,8 @@ def _speed(report: Json) -> str:
     if latency is None:
         return f"latency not measured{because(report['latency_skipped'])}"
     where = provider_name(latency["provider"])
-    figures = f"(ratio {spell_ratio(latency['ratio'])}, {spell_interval(latency)})"
+    whose = "the first's" if report["command"] == "compare" else "the original's"
+    figures = f"({spell_ratio(latency['ratio'])} times {whose} latency, {spell_interval(latency)})"
     if latency["verdict"] in {"faster", "slower"}:
         return f"{latency['verdict']} on {where} {figures}"
     if is_undecided(latency):
@@ -579,8 +637,12 @@ def spell_share(used: float) -> str:
 
 
 def spell_ratio(value: float) -> str:
-    """Return a ratio of latencies."""
-    return f"{value:.3f}" if value < 10 else f"{value:.3g}"
+    """Return a ratio of latencies in three digits or more.
+
+    >>> spell_ratio(0.9934), spell_ratio(0.02381), spell_ratio(12.34)
+    ('0.993', '0.0238', '12.3')
+    """
+    return f"{value:.3f}" if 0.1 <= value < 10 else f"{value:.3g}"
 
 
 def spell_interval(latency: Json) -> str:
@@ -617,6 +679,8 @@ def spell_bytes(number: int) -> str:
 
 def spell_milliseconds(value: float) -> str:
     """Return a duration in milliseconds."""
+    if value < 0.01:
+        return f"{value:.2g} ms"
     return f"{value:.3f} ms" if value < 1 else f"{_scaled(value)} ms"
 
 
@@ -657,14 +721,26 @@ def is_undecided(latency: Json) -> bool:
     return not low <= 1 <= high and not least <= latency["ratio"] <= greatest
 
 
+def spell_verdict(latency: Json) -> str:
+    """Return the verdict on a latency, or that there is none."""
+    return "undecided" if is_undecided(latency) else str(latency["verdict"])
+
+
+def latency_legend(report: Json) -> str:
+    """Return what ratio and A/A band are, for where no plot shows it."""
+    first, second = roles(report)
+    return (
+        f"Ratio: {second} over {first}, run side by side; below 1 is faster. A/A band: what the "
+        f"{first} model differs from itself by."
+    )
+
+
 def latency_line(latency: Json) -> str:
     """Return verdict, ratio, interval and A/A band in one line."""
     low, high = latency["band"]
-    said = "undecided" if is_undecided(latency) else latency["verdict"]
-    return (
-        f"{said}: ratio {spell_ratio(latency['ratio'])}, {spell_interval(latency)}, "
-        f"A/A band {spell_ratio(low)} to {spell_ratio(high)}"
-    )
+    band = f"A/A band {spell_ratio(low)} to {spell_ratio(high)}"
+    ratio = f"ratio {spell_ratio(latency['ratio'])}"
+    return f"{spell_verdict(latency)}: {ratio}, {spell_interval(latency)}, {band}"
 
 
 def spell_value(value: object) -> str:

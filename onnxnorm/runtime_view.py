@@ -73,9 +73,15 @@ def runtime_note(rows: Sequence[Mapping[str, Any]], version: str) -> str:
     same = sum(r["runtime"]["same"] for r in changed)
     if not changed:
         return f"onnxruntime {version} was shown the model as given: nothing would be changed."
+    norms = "norm" if len(changed) == 1 else "norms"
+    if not same:
+        return (
+            f"Of {len(changed)} {norms} that would be changed, onnxruntime {version} makes none by"
+            " itself what it would become."
+        )
     return (
-        f"onnxruntime {version} runs the same operators with and without the change for {same} of"
-        f" {len(changed)} norms that would be changed; those it would have made by itself."
+        f"For {same} of {len(changed)} {norms} that would be changed, onnxruntime {version} runs"
+        " the same operators without the change: it does the same by itself."
     )
 
 

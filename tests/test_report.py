@@ -30,7 +30,7 @@ from onnxnorm.report import Report, load_schema, report_form
 from onnxnorm.report_html import render_html
 from onnxnorm.report_markdown import render_markdown
 from onnxnorm.report_terminal import Progress, render_inspect, render_terminal
-from onnxnorm.report_text import REASONS, parity_cells, verdict
+from onnxnorm.report_text import REASONS, disappoints, parity_cells, verdict
 
 SCHEMA = load_schema()
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
@@ -584,6 +584,13 @@ def folded(count: int, refused: int = 0, kind: str = "batch_norm") -> list[dict[
     return rows + [norm(f"/no{i}", kind=kind, action="refused", reason="r") for i in range(refused)]
 
 
+def changed_by(**passes: int) -> list[dict[str, Any]]:
+    return [
+        site(norm(f"/{name}{i}"), **{"pass": name}) for name, n in passes.items() for i in range(n)
+    ]
+
+
+MISS = norm("m", recognised=False, action="none", reason="r")
 NOT_TOLD = "; outputs not checked (--no-parity); latency not measured (--no-latency)."
 
 
@@ -628,13 +635,38 @@ NOT_TOLD = "; outputs not checked (--no-parity); latency not measured (--no-late
             "Nothing to change in 1 normalization",
         ),
         ({"norms": [norm("k", action="kept")]}, "No pass was run; 1 normalization found"),
-        ({"passes": [PASS], "sites": [site(norm("y"))]}, "1 site changed"),
         (
-            {"passes": [PASS], "sites": [site(norm("y")), BACK, BACK]},
-            "1 site changed, 2 changes taken back because the outputs disagreed",
+            {"passes": [PASS], "sites": [site(norm("y"))]},
+            "No normalization found, 1 place changed by fold-batchnorm-into-conv",
         ),
         (
-            {"passes": [PASS], "norms": [norm("m", recognised=False, action="none", reason="r")]},
+            {"passes": [PASS], "sites": [site(norm("y")), BACK, BACK]},
+            (
+                "No normalization found, 1 place changed by fold-batchnorm-into-conv, 2 changes "
+                "taken back because the outputs disagreed"
+            ),
+        ),
+        (
+            {"sites": changed_by(a=2, b=31), "dry_run": True},
+            "No normalization found, 33 places would be changed by b (31) and a (2)",
+        ),
+        (
+            {"sites": changed_by(a=1, b=2, c=3, d=4, e=5), "norms": [MISS, MISS]},
+            (
+                "No normalization recognised (2 near misses), 15 places changed by e (5), d (4), "
+                "c (3) and 2 more passes (3)"
+            ),
+        ),
+        (
+            {"sites": changed_by(a=1), "norms": [*folded(0, 2), norm("k", action="kept")]},
+            "None of 3 normalizations changed (2 refused), 1 place changed by a",
+        ),
+        (
+            {"sites": changed_by(a=1), "norms": [norm("k", action="kept")], "dry_run": True},
+            "None of 1 normalization would be changed, 1 place would be changed by a",
+        ),
+        (
+            {"passes": [PASS], "norms": [MISS]},
             "No normalization recognised (1 near miss)",
         ),
     ],
@@ -681,18 +713,24 @@ def test_verdict_says_whether_the_outputs_agree(changes: dict[str, Any], text: s
     [
         (
             {},
-            "no measurable difference in latency on the CPU (ratio 0.993, 95 % interval 0.970 to ",
+            "; no measurable difference in latency on the CPU (0.993 times the original's ",
         ),
         (
             {"ratio": 1.455, "interval": [1.34, 1.58]},
-            "; latency on the CPU undecided (ratio 1.455, 95 % interval 1.340 to 1.580)",
+            "; latency on the CPU undecided (1.455 times the original's latency, 95 % interval ",
         ),
         (
             {"ratio": 1.02, "interval": [1.01, 1.03]},  # inside the A/A band
-            "; no measurable difference in latency on the CPU (ratio 1.020, ",
+            "; no measurable difference in latency on the CPU (1.020 times the original's ",
         ),
-        ({"verdict": "faster", "provider": "cuda"}, "; faster on CUDA (ratio 0.993, "),
-        ({"verdict": "slower", "confidence": 0.9}, "; slower on the CPU (ratio 0.993, 90 % interv"),
+        (
+            {"verdict": "faster", "provider": "cuda"},
+            "; faster on CUDA (0.993 times the original's latency, ",
+        ),
+        (
+            {"verdict": "slower", "confidence": 0.9},
+            "; slower on the CPU (0.993 times the original's latency, 90 % interv",
+        ),
     ],
 )
 def test_verdict_says_whether_it_is_faster(changes: dict[str, Any], text: str) -> None:
@@ -702,8 +740,8 @@ def test_verdict_says_whether_it_is_faster(changes: dict[str, Any], text: str) -
 def test_verdict_of_compare_and_inspect() -> None:
     assert verdict(full(command="compare").to_json()) == (
         "The second model's outputs agree with the first's within the derived tolerance (worst "
-        "0.54 of budget); no measurable difference in latency on the CPU (ratio 0.993, 95 % "
-        "interval 0.970 to 1.020)."
+        "0.54 of budget); no measurable difference in latency on the CPU (0.993 times the "
+        "first's latency, 95 % interval 0.970 to 1.020)."
     )
     assert verdict(minimal(command="inspect", norms=folded(2)).to_json()) == (
         "2 of 2 batch normalizations would be folded into Conv."
@@ -821,6 +859,53 @@ def test_inspect(verbose: bool) -> None:
     assert printed(report, inspect=True, verbose=verbose) == INSPECT[verbose]
 
 
+def test_inspect_names_the_passes_and_sites_of_what_is_no_norm() -> None:
+    found = [site(norm("/a/Reshape"), **{"pass": "fold-sizes"}, site="fold-sizes:/a/Reshape")]
+    passes = [{"name": "fold-sizes", "applied": 1, "refused": 0, "seconds": None}]
+    report = minimal(command="inspect", sites=found, passes=passes)
+    text = "No normalization found, 1 place would be changed by fold-sizes.\n"
+    assert printed(report, inspect=True).startswith(f"{text}\nPasses\n")
+    assert "fold-sizes:/a/Reshape" not in printed(report, inspect=True)
+    verbose = printed(report, inspect=True, verbose=True)
+    assert "\nOther sites that would be changed\n  fold-sizes:/a/Reshape\n" in verbose
+
+
+@pytest.mark.parametrize(
+    ("parity", "against", "red", "told"),
+    [
+        (True, None, False, "; on CUDA outputs agree with the original"),
+        (False, None, True, "; on CUDA outputs DO NOT AGREE with the original ("),
+        (True, "holds", False, "; the gain of base.json holds."),
+        (True, "regressed", True, "; LESS IS GAINED than in base.json."),
+        (
+            True,
+            "cannot tell",
+            False,
+            "; whether the gain of base.json holds, this run cannot tell.",
+        ),
+    ],
+)
+def test_what_fails_elsewhere_is_in_the_verdict(
+    parity: bool, against: str | None, red: bool, told: str
+) -> None:
+    """A model that fails on one provider, or has lost its gain, has not passed."""
+    elsewhere = {
+        "provider": "cuda",
+        "parity": PARITY if parity else FAILED,
+        "parity_skipped": None,
+        "latency": None,
+        "latency_skipped": "--no-latency",
+        "profile": None,
+    }
+    earlier = {"report": "base.json", "verdict": against} if against else None
+    report = full().to_json()
+    report["analysis"] = {"providers": [elsewhere], "against": earlier}
+    assert told in verdict(report)
+    assert disappoints(report) == red
+    assert not disappoints(full().to_json())
+    assert disappoints(full(parity=FAILED).to_json())
+
+
 def test_inspect_of_nothing() -> None:
     assert printed(minimal(command="inspect"), inspect=True) == "No normalization found.\n"
 
@@ -829,11 +914,14 @@ def test_long_names_are_shortened_on_a_terminal_and_whole_in_a_pipe() -> None:
     start, end = "/network/backbone/stages", "attention/normalization/Output_0"
     norms = [norm(f"{start}.{i}/block/{end}") for i in range(2)]
     report = minimal(command="inspect", norms=[*norms, norm("y")])
-    rows = printed(report, inspect=True).splitlines()[3:5]
-    assert (
-        rows
-        == ["  batch_norm  0,2,3  1e-05    /network/...malization/Output_0  folded into Conv"] * 2
-    )
+    assert printed(report, inspect=True).splitlines()[2:8] == [  # shortened they would be the same
+        "  output value",
+        "    kind        axes   epsilon  would be",
+        f"  {start}.0/block/{end}",
+        "    batch_norm  0,2,3  1e-05    folded into Conv",
+        f"  {start}.1/block/{end}",
+        "    batch_norm  0,2,3  1e-05    folded into Conv",
+    ]
     report = minimal(command="inspect", norms=norms)
     rows = printed(report, inspect=True).splitlines()[3:]
     assert rows == [
@@ -1067,7 +1155,7 @@ TERMINAL = {
 1 of 7 batch normalizations folded into Conv and 6 refused, 1 change taken back
 because the outputs disagreed; outputs agree with the original within the
 derived tolerance (worst 0.54 of budget); no measurable difference in latency
-on the CPU (ratio 0.993, 95 % interval 0.970 to 1.020).
+on the CPU (0.993 times the original's latency, 95 % interval 0.970 to 1.020).
 
 Passes
   pass                      applied  refused  taken back
@@ -1123,6 +1211,8 @@ Latency on the CPU (2 threads; 8 session pairs)
   optimized  40.8 ms  42.9 ms
   no measurable difference: ratio 0.993, 95 % interval 0.970 to 1.020, A/A band
   0.968 to 1.031
+  Ratio: optimized over original, run side by side; below 1 is faster. A/A
+  band: what the original model differs from itself by.
   On CUDA: not measured (no NVIDIA driver).
 
 Size
@@ -1143,7 +1233,7 @@ Wrote r.md (report)
 outputs disagreed; outputs
 agree with the original within the derived tolerance (worst 0.54 of budget); no measurable \
 difference in latency on the
-CPU (ratio 0.993, 95 % interval 0.970 to 1.020).
+CPU (0.993 times the original's latency, 95 % interval 0.970 to 1.020).
 
 Passes
   pass                      applied  refused  taken back
@@ -1195,6 +1285,9 @@ Latency on the CPU (2 threads; 8 session pairs)
   original   41.2 ms  43.1 ms
   optimized  40.8 ms  42.9 ms
   no measurable difference: ratio 0.993, 95 % interval 0.970 to 1.020, A/A band 0.968 to 1.031
+  Ratio: optimized over original, run side by side; below 1 is faster. A/A band: what the original \
+model differs from
+  itself by.
   On CUDA: not measured (no NVIDIA driver).
 
 Size
@@ -1227,6 +1320,11 @@ INSPECT = {
   layer_norm  2      1e-05    /head/ln      kept as it was
   rms_norm    2      1e-05    /head/Mul     near miss
       the exponent is 4, not 2 (at /head/Pow)
+
+Passes
+  pass                      would apply  refused
+  fold-batchnorm-into-conv            1        6
+  2 more passes found nothing to do
 """,
     True: """\
 1 of 3 batch normalizations would be folded into Conv and 2 refused.
@@ -1264,6 +1362,12 @@ INSPECT = {
       1 node: /head/Mul/BatchNormalization
       no site
 
+Passes
+  pass                      would apply  refused
+  fold-batchnorm-into-conv            1        6
+  scale-wrongly                       0        0
+  rest                                0        0
+
 Options
   target: onnx
 
@@ -1297,7 +1401,7 @@ MARKDOWN = """\
 
 1 of 3 batch normalizations folded into Conv and 2 refused; outputs agree with the original \
 within the derived tolerance (worst 0.54 of budget); no measurable difference in latency on the \
-CPU (ratio 0.993, 95 % interval 0.970 to 1.020).
+CPU (0.993 times the original's latency, 95 % interval 0.970 to 1.020).
 
 **Warning:** onnxruntime fuses the original wrongly; the unfused run is the baseline.
 
@@ -1361,6 +1465,8 @@ at most 1.
 <details><summary>Latency on the CPU</summary>
 
 - no measurable difference: ratio 0.993, 95 % interval 0.970 to 1.020, A/A band 0.968 to 1.031
+- Ratio: optimized over original, run side by side; below 1 is faster. A/A band: what the original \
+model differs from itself by.
 - 2 threads; 8 session pairs
 - On CUDA: not measured (no NVIDIA driver).
 
