@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import fields, replace
 from difflib import get_close_matches
 from importlib import import_module
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 from onnxnorm.errors import UsageError
 from onnxnorm.rewrite import Pass
@@ -64,7 +64,15 @@ def aimed(
     cuda_kernels: bool = False,
     runtime: str | None,
 ) -> list[Pass]:
-    """Passes that depend on the target, told of it; what the user gave them stays."""
+    """Passes that depend on the target, told of it; what the user gave them stays.
+
+    Raises:
+        UsageError: There is no such target or version, or an option is not for this target.
+    """
+    if target not in get_args(Target):
+        raise UsageError(
+            f"there is no target '{target}'", f"Give one of: {', '.join(get_args(Target))}."
+        )
     if runtime is not None and re.fullmatch(r"\d+\.\d+(\.\w+)*", runtime) is None:
         raise UsageError(
             f"'{runtime}' is not a version of onnxruntime", "Write it as --runtime-version 1.23."

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from onnxnorm.errors import UsageError
 from onnxnorm.staging import Staged
 from onnxnorm.storage import Stored
 
@@ -47,6 +48,21 @@ class Workbench:
     libraries: tuple[Path, ...] = ()
     _checker: ParityChecker | None = None
     _original: Path | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what no measurement can be made with.
+
+        Raises:
+            UsageError: The seed is negative, there are no threads, or no time.
+        """
+        for name, value, fits in (
+            ("seed", self.seed, self.seed >= 0),
+            ("number of threads", self.threads, self.threads is None or self.threads >= 1),
+            ("time budget", self.budget, self.budget > 0),
+        ):
+            if not fits:
+                least = "0 or more" if name == "seed" else "more than 0"
+                raise UsageError(f"the {name} is {value}", f"Give {least}.")
 
     def resolve(self, wanted: str, *, cuda_kernels: bool = False) -> None:
         """Decide where models run: "cpu", "cuda" or "auto"; there with our kernels for GPUs.

@@ -340,6 +340,20 @@ def rolled_back(report: Report) -> dict[str, dict[str, Any]]:
     return {row["site"]: row for row in rows if row["action"] == "rolled_back"}
 
 
+@pytest.mark.parametrize(
+    ("given", "what"),
+    [
+        ({"seed": -1}, "the seed is -1"),
+        ({"threads": 0}, "the number of threads is 0"),
+        ({"time_budget": 0.0}, "the time budget is 0"),
+    ],
+)
+def test_what_nothing_can_be_measured_with(path: Path, given: dict[str, Any], what: str) -> None:
+    for refused in (lambda: optimize(path, **given), lambda: onnxnorm.compare(path, path, **given)):
+        with pytest.raises(UsageError, match=what):
+            refused()
+
+
 @pytest.mark.parametrize("mistake", [{"sign": -1.0}, {"epsilon": 1e-6}, {"factor": 1.001}])
 def test_a_wrong_site_is_named_and_left_out(mistake: dict[str, float], tmp_path: Path) -> None:
     model, out = chain(3), tmp_path / "out.onnx"
@@ -535,6 +549,16 @@ def test_the_target_decides_what_a_norm_is_written_with(target: Any, ops: list[s
     assert result.report.parity["passed"]
     again = onnxnorm.optimize(result.model, target=target, latency=False)
     assert again.model == result.model, "optimizing an optimized model changes nothing"
+
+
+def test_another_target_is_none(path: Path) -> None:
+    wrong: Any = "cpu"
+    for refused in (
+        lambda: optimize(path, target=wrong),
+        lambda: onnxnorm.inspect(path, target=wrong),
+    ):
+        with pytest.raises(UsageError, match="no target 'cpu'"):
+            refused()
 
 
 def test_a_pass_that_was_given_its_target_keeps_it() -> None:
