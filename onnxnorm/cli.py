@@ -39,11 +39,30 @@ _INTERRUPTED: Final = 130
 _TIME_BUDGET: Final = 60.0  # api.TIME_BUDGET, which is not there before api is imported
 _MAX_REGRESSION: Final = 0.05  # regression.MAX_REGRESSION, likewise
 _MODEL: Final = click.Path(path_type=Path)
+_STATUS: Final = """\b
+Exit status:
+  0    done
+  1    the outputs do not agree or could not be compared, and no model was
+       written; or a gain is gone (compare --against)
+  2    wrong usage or bad input
+  130  interrupted
+"""
+
+
+def _file(_: click.Context, __: click.Parameter, value: Path | None) -> Path | None:
+    """Refuse what other tools take for standard input and output."""
+    if value == Path("-"):
+        raise UsageError(
+            "'-' names no file, and models are read from files and written to files",
+            "Name a file: stdin and stdout are not for models.",
+        )
+    return value
 
 
 @click.group(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     invoke_without_command=True,
+    epilog=_STATUS,
 )
 @click.version_option(package_name="onnxnorm")
 @click.pass_context
@@ -108,8 +127,17 @@ _PROVIDER = click.option(
     help="Where onnxruntime runs the models.",
 )
 _measuring = _options(
-    click.option("--threads", type=click.IntRange(1), help="Threads for latency.  [onnxruntime's]"),
-    click.option("--inputs", type=_MODEL, metavar="DATA.npz", help="Your own inputs."),
+    click.option(
+        "--threads",
+        type=click.IntRange(1),
+        help="Threads of one run, for latency.  [onnxruntime's own choice]",
+    ),
+    click.option(
+        "--inputs",
+        type=_MODEL,
+        metavar="DATA.npz",
+        help="Your own inputs: an array for each, written by numpy.savez.",
+    ),
     click.option(
         "--input-shape",
         "input_shapes",
@@ -118,9 +146,13 @@ _measuring = _options(
         metavar="NAME:1,3,224,224",
         help="Shape of an input; may be repeated.",
     ),
-    click.option("--seed", type=int, default=0, show_default=True, help="Of the random inputs."),
-    click.option("--no-parity", is_flag=True, help="Do not compare the outputs."),
-    click.option("--no-latency", is_flag=True, help="Do not measure."),
+    click.option(
+        "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the random inputs."
+    ),
+    click.option(
+        "--no-parity", is_flag=True, help="Do not compare the outputs: nothing is proven."
+    ),
+    click.option("--no-latency", is_flag=True, help="Measure no latency, profile or memory."),
     click.option(
         "--time-budget",
         type=click.FloatRange(min=0, min_open=True),
@@ -137,11 +169,11 @@ _output = _options(
         multiple=True,
         type=_MODEL,
         metavar="FILE.html|.md|.json",
-        help="Write the report; may be repeated.",
+        help="Write the report, in the form of the suffix; may be repeated.",
     ),
     click.option("--json", "as_json", is_flag=True, help="Print the report as JSON."),
-    click.option("-v", "--verbose", is_flag=True, help="Print every row."),
-    click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors."),
+    click.option("-v", "--verbose", is_flag=True, help="Print every row, and the sites."),
+    click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors, and --json."),
 )
 
 
@@ -156,7 +188,7 @@ _TARGET = _options(
     click.option(
         "--runtime-version",
         metavar="1.23",
-        help="The oldest onnxruntime that has to load a model for an ort target.",
+        help="With an ort target: the oldest onnxruntime that has to load the model.",
     ),
     click.option(
         "--ops",
@@ -171,9 +203,9 @@ _TARGET = _options(
 )
 
 
-@cli.command()
-@click.argument("source", metavar="IN.onnx", type=_MODEL)
-@click.argument("output", metavar="[OUT.onnx]", type=_MODEL, required=False)
+@cli.command(short_help="Rewrite, check parity, measure latency, write OUT.onnx and a report.")
+@click.argument("source", metavar="IN.onnx", type=_MODEL, callback=_file)
+@click.argument("output", metavar="[OUT.onnx]", type=_MODEL, required=False, callback=_file)
 @click.option(
     "--passes",
     metavar="A,B{opt=1}",
@@ -181,8 +213,15 @@ _TARGET = _options(
 )
 @_TARGET
 @click.option("--opset", type=click.IntRange(1), help="Convert the model to this opset.")
-@click.option("--only", multiple=True, metavar="SITE", help="Restrict the passes to this site.")
-@click.option("--skip", multiple=True, metavar="SITE", help="Leave this site as it is.")
+@click.option(
+    "--only",
+    multiple=True,
+    metavar="SITE",
+    help="Restrict the passes to this site, as `inspect -v` names it; may be repeated.",
+)
+@click.option(
+    "--skip", multiple=True, metavar="SITE", help="Leave this site as it is; may be repeated."
+)
 @click.option("--tune", is_flag=True, help="Measure the forms of each norm; take the fastest.")
 @click.option(
     "--choices",
@@ -239,7 +278,8 @@ def optimize(
             given["ahead"] = stack.enter_context(head_start(source, output))
         _check_reports(reports, source, output)
         _check_pass(print_after)
-        given["ablation"] = _ablation(ablation, reports)
+        measured = not (no_latency or given["dry_run"])
+        given["ablation"] = _ablation(ablation, reports, latency=measured)
         with _imported():
             from onnxnorm import api, registry
 
@@ -256,8 +296,8 @@ def optimize(
     _show(result.report, reports, as_json=as_json, verbose=verbose, quiet=quiet, timed=time_passes)
 
 
-@cli.command()
-@click.argument("source", metavar="MODEL.onnx", type=_MODEL)
+@cli.command(short_help="List every normalization, what would be done, what is in the way.")
+@click.argument("source", metavar="MODEL.onnx", type=_MODEL, callback=_file)
 @click.option("--passes", metavar="A,B{opt=1}", help="What would run.  [the default list]")
 @_TARGET
 @click.option(
@@ -289,9 +329,9 @@ def inspect(
     _show(report, reports, as_json=as_json, verbose=verbose, quiet=quiet)
 
 
-@cli.command()
-@click.argument("first", metavar="A.onnx", type=_MODEL)
-@click.argument("second", metavar="B.onnx", type=_MODEL)
+@cli.command(short_help="Compare outputs and latency of any two models.")
+@click.argument("first", metavar="A.onnx", type=_MODEL, callback=_file)
+@click.argument("second", metavar="B.onnx", type=_MODEL, callback=_file)
 @click.option(
     "--cuda-kernels", is_flag=True, help="Run calls of onnxnorm's operators by its CUDA kernels."
 )
@@ -354,6 +394,7 @@ def compare(
     Exits with 1 when the outputs do not agree, or the gain is less than --against allows.
     """
     from onnxnorm import api
+    from onnxnorm.report_text import disappoints
 
     _check_reports(reports, first, second, given["against"])
     with _progress(quiet=quiet) as progress:
@@ -366,21 +407,11 @@ def compare(
             **given,
         )
     _show(report, reports, as_json=as_json, verbose=verbose, quiet=quiet)
-    if _disappoints(report):
+    if disappoints(report.to_json()):
         sys.exit(1)
 
 
-def _disappoints(report: Report) -> bool:
-    """Whether outputs do not agree, on any provider, or a gain is gone."""
-    analysis = report.analysis or {"providers": [], "against": None}
-    checks = [report.parity, *(each["parity"] for each in analysis["providers"])]
-    against = analysis["against"]
-    return any(check is not None and not check["passed"] for check in checks) or (
-        against is not None and against["verdict"] == "regressed"
-    )
-
-
-@cli.command(name="report")
+@cli.command(name="report", short_help="Print REPORT.json, or write it as HTML or Markdown.")
 @click.argument("source", metavar="REPORT.json", type=_MODEL)
 @_output
 def render(
@@ -398,7 +429,7 @@ def render(
     _show(Report.read(source), reports, as_json=as_json, verbose=verbose, quiet=quiet)
 
 
-@cli.command()
+@cli.command(short_help="List the passes and their options.")
 @click.option("--json", "as_json", is_flag=True, help="Print the catalogue as JSON.")
 def passes(*, as_json: bool) -> None:
     """List the passes: what each does, and its options."""
@@ -430,7 +461,7 @@ def passes(*, as_json: bool) -> None:
             click.echo(f"    {key}={shown}  ({option['type'].removesuffix(' | None')})")
 
 
-@cli.command()
+@cli.command(short_help="Show the operator library.")
 @click.option("--path", is_flag=True, help="Print the library's path and nothing else.")
 @click.option("--cuda-kernels", is_flag=True, help="With --path: the one with CUDA kernels.")
 def ops(*, path: bool, cuda_kernels: bool) -> None:
@@ -468,22 +499,26 @@ def _check_pass(print_after: str | None) -> None:
         )
 
 
-def _ablation(wanted: str, reports: Sequence[Path]) -> bool | tuple[str, ...]:
+def _ablation(wanted: str, reports: Sequence[Path], *, latency: bool) -> bool | tuple[str, ...]:
     """The passes to leave out, one after another: all, none, or those that are named."""
     if wanted == "auto":
         return any(path.suffix.lower() in {".html", ".htm"} for path in reports)
-    if wanted in ("all", "none"):
-        return wanted == "all"
     from onnxnorm.registry import catalogue
 
-    names = tuple(name.strip() for name in wanted.split(","))
+    every = wanted in ("all", "none")
+    names = () if every else tuple(name.strip() for name in wanted.split(","))
     unknown = next((name for name in names if name not in catalogue()), None)
     if unknown is not None:
         raise UsageError(
             f"--ablation names '{unknown}', which is no pass",
             "`onnxnorm passes` lists them; 'all' leaves out each, 'none' none.",
         )
-    return names
+    if wanted != "none" and not latency:
+        raise UsageError(
+            f"--ablation {wanted} was given, and no latency is measured",
+            "Leave out --no-latency or --dry-run, or --ablation.",
+        )
+    return wanted == "all" if every else names
 
 
 def _check_reports(reports: Sequence[Path], *models: Path | None) -> None:

@@ -791,8 +791,10 @@ def _own(inputs: Sequence[_Input], path: Path) -> Feed:
     except FileNotFoundError as error:
         raise UsageError(f"{path}: no such file", "Give an .npz file written by numpy.") from error
     except _UNREADABLE as error:
+        # What is neither .npz nor .npy numpy takes for a pickle, and says how to open one.
+        told = "" if "pickle" in str(error) else f": {error}"
         raise UsageError(
-            f"{path} is no .npz file of plain arrays: {error}",
+            f"{path} is no .npz file of plain arrays{told}",
             "Write it with numpy.savez(path, name=array, ...).",
         ) from error
     names = {i.name for i in inputs}

@@ -610,7 +610,7 @@ class ParityChecker:
         except RuntimeRejection as error:
             raise ParityError(
                 f"parity could not be checked: {error.what}",
-                "Use --no-parity to go on without this check.",
+                f"{error.hint} Or use --no-parity to go on without this check.",
             ) from error
         with session:
             yield session
@@ -829,7 +829,7 @@ class ParityChecker:
                 if not optimize:
                     raise ParityError(
                         f"parity could not be checked: {error.what}",
-                        "Use --no-parity to go on without this check.",
+                        f"{error.hint} Or use --no-parity to go on without this check.",
                     ) from error
                 notes.append(f"with its optimizations on, the runtime fails on the original: "
                              f"{error.what}")  # fmt: skip

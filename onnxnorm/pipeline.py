@@ -252,7 +252,7 @@ class Pipeline:
                 if site not in self._asked:
                     raise UsageError(
                         f"{option} names '{site}', which is no site of these passes",
-                        "`onnxnorm inspect` lists the sites of a model.",
+                        "`onnxnorm inspect -v` lists the sites of a model, with the same --passes.",
                     )
 
 

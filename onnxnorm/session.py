@@ -697,7 +697,7 @@ def _hint(message: str, stage: str) -> str:
         ),
         (
             "Unsupported model IR version",
-            "Update onnxruntime, or export with an older onnx.",
+            "Update onnxruntime, export with an older onnx, or save it with a lower ir_version.",
         ),
         ("is under development", "Update onnxruntime, or export at an older opset."),
         ("external", "Keep the model's external data beside it, complete."),

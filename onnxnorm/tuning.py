@@ -158,8 +158,9 @@ def read_choices(path: str | Path) -> Choices:
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
+        reason = (isinstance(error, OSError) and error.strerror) or str(error)
         raise UsageError(
-            f"{path} cannot be read as choices: {error}", "Give a report that --tune wrote."
+            f"{path} cannot be read as choices: {reason}", "Give a report that --tune wrote."
         ) from error
     if isinstance(data, Mapping) and "schema" in data:
         options = data.get("options")

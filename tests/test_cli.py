@@ -259,9 +259,59 @@ def test_a_site_that_does_not_exist(command: Command, model: Path, out: Path, op
     assert done.code == 2
     assert done.err.splitlines() == [
         f"error: {option} names 'b9', which is no site of these passes",
-        "`onnxnorm inspect` lists the sites of a model.",
+        "`onnxnorm inspect -v` lists the sites of a model, with the same --passes.",
     ]
     assert not out.exists()
+
+
+def test_inspect_verbose_lists_the_sites(command: Command, model: Path) -> None:
+    printed = command("inspect", model, "-v").out.split()
+    assert sites(command("inspect", model, "--json").report) <= set(printed)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (("inspect", "-"), "'-' names no file"),
+        (("optimize", "-", "OUT"), "'-' names no file"),
+        (("optimize", "MODEL", "-"), "'-' names no file"),
+        (("compare", "MODEL", "-"), "'-' names no file"),
+        (("optimize", "MODEL", "OUT", "--seed", "-1"), "Invalid value for '--seed': -1"),
+        (("optimize", "MODEL", "OUT", "--ablation", "all", "--no-latency"), "--ablation all was"),
+        (("optimize", "MODEL", "--dry-run", "--ablation", "fold-sizes"), "--ablation fold-sizes"),
+        (
+            ("optimize", "MODEL", "OUT", "--choices", "MISSING"),
+            "cannot be read as choices: No such",
+        ),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(
+    command: Command, model: Path, out: Path, arguments: Sequence[str], what: str
+) -> None:
+    named = {"MODEL": str(model), "OUT": str(out), "MISSING": str(out.with_name("no.json"))}
+    done = command(*(named.get(each, each) for each in arguments))
+    assert done.code == 2
+    assert len(done.err.splitlines()) == 2
+    assert what in done.err
+    assert not out.exists()
+
+
+def test_the_help_says_what_the_exit_status_means(command: Command) -> None:
+    lines = [line.split() for line in command("--help").out.splitlines()]
+    assert {"0", "1", "2", "130"} <= {words[0] for words in lines if words}
+
+
+def test_an_original_that_onnxruntime_rejects_says_what_to_do(
+    command: Command, model: Path, out: Path
+) -> None:
+    proto = onnx.load(model)
+    proto.ir_version = 99
+    proto.graph.node[0].op_type = "Conv"
+    onnx.save(proto, model)
+    done = command("optimize", model, out, "--no-latency")
+    assert done.code == 1
+    assert "Update onnxruntime" in done.err
+    assert "--no-parity" in done.err
 
 
 def test_a_site_in_a_body_is_named_with_its_way(

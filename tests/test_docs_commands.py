@@ -15,7 +15,7 @@ from onnxnorm.cli import cli
 ROOT: Final = Path(__file__).parents[1]
 PAGES: Final = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 BLOCK: Final = re.compile(r"^( *)```(?:sh|console|yaml)\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
-COMMAND: Final = re.compile(r"\bonnxnorm (?:optimize|inspect|compare|passes|ops)\b[^#\n]*")
+COMMAND: Final = re.compile(r"\bonnxnorm (?:optimize|inspect|compare|report|passes|ops)\b[^#\n]*")
 
 
 def commands(page: str) -> list[str]:
