@@ -160,6 +160,7 @@ def ratio(
     middle: float,
     interval: tuple[float, float],
     band: tuple[float, float],
+    roles: tuple[str, str],
     *,
     title: str,
     description: str,
@@ -188,7 +189,7 @@ def ratio(
         shown = [*interval, *band, 1.0, *(pair.ratio for pair in pairs)]
         margin = (max(shown) - min(shown)) * 0.06 or 0.02
         axes.set_xlim(min(shown) - margin, max(shown) + margin)
-        axes.set_xlabel("changed / original, below 1 is faster")
+        axes.set_xlabel(f"{roles[1]} / {roles[0]}, below 1 is faster")
         axes.grid(visible=True, axis="x")
         _few_ticks(axes)
 
@@ -314,6 +315,7 @@ def curves(
     name: str,
 ) -> str:
     """Plot latency against size, both logarithmic; each curve has a mark of its own."""
+    times = [time for curve in found for time in (*curve.original, *curve.changed)]
 
     def paint(axes: Axes) -> None:
         axes.set_xscale("log")
@@ -337,10 +339,11 @@ def curves(
                 line.set_gid(f"curve-{index}-{key}")
         sizes = sorted({size for curve in found for size in curve.sizes})
         axes.set_xticks(sizes, [str(size) for size in sizes])
-        axes.yaxis.set_major_formatter(_plain_number)
+        ticks = _steps(min(times), max(times))
+        axes.set_yticks(ticks, [f"{tick:.3g}" for tick in ticks])
         axes.minorticks_off()
         axes.set_xlabel(short(axis, 40))
-        axes.set_ylabel("milliseconds")
+        axes.set_ylabel("milliseconds for one run")
         axes.grid(visible=True, axis="both")
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.24))
 
@@ -436,6 +439,27 @@ def _decades(largest: float) -> list[float]:
     powers = range(int(math.log10(largest)) + 1 if largest >= 1 else 1)
     step = max(1, math.ceil(len(powers) / 7))
     return [0, *(10.0**power for power in powers[::step])]
+
+
+def _steps(low: float, high: float) -> list[float]:
+    """Round numbers from `low` to `high`, at most seven; the ends where there are fewer than two.
+
+    >>> _steps(0.063, 0.32), _steps(2.3, 4.1), _steps(0.5, 20000)
+    ([0.1, 0.2], [2.3, 4.1], [1.0, 10.0, 100.0, 1000.0, 10000.0])
+    """
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for factors in ((1, 2, 5), (1,)):
+        ticks = [
+            float(f"{factor}e{power}")
+            for power in powers
+            for factor in factors
+            if low <= float(f"{factor}e{power}") <= high
+        ]
+        if len(ticks) <= 7:
+            break
+    if len(ticks) > 7:
+        ticks = ticks[:: math.ceil(len(ticks) / 7)]
+    return ticks if len(ticks) > 1 else sorted({low, high})
 
 
 def _plain_number(value: float, _: object) -> str:

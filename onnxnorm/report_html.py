@@ -51,6 +51,7 @@ from onnxnorm.report_text import (
     parity_cells,
     parity_facts,
     pass_rows,
+    places_by_pass,
     plain,
     provider_name,
     roles,
@@ -223,8 +224,11 @@ def _done(report: Json) -> Tile:
     notes += [f"{counted(back, 'change')} taken back"] if back else []
     near = len(report["norms"]) - len(rows)
     notes += [counted(near, "near miss")] if near else []
+    places = sum(places_by_pass(report).values())
+    if places and not changed:
+        notes.append(f"{counted(places, 'other place')} {would}")
     value = f"{changed:,} of {len(rows):,}" if rows else "none found"
-    what = f"{would}" if rows else ""
+    what = would if rows else ""
     return Tile("Normalizations", value, "; ".join(filter(None, [what, *notes])))
 
 
@@ -232,12 +236,16 @@ def _outputs(report: Json) -> Tile:
     parity = report["parity"]
     if parity is None:
         return Tile("Outputs", "not checked", plain(report["parity_skipped"] or ""))
+    where = ""
+    for each in (report["analysis"] or {}).get("providers", ()):
+        elsewhere = each["parity"]
+        if parity["passed"] and elsewhere is not None and not elsewhere["passed"]:
+            parity, where = elsewhere, f" on {provider_name(each['provider'])}"
     outputs = worst_first(parity)
     if not parity["passed"]:
         failed = sum(not each["passed"] for each in outputs)
-        return Tile(
-            "Outputs", "✗ differ", f"{failed:,} of {counted(len(outputs), 'output')}", "bad"
-        )
+        number = f"{failed:,} of {counted(len(outputs), 'output')}{where}"
+        return Tile("Outputs", "✗ disagree", number, "bad")
     if not parity["inputs"]:
         return Tile("Outputs", "✓ the same", "byte for byte the same model", "good")
     used = budget_used(outputs[0]) if outputs else None
@@ -257,9 +265,9 @@ def _gain(report: Json) -> Tile:
         if is_undecided(latency):
             return Tile("Latency", "undecided", f"too little was measured on {told}")
         return Tile("Latency", "no difference", f"that could be measured on {told}")
-    return Tile(
-        "Latency", value, f"{latency['verdict']} on {where}; {spell_interval(latency)}", state
-    )
+    whose = "the first's" if report["command"] == "compare" else "the original's"
+    told = f"of {whose} latency: {latency['verdict']} on {where}; {spell_interval(latency)}"
+    return Tile("Latency", value, told, state)
 
 
 def _before_after(first: int, second: int | None, amount: Callable[[int], str]) -> tuple[str, str]:
@@ -308,7 +316,9 @@ def sections(report: Json) -> list[Section]:
         ]
         found.append(Section(key, f"On {where}", blocks))
     found.append(Section("size", "Size and memory", _size(report, analysis, names)))
-    found.append(Section("setting", "How it was measured", _setting(report)))
+    measured = report["parity"] is not None or report["latency"] is not None
+    title = "How it was measured" if measured else "Options and environment"
+    found.append(Section("setting", title, _setting(report)))
     return found
 
 
@@ -365,16 +375,16 @@ def _agreement(report: Json, parity: Json | None, key: str) -> list[Any]:
         return [Words(f"Not checked: {plain(report['parity_skipped'] or 'no reason was given')}.")]
     if not parity["inputs"] or not parity["outputs"]:
         return [Words(plain(each)) for each in parity["notes"]]
+    who = roles(report)
     blocks: list[Any] = [
         Words(
-            "The truth is the original model computed in a higher precision. The original is off "
-            "from it by its own rounding, the noise floor; the changed model may be off by twice "
-            "that, and 4 ulp (units in the last place)."
+            f"The truth is the {who[0]} model computed in {plain(parity['truth'])}. The {who[0]} "
+            "model is off from it by its own rounding, the noise floor; the "
+            f"{who[1]} model may be off by twice that, and 4 ulp (units in the last place)."
         )
     ]
     outputs = worst_first(parity)
     rows = parity_rows(parity)
-    who = roles(report)
     shown = rows[:_PLOTTED]
     if rows and _plottable(*(x for row in shown for x in (row.noise, row.error, row.budget))):
         svg = figures.parity(
@@ -397,6 +407,8 @@ def _agreement(report: Json, parity: Json | None, key: str) -> list[Any]:
             ("original tick", f"the {who[0]} model: the noise floor"),
             ("band", "what is allowed"),
         ]
+        if not all(row.passed for row in shown):
+            marks.insert(1, ("bad", f"the {who[1]} model, where it failed"))
         blocks.append(Plot(Markup(svg), caption, marks))
     heads = list(PARITY_TITLES)
     heads[3] = who[0]
@@ -460,6 +472,7 @@ def _speed(report: Json, latency: Json | None, names: tuple[str, str], key: str)
             latency["ratio"],
             tuple(latency["interval"]),
             tuple(latency["band"]),
+            names,
             title="Ratio of latencies",
             description=latency_line(latency),
             name=f"{key}-ratio",
@@ -637,6 +650,7 @@ def _sizes_of_inputs(analysis: Json, names: tuple[str, str]) -> list[Any]:
         return []
     blocks: list[Any] = []
     axis, found = sweep_curves(sweep)
+    found = [curve for curve in found if len(curve.sizes) > 1]  # a point is no curve
     sizes = (x for c in found for values in (c.sizes, c.original, c.changed) for x in values)
     if found and all(x > 0 and _plottable(x) for x in sizes):
         svg = figures.curves(
@@ -727,8 +741,12 @@ def _why_not(analysis: Json, part: str) -> list[Any]:
 
 def _setting(report: Json) -> list[Any]:
     blocks: list[Any] = []
-    notes = [*report["notes"], *files_written(report)]
-    blocks += _facts(notes)
+    model, names = report["model"], roles(report)
+    paths = [(names[0], model["input"] or "given in memory")]
+    if report["command"] == "compare":
+        paths.append((names[1], model["output"] or "given in memory"))
+    blocks.append(Table("Models", ["", ""], [[role, plain(path)] for role, path in paths]))
+    blocks += _facts([*report["notes"], *files_written(report)])
     for title, values in (("Environment", report["environment"]), ("Options", report["options"])):
         if values:
             rows = [[plain(key), plain(_setting_value(value))] for key, value in values.items()]

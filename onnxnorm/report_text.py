@@ -71,14 +71,14 @@ def _changes(report: Json) -> str:
     changed = Counter((row["kind"], row["action"]) for row in found if row["action"] in _CHANGING)
     parts = []
     for (kind, action), number in changed.most_common():
-        part = f"{number} of {counted(totals[kind], _kind(kind))} {would}{action}"
+        part = f"{number:,} of {counted(totals[kind], _kind(kind))} {would}{action}"
         targets = {
             row.get("into") for row in found if (row["kind"], row["action"]) == (kind, action)
         }
         if None not in targets:
             part += f" into {listed(sorted(targets))}"
         if refused[kind]:
-            part += f" and {refused.pop(kind)} refused"
+            part += f" and {refused.pop(kind):,} refused"
         parts.append(part)
     places = places_by_pass(report)
     number = sum(refused.values())
@@ -89,10 +89,10 @@ def _changes(report: Json) -> str:
         near = f" ({counted(missed, 'near miss')})" if missed else ""
         parts.append(f"no normalization {'recognised' if near else 'found'}{near}")
     elif not parts and not places:
-        tail = f": {number} refused" if number else ""
+        tail = f": {number:,} refused" if number else ""
         parts.append(f"nothing to change in {counted(len(found), 'normalization')}{tail}")
     elif not parts:
-        tail = f" ({number} refused)" if number else ""
+        tail = f" ({number:,} refused)" if number else ""
         parts.append(f"none of {counted(len(found), 'normalization')} {would}changed{tail}")
     if places and not changed:
         by = _by_passes(places)
@@ -341,8 +341,9 @@ def norm_counts(report: Json) -> tuple[list[str], list[list[str]]]:
     titles += ["near miss"] if missed else []
     rows = []
     for kind in sorted(found | missed, key=lambda kind: (-found[kind], kind)):
-        row = [kind, str(found[kind]), *(str(done[kind, action]) for action in actions)]
-        rows.append(row + ([str(missed[kind])] if missed else []))
+        numbers = [found[kind], *(done[kind, action] for action in actions)]
+        numbers += [missed[kind]] if missed else []
+        rows.append([kind, *map("{:,}".format, numbers)])
     return (titles, rows) if rows else ([], [])
 
 
@@ -366,7 +367,7 @@ def pass_rows(
         if not any(numbers) and not everything and not time_passes:
             idle += 1
             continue
-        row = [each["name"], *map(str, numbers)]
+        row = [each["name"], *map("{:,}".format, numbers)]
         rows.append(row + ([spell_seconds(each["seconds"])] if time_passes else []))
     return titles, rows, idle
 
@@ -550,11 +551,15 @@ def roles(report: Json) -> tuple[str, str]:
 
 
 def model_names(report: Json) -> list[str]:
-    """Return the names of the files that a report is about: two where it compares them."""
+    """Return the names of the files that a report is about: two where it compares them.
+
+    Two files of one name are told apart by their paths.
+    """
     model = report["model"]
     both = report["command"] == "compare" and model["output"] is not None
     paths = [model["input"] or "model", *([model["output"]] if both else [])]
-    return [Path(path).name for path in paths]
+    names = [Path(path).name for path in paths]
+    return names if len(set(names)) == len(names) else paths
 
 
 def files_written(report: Json) -> list[str]:

@@ -19,8 +19,9 @@ from hypothesis import given, settings
 from onnxnorm import latency
 from onnxnorm.report import Report
 from onnxnorm.report_analysis import MINUS
-from onnxnorm.report_html import operator_parts, parity_rows, render_html, waterfall_steps
+from onnxnorm.report_html import operator_parts, parity_rows, render_html, tiles, waterfall_steps
 from onnxnorm.report_markdown import render_markdown
+from onnxnorm.report_text import roles
 from tests import browser
 from tests.test_report import ELSEWHERE, LATENCY, PARITY, REPORTS, full, minimal, norm, output, site
 
@@ -323,9 +324,48 @@ def test_the_first_screen_says_what_was_done_whether_outputs_agree_and_what_it_g
     unknown = Document(render_html(minimal().to_json())).text
     assert "not checked" in unknown
     assert "not measured" in unknown
-    assert "differ" in Document(render_html(failed().to_json())).text
+    assert "disagree" in Document(render_html(failed().to_json())).text
     nothing = Document(render_html(full().to_json())).text
     assert "no difference" in nothing, "a ratio inside the noise is not written large"
+
+
+def test_the_first_screen_shows_what_fails_on_a_further_provider() -> None:
+    elsewhere = {**COMPARED["providers"][0], "parity": failed().parity}
+    both = full(command="compare", analysis={**COMPARED, "providers": [elsewhere]})
+    (outputs,) = (tile for tile in tiles(both.to_json()) if tile.label == "Outputs")
+    assert (outputs.value, outputs.note, outputs.state) == (
+        "✗ disagree",
+        "1 of 2 outputs on CUDA",
+        "bad",
+    )
+
+
+def test_a_latency_in_large_type_says_what_it_is_of() -> None:
+    for command, whose in (("optimize", "the original's"), ("compare", "the first's")):
+        report = full(command=command, latency=timed(0.9)).to_json()
+        (latency,) = (tile for tile in tiles(report) if tile.label == "Latency")
+        assert latency.note.startswith(f"of {whose} latency: faster on the CPU; 95 % interval ")
+        page = Document(render_html(report)).text
+        assert f"{' / '.join(reversed(roles(report)))}, below 1 is faster" in page
+        assert f"The truth is the {roles(report)[0]} model computed in" in page
+
+
+def test_two_models_of_one_name_are_told_apart() -> None:
+    model = {**WHOLE.model, "input": "old/model.onnx", "output": "new/model.onnx"}
+    for text in (
+        render_html(full(command="compare", model=model).to_json()),
+        render_markdown(full(command="compare", model=model).to_json()),
+    ):
+        assert "old/model.onnx" in text
+        assert "new/model.onnx" in text
+    page = Document(render_html(full(command="compare").to_json()))
+    assert page.tables["Models"] == [["first", "models/resnet50.onnx"], ["second", "out.onnx"]]
+
+
+def test_a_report_that_measured_nothing_does_not_say_how() -> None:
+    text = render_html(minimal(command="inspect", norms=[norm("y")]).to_json())
+    assert "How it was measured" not in text
+    assert "Options and environment" in text
 
 
 def test_what_was_not_measured_says_why() -> None:
@@ -563,6 +603,25 @@ def test_the_curves_of_a_sweep() -> None:
             heights = [math.log(times[0] / each) for each in times]
             drops = [y - places[0][1] for _, y in places]
             assert drops[-1] / drops[1] == pytest.approx(heights[-1] / heights[1], rel=0.01)
+
+
+def test_one_point_is_no_curve() -> None:
+    sweep = {"axes": [{"names": ["batch"], "sizes": [1]}], "points": [point(1, 128)], "seconds": 1}
+    page = render_html(full(command="compare", analysis={**COMPARED, "sweep": sweep}).to_json())
+    assert "Latency at each size" in page
+    assert "sweep-curve" not in page
+    assert 'id="sweep-title"' not in page
+
+
+def test_a_curve_has_two_round_numbers_at_least() -> None:
+    page = render_html(full(command="compare", analysis=COMPARED).to_json())
+    plot = page[page.index('id="sweep-title"') :]
+    assert all(f">{tick}<" in plot for tick in (10, 20, 50, 100, 200))
+
+
+def test_a_failed_mark_is_explained() -> None:
+    assert "the optimized model, where it failed" in render_html(failed().to_json())
+    assert "where it failed" not in render_html(WHOLE.to_json())
 
 
 def test_names_in_plots_are_shortened_and_never_mathematics() -> None:
