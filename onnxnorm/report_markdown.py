@@ -149,7 +149,7 @@ def _markdown_group(group: Group) -> str:
     return f"{len(group.places)} x {_prose(group.reason)}, at {places}{advice}"
 
 
-def _markdown_parity(report: Json) -> list[str]:
+def _markdown_parity(report: Json, where: str = "") -> list[str]:
     parity = report["parity"]
     if parity is None or not parity["outputs"]:
         return []
@@ -174,9 +174,8 @@ def _markdown_parity(report: Json) -> list[str]:
             + [_prose(each) for each in parity["notes"]]
         ),
     ]
-    title = (
-        f"Parity {'passed' if parity['passed'] else 'FAILED'}, {counted(len(outputs), 'output')}"
-    )
+    said = "passed" if parity["passed"] else "FAILED"
+    title = f"Parity{where} {said}, {counted(len(outputs), 'output')}"
     return [_details(title, "\n\n".join(filter(None, lines)))]
 
 
@@ -211,7 +210,8 @@ def _markdown_analysis(report: Json, analysis: Json) -> list[str]:
         blocks.append(_details(title, _long_table([heads, *cells], right=1)))
     for each in analysis.get("providers", ()):
         part = {**report, **each}
-        blocks += [*_markdown_parity(part), *_markdown_latency(part)]
+        where = f" on {provider_name(each['provider'])}"
+        blocks += [*_markdown_parity(part, where), *_markdown_latency(part)]
     return blocks
 
 

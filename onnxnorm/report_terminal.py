@@ -396,13 +396,14 @@ def _print_norm_rows(page: _Page, report: Json, *, verbose: bool) -> None:
     page.table(titles, cells, flexible=3, below=details)
 
 
-def _print_parity(page: _Page, report: Json, *, verbose: bool) -> None:
+def _print_parity(page: _Page, report: Json, *, verbose: bool, where: str = "") -> None:
     parity = report["parity"]
     if parity is None:
-        page.heading("Parity")
+        page.heading(f"Parity{where}")
         page.prose(f"not checked{because(report['parity_skipped'])}", lead="  ", hang=2)
         return
-    page.heading(f"Parity: {'passed' if parity['passed'] else 'FAILED'}", parity_facts(parity))
+    said = "passed" if parity["passed"] else "FAILED"
+    page.heading(f"Parity{where}: {said}", parity_facts(parity))
     # Without inputs nothing was run: there are no figures to tabulate.
     outputs = worst_first(parity) if parity["inputs"] else []
     shown = outputs if verbose else outputs[:_OUTPUTS_SHOWN]
@@ -437,10 +438,10 @@ def _none_above(used: float | None) -> str:
     return "" if used is None else f", none above {spell_share(used)} of budget"
 
 
-def _print_latency(page: _Page, report: Json) -> None:
+def _print_latency(page: _Page, report: Json, *, where: str = "") -> None:
     latency = report["latency"]
     if latency is None:
-        page.heading("Latency")
+        page.heading(f"Latency{where}")
         page.prose(f"not measured{because(report['latency_skipped'])}", lead="  ", hang=2)
         return
     page.heading(f"Latency on {provider_name(latency['provider'])}", latency_facts(latency))
@@ -465,8 +466,9 @@ def _print_analysis(page: _Page, report: Json) -> None:
             page.prose(f"{point_name(point['sizes'])}: {said}", lead="  ", hang=4)
     for each in analysis.get("providers", ()):
         part = {**report, **each}
-        _print_parity(page, part, verbose=False)
-        _print_latency(page, part)
+        where = f" on {provider_name(each['provider'])}"
+        _print_parity(page, part, verbose=False, where=where)
+        _print_latency(page, part, where=where)
     if analysis.get("against") is not None:
         page.heading("Against the earlier report")
         page.prose(told_against(analysis["against"]), lead="  ", hang=2)

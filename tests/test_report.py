@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
 
+from onnxnorm.analysis import empty
 from onnxnorm.errors import OnnxNormError, OutputError, UsageError
 from onnxnorm.latency import LatencyResult, Timing
 from onnxnorm.parity import Level, OutputParity, ParityResult
@@ -902,6 +903,11 @@ def test_what_fails_elsewhere_is_in_the_verdict(
     report["analysis"] = {"providers": [elsewhere], "against": earlier}
     assert told in verdict(report)
     assert disappoints(report) == red
+    if against is None:
+        said = "passed" if parity else "FAILED"
+        whole = full(analysis={**empty(), "providers": [elsewhere]})
+        assert f"Parity on CUDA {said}, " in render_markdown(whole.to_json())
+        assert f"\nParity on CUDA: {said} (" in printed(whole)
     assert not disappoints(full().to_json())
     assert disappoints(full(parity=FAILED).to_json())
 
