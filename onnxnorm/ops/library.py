@@ -133,7 +133,7 @@ def describe() -> Library:
 @cache
 def describe_cuda() -> Library:
     """The same of the library that has kernels for GPUs too."""
-    return _describe(build.Kind.CUDA, "it is built by `python -m onnxnorm.ops.build --cuda`")
+    return _describe(build.Kind.CUDA, "`python -m onnxnorm.ops.build --cuda` builds it")
 
 
 def _describe(kind: build.Kind, otherwise: str) -> Library:
