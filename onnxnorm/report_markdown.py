@@ -44,16 +44,24 @@ from onnxnorm.report_text import (
     worst_first,
 )
 
-# A pull request comment holds 65,536 characters; lists beyond this length go by their start.
-_MARKDOWN_ROWS: Final = 100
+_COMMENT: Final = 65_536  # characters that a comment on a pull request holds
+_ROWS: Final = (100, 50, 20, 5)  # of a list or table; the first with which all of it fits is taken
 
 
 def render_markdown(report: Json) -> str:
     """Return a report as GitHub-flavoured markdown: verdict, a small table, folded lists.
 
+    It fits a comment on a pull request: long lists and tables go by their start.
+
     Args:
         report: The object that `Report.to_json` returns.
     """
+    texts = (_rendered(report, rows) for rows in _ROWS)
+    return next((text for text in texts if len(text) <= _COMMENT), _rendered(report, _ROWS[-1]))
+
+
+def _rendered(report: Json, limit: int) -> str:
+    """The same with at most so many rows in each list and table."""
     names = " and ".join(map(_code, model_names(report)))
     blocks = [f"### onnxnorm {report['command']}: {names}", _prose(verdict(report))]
     blocks += [f"**Warning:** {_prose(each)}" for each in report["warnings"]]
@@ -61,8 +69,8 @@ def render_markdown(report: Json) -> str:
     if analysis.get("against") is not None:
         blocks.append(f"**{_prose(told_against(analysis['against']))}**")
     blocks += [_summary_table(report)]
-    for title, items in _markdown_lists(report):
-        blocks.append(_details(title, _bullets(items)))
+    for title, items in _markdown_lists(report, limit):
+        blocks.append(_details(title, _bullets(items, limit)))
     counts, rows = norm_counts(report)
     if rows:
         titles, listed = norm_table(report)
@@ -74,7 +82,8 @@ def render_markdown(report: Json) -> str:
                 [
                     titles,
                     *([_code(r[0]), *r[1:3], _code(r[3]), *map(_prose, r[4:])] for r in listed),
-                ]
+                ],
+                limit,
             ),
         ]
         blocks.append(_details(f"Normalizations ({len(listed)})", "\n\n".join(inside)))
@@ -86,18 +95,18 @@ def render_markdown(report: Json) -> str:
             )
             for told in streams
         ]
-        blocks.append(_details(f"Streams ({len(streams)})", _bullets(items)))
+        blocks.append(_details(f"Streams ({len(streams)})", _bullets(items, limit)))
     titles, rows, _ = pass_rows(report, time_passes=True, everything=True)
     if rows:
         table = _table([titles, *([_code(row[0]), *row[1:]] for row in rows)], right=1)
         blocks.append(_details(f"Passes ({len(rows)})", table))
-    blocks += _markdown_parity(report)
-    blocks += _markdown_latency(report)
-    blocks += _markdown_analysis(report, analysis)
+    blocks += _markdown_parity(report, limit)
+    blocks += _markdown_latency(report, limit)
+    blocks += _markdown_analysis(report, analysis, limit)
     setting = {**report["options"], **report["environment"]}
     if setting:
         rows = [[_code(key), _code(spell_value(value))] for key, value in setting.items()]
-        blocks.append(_details("Options and environment", _long_table([["", ""], *rows])))
+        blocks.append(_details("Options and environment", _long_table([["", ""], *rows], limit)))
     if report["notes"]:
         blocks.append("\n".join(f"- {_prose(each)}" for each in report["notes"]))
     return "\n\n".join(blocks) + "\n"
@@ -132,24 +141,26 @@ def _summary_table(report: Json) -> str:
     return _table(rows, right=1)
 
 
-def _markdown_lists(report: Json) -> list[tuple[str, list[str]]]:
+def _markdown_lists(report: Json, limit: int) -> list[tuple[str, list[str]]]:
     lists = []
     for title, groups_of in REASONS.items():
         groups = groups_of(report)
         number = sum(len(group.places) for group in groups)
-        lists.append((f"{title} ({number})", [_markdown_group(group) for group in groups]))
+        lists.append(
+            (f"{title} ({number})", [_markdown_group(group, limit // 5) for group in groups])
+        )
     back = [f"{_code(site)}: {_prose(effect)}" for site, effect in sites_taken_back(report)]
     lists.append((f"Taken back ({len(back)})", back))
     return [(title, items) for title, items in lists if items]
 
 
-def _markdown_group(group: Group) -> str:
-    places = group.listed(_MARKDOWN_ROWS // 5, _code)
+def _markdown_group(group: Group, limit: int) -> str:
+    places = group.listed(limit, _code)
     advice = f". To change that: {_prose(group.advice)}" if group.advice else ""
     return f"{len(group.places)} x {_prose(group.reason)}, at {places}{advice}"
 
 
-def _markdown_parity(report: Json, where: str = "") -> list[str]:
+def _markdown_parity(report: Json, limit: int, where: str = "") -> list[str]:
     parity = report["parity"]
     if parity is None or not parity["outputs"]:
         return []
@@ -163,7 +174,7 @@ def _markdown_parity(report: Json, where: str = "") -> list[str]:
             rows.append([_code(cells[0]), *cells[1:]])
     lines = [
         _prose(f"{'; '.join(parity_facts(parity))}."),
-        *([_long_table([titles, *rows], right=2), LEGEND] if rows else []),
+        *([_long_table([titles, *rows], limit, right=2), LEGEND] if rows else []),
         _bullets(
             [
                 f"{_code(each['name'])}, optimizer {state}: {_prose(measures['reason'])}"
@@ -171,7 +182,8 @@ def _markdown_parity(report: Json, where: str = "") -> list[str]:
                 for state, measures in judgements(each)
                 if measures.get("reason")
             ]
-            + [_prose(each) for each in parity["notes"]]
+            + [_prose(each) for each in parity["notes"]],
+            limit,
         ),
     ]
     said = "passed" if parity["passed"] else "FAILED"
@@ -179,7 +191,7 @@ def _markdown_parity(report: Json, where: str = "") -> list[str]:
     return [_details(title, "\n\n".join(filter(None, lines)))]
 
 
-def _markdown_latency(report: Json) -> list[str]:
+def _markdown_latency(report: Json, limit: int) -> list[str]:
     latency = report["latency"]
     if latency is None:
         return []
@@ -191,10 +203,10 @@ def _markdown_latency(report: Json) -> list[str]:
         *not_measured(report),
     ]
     title = f"Latency on {provider_name(latency['provider'])}"
-    return [_details(title, _bullets([_prose(each) for each in items]))]
+    return [_details(title, _bullets([_prose(each) for each in items], limit))]
 
 
-def _markdown_analysis(report: Json, analysis: Json) -> list[str]:
+def _markdown_analysis(report: Json, analysis: Json, limit: int) -> list[str]:
     names = roles(report)
     profile, ablation, sweep = (analysis.get(key) for key in ("profile", "ablation", "sweep"))
     tables = []
@@ -207,11 +219,11 @@ def _markdown_analysis(report: Json, analysis: Json) -> list[str]:
     blocks = []
     for title, (heads, rows) in tables:
         cells = [[_code(row[0]), *map(_prose, row[1:])] for row in rows]
-        blocks.append(_details(title, _long_table([heads, *cells], right=1)))
+        blocks.append(_details(title, _long_table([heads, *cells], limit, right=1)))
     for each in analysis.get("providers", ()):
         part = {**report, **each}
         where = f" on {provider_name(each['provider'])}"
-        blocks += [*_markdown_parity(part, where), *_markdown_latency(part)]
+        blocks += [*_markdown_parity(part, limit, where), *_markdown_latency(part, limit)]
     return blocks
 
 
@@ -219,10 +231,10 @@ def _details(title: str, body: str) -> str:
     return f"<details><summary>{title}</summary>\n\n{body}\n\n</details>"
 
 
-def _bullets(items: Sequence[str]) -> str:
-    lines = [f"- {each}" for each in items[:_MARKDOWN_ROWS]]
-    if len(items) > _MARKDOWN_ROWS:
-        lines.append(f"- and {len(items) - _MARKDOWN_ROWS:,} more, in the JSON report")
+def _bullets(items: Sequence[str], limit: int) -> str:
+    lines = [f"- {each}" for each in items[:limit]]
+    if len(items) > limit:
+        lines.append(f"- and {len(items) - limit:,} more, in the JSON report")
     return "\n".join(lines)
 
 
@@ -232,9 +244,9 @@ def _table(rows: Sequence[Sequence[str]], *, right: int | None = None) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (rows[0], marks, *rows[1:]))
 
 
-def _long_table(rows: Sequence[Sequence[str]], *, right: int | None = None) -> str:
-    table = _table(rows[: _MARKDOWN_ROWS + 1], right=right)
-    more = len(rows) - 1 - _MARKDOWN_ROWS
+def _long_table(rows: Sequence[Sequence[str]], limit: int, *, right: int | None = None) -> str:
+    table = _table(rows[: limit + 1], right=right)
+    more = len(rows) - 1 - limit
     return f"{table}\n\nand {more:,} more, in the JSON report" if more > 0 else table
 
 

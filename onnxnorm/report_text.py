@@ -72,11 +72,11 @@ def _changes(report: Json) -> str:
     parts = []
     for (kind, action), number in changed.most_common():
         part = f"{number:,} of {counted(totals[kind], _kind(kind))} {would}{action}"
-        targets = {
+        targets = [
             row.get("into") for row in found if (row["kind"], row["action"]) == (kind, action)
-        }
+        ]
         if None not in targets:
-            part += f" into {listed(sorted(targets))}"
+            part += f" into {listed(sorted({_target(into) for into in targets if into}))}"
         if refused[kind]:
             part += f" and {refused.pop(kind):,} refused"
         parts.append(part)
@@ -91,9 +91,13 @@ def _changes(report: Json) -> str:
     elif not parts and not places:
         tail = f": {number:,} refused" if number else ""
         parts.append(f"nothing to change in {counted(len(found), 'normalization')}{tail}")
+    elif not parts and len(found) == 1:
+        tail = " (refused)" if number else ""
+        not_changed = "would not be" if planned else "was not"
+        parts.append(f"the one normalization {not_changed} changed{tail}")
     elif not parts:
         tail = f" ({number:,} refused)" if number else ""
-        parts.append(f"none of {counted(len(found), 'normalization')} {would}changed{tail}")
+        parts.append(f"none of {len(found):,} normalizations {would}changed{tail}")
     if places and not changed:
         by = _by_passes(places)
         parts.append(f"{counted(sum(places.values()), 'place')} {would}changed by {by}")
@@ -573,6 +577,13 @@ def files_written(report: Json) -> list[str]:
             "No model was written." if not report["dry_run"] else "Dry run: no model was written."
         )
     return lines
+
+
+def _target(into: str) -> str:
+    """Return what norms became, as a sentence about several of them has it."""
+    if into == "constant":
+        return "constants"
+    return counted(2, _KINDS[into]).removeprefix("2 ") if into in _KINDS else into
 
 
 def _kind(kind: str) -> str:

@@ -599,6 +599,14 @@ NOT_TOLD = "; outputs not checked (--no-parity); latency not measured (--no-late
     ("changes", "text"),
     [
         ({"norms": folded(53)}, "53 of 53 batch normalizations folded into Conv"),
+        (
+            {"norms": [norm("w", kind="weight_standardization", into="constant")]},
+            "1 of 1 weight standardization folded into constants",
+        ),
+        (
+            {"norms": [norm("l", kind="layer_norm", action="converted", into="rms_norm")]},
+            "1 of 1 layer normalization converted into RMS normalizations",
+        ),
         ({"norms": folded(1)}, "1 of 1 batch normalization folded into Conv"),
         ({"norms": folded(2, 1)}, "2 of 3 batch normalizations folded into Conv and 1 refused"),
         (
@@ -664,7 +672,7 @@ NOT_TOLD = "; outputs not checked (--no-parity); latency not measured (--no-late
         ),
         (
             {"sites": changed_by(a=1), "norms": [norm("k", action="kept")], "dry_run": True},
-            "None of 1 normalization would be changed, 1 place would be changed by a",
+            "The one normalization would not be changed, 1 place would be changed by a",
         ),
         (
             {"passes": [PASS], "norms": [MISS]},
@@ -1034,6 +1042,16 @@ def test_markdown_lists_have_an_end() -> None:
     assert "Normalizations (5000)" in text
     assert "and 4,900 more, in the JSON report" in text
     assert len(text) < 65_536
+
+
+def test_markdown_fits_a_comment_with_long_names_too() -> None:
+    long = "/model/decoder/" + "generator/block/" * 25
+    rows = [norm(f"{long}{i}", action="refused", reason=f"no reason {i % 90}") for i in range(400)]
+    text = render_markdown(minimal(norms=rows, sites=[*map(site, rows)]).to_json())
+    assert 10_000 < len(text) <= 65_536
+    assert "Normalizations (400)" in text
+    assert "more, in the JSON report" in text
+    assert text.count("<details>") == text.count("</details>")
 
 
 def test_markdown_escapes_names_and_prose() -> None:
