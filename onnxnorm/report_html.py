@@ -31,6 +31,7 @@ from onnxnorm.report_analysis import (
     told_against,
 )
 from onnxnorm.report_text import (
+    CHANGING,
     LEGEND,
     NORM_TITLES,
     PARITY_TITLES,
@@ -65,6 +66,7 @@ from onnxnorm.report_text import (
     spell_value,
     told_of_stream,
     verdict,
+    warnings_of,
     worst_first,
 )
 
@@ -75,7 +77,6 @@ _PLOTTED: Final = 16  # rows of the parity plot; the table has all
 _CURVES: Final = 6  # of the sweep's plot
 _TIMES: Final = "\N{MULTIPLICATION SIGN}"
 _LEAST, _MOST = 1e-12, 1e12  # what lies outside is in the tables
-_CHANGING: Final = ("folded", "converted", "lowered")
 
 
 @dataclass(frozen=True)
@@ -216,7 +217,7 @@ def tiles(report: Json) -> list[Tile]:
 
 def _done(report: Json) -> Tile:
     rows = [row for row in report["norms"] if row["recognised"]]
-    changed = sum(row["action"] in _CHANGING for row in rows)
+    changed = sum(row["action"] in CHANGING for row in rows)
     would = "would be changed" if is_planned(report) else "changed"
     refused = sum(row["action"] == "refused" for row in rows)
     back = sum(site["action"] == "rolled_back" for site in report["sites"])
@@ -283,7 +284,7 @@ def _before_after(first: int, second: int | None, amount: Callable[[int], str]) 
 
 def _alarms(report: Json) -> list[tuple[str, str]]:
     """Return what a reader should act on, each with its state."""
-    found = [("bad", plain(each)) for each in report["warnings"]]
+    found = [("bad", plain(each)) for each in warnings_of(report)]
     against = (report["analysis"] or {}).get("against")
     if against is not None:
         state = {"regressed": "bad", "holds": "good"}.get(against["verdict"], "plain")

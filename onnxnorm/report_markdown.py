@@ -41,6 +41,7 @@ from onnxnorm.report_text import (
     spell_value,
     told_of_stream,
     verdict,
+    warnings_of,
     worst_first,
 )
 
@@ -64,7 +65,7 @@ def _rendered(report: Json, limit: int) -> str:
     """The same with at most so many rows in each list and table."""
     names = " and ".join(map(_code, model_names(report)))
     blocks = [f"### onnxnorm {report['command']}: {names}", _prose(verdict(report))]
-    blocks += [f"**Warning:** {_prose(each)}" for each in report["warnings"]]
+    blocks += [f"**Warning:** {_prose(each)}" for each in warnings_of(report)]
     analysis = report["analysis"] or {}
     if analysis.get("against") is not None:
         blocks.append(f"**{_prose(told_against(analysis['against']))}**")

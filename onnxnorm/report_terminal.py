@@ -54,6 +54,7 @@ from onnxnorm.report_text import (
     spell_value,
     told_of_stream,
     verdict,
+    warnings_of,
     worst_first,
 )
 
@@ -374,6 +375,7 @@ def _print_norm_rows(page: _Page, report: Json, *, verbose: bool) -> None:
             advised.add(norm["advice"])
             lines.append(f"to change that: {norm['advice']}")
         if verbose:
+            lines += norm.get("notes", ())
             lines += [f"input {norm['input']}", f"output {norm['output']}"]
             lines.append(f"{counted(len(norm['nodes']), 'node')}: {', '.join(norm['nodes'])}")
             lines.append(f"site {norm['site']}" if norm["site"] else "no site")
@@ -504,9 +506,10 @@ def _print_environment(page: _Page, report: Json) -> None:
 
 
 def _print_notes(page: _Page, report: Json) -> None:
-    if report["warnings"]:
+    warnings = warnings_of(report)
+    if warnings:
         page.heading("Warnings")
-        for each in report["warnings"]:
+        for each in warnings:
             page.prose(each, lead="  ", hang=2, style="yellow")
     if report["notes"]:
         page.heading("Notes")

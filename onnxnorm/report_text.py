@@ -39,7 +39,7 @@ ACTIONS: Final[Mapping[str, str]] = {
     "refused": "refused",
     "none": "no pass applies",
 }
-_CHANGING: Final = ("folded", "converted", "lowered")
+CHANGING: Final = ("folded", "converted", "lowered")
 _PROVIDERS: Final[Mapping[str, str]] = {
     "cpu": "the CPU",
     "cuda": "CUDA",
@@ -68,7 +68,7 @@ def _changes(report: Json) -> str:
     found = [row for row in norms if row["recognised"]]
     totals = Counter(row["kind"] for row in found)
     refused = Counter(row["kind"] for row in found if row["action"] == "refused")
-    changed = Counter((row["kind"], row["action"]) for row in found if row["action"] in _CHANGING)
+    changed = Counter((row["kind"], row["action"]) for row in found if row["action"] in CHANGING)
     parts = []
     for (kind, action), number in changed.most_common():
         part = f"{number:,} of {counted(totals[kind], _kind(kind))} {would}{action}"
@@ -286,6 +286,16 @@ REASONS: Final[Mapping[str, Callable[[Json], list[Group]]]] = {
 }
 
 
+def warnings_of(report: Json) -> list[str]:
+    """Return what a reader should act on; also what onnxruntime makes of norms, where wrong."""
+    misfused = [n for n in report["norms"] if n.get("warning")]
+    groups = grouped({**norm, "reason": norm["warning"], "advice": None} for norm in misfused)
+    return [
+        *report["warnings"],
+        *(f"At {group.listed(_PLACES_SHOWN)}: {group.reason}." for group in groups),
+    ]
+
+
 @dataclass(frozen=True)
 class StreamTold:
     """What is said of a residual stream.
@@ -381,7 +391,7 @@ def norm_outcome(norm: Json) -> str:
     if not norm["recognised"]:
         return "near miss"
     text = ACTIONS.get(norm["action"], norm["action"])
-    into = norm.get("into") if norm["action"] in _CHANGING else None
+    into = norm.get("into") if norm["action"] in CHANGING else None
     return f"{text} into {plain(into)}" if into else text
 
 

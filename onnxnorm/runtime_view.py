@@ -14,6 +14,8 @@ from typing import Any, Final
 
 import onnx
 
+from onnxnorm.report_text import CHANGING
+
 _MOST: Final = 24  # nodes; a norm has fewer, and what is behind it is another's
 
 
@@ -69,7 +71,7 @@ def runtime_rows(
 
 def runtime_note(rows: Sequence[Mapping[str, Any]], version: str) -> str:
     """What of the changes onnxruntime would have made by itself, in a sentence."""
-    changed = [r for r in rows if r["action"] in ("folded", "converted", "lowered")]
+    changed = [r for r in rows if r["action"] in CHANGING]
     same = sum(r["runtime"]["same"] for r in changed)
     if not changed:
         return f"onnxruntime {version} was shown the model as given: nothing would be changed."

@@ -920,6 +920,24 @@ def test_what_fails_elsewhere_is_in_the_verdict(
     assert disappoints(full(parity=FAILED).to_json())
 
 
+def test_what_onnxruntime_gets_wrong_is_a_warning_in_every_form() -> None:
+    wrong = "onnxruntime fuses this into one operator, wrongly: the exponent 4 is taken for 2"
+    rows = [norm(f"y{i}", recognised=False, action="none", warning=wrong) for i in range(6)]
+    report = minimal(command="inspect", norms=rows, warnings=["mind the gap"])
+    told = f"At y0, y1, y2 and 3 more: {wrong}."
+    text = printed(report, inspect=True, terminal=False).replace("\n  ", " ")
+    assert f"Warnings mind the gap {told}" in text
+    assert f"**Warning:** {told}" in render_markdown(report.to_json())
+    assert told in printed(minimal(norms=rows)).replace("\n  ", " ")
+    assert told in render_html(report.to_json())
+
+
+def test_inspect_verbose_says_what_else_was_seen() -> None:
+    report = minimal(command="inspect", norms=[norm("y", notes=["a SiLU follows"])])
+    assert "a SiLU follows" not in printed(report, inspect=True)
+    assert "\n      a SiLU follows\n" in printed(report, inspect=True, verbose=True)
+
+
 def test_inspect_of_nothing() -> None:
     assert printed(minimal(command="inspect"), inspect=True) == "No normalization found.\n"
 

@@ -84,7 +84,9 @@ def test_every_norm_of_a_stream_says_what_became_of_it() -> None:
     assert {n["action"] for n in norms} == {"converted"}
     assert {n["into"] for n in norms} == {"rms_norm"}
     assert len({n["site"] for n in norms}) == 1
-    assert "5 of 5 layer normalizations would be converted into RMS normalizations" in printed(report)
+    assert "5 of 5 layer normalizations would be converted into RMS normalizations" in printed(
+        report
+    )
 
 
 def test_a_stream_that_is_blocked_names_who_blocks_it() -> None:
