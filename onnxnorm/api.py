@@ -7,6 +7,7 @@ for less long than the imports.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -371,7 +372,7 @@ def compare(
     from onnxnorm.analysis import analyse, empty, provider_row
 
     names = [name.strip() for name in provider.split(",")]
-    _check_compare(latency, against, batch, sequence, sizes)
+    _check_compare(latency, against, max_regression, batch, sequence, sizes)
     earlier = None if against is None else _earlier(against)
     with ExitStack() as stack:
         first = stack.enter_context(taken(original))
@@ -487,11 +488,17 @@ def _leave(bench: Workbench, told: _Told, *, parity: bool) -> None:
 def _check_compare(
     latency: bool,
     against: str | Path | Report | None,
+    max_regression: float,
     batch: Sequence[int],
     sequence: Sequence[int],
     sizes: Mapping[str, Sequence[int]] | None,
 ) -> None:
-    """Refuse what needs a measurement where there is to be none."""
+    """Refuse a share that is none, and what needs a measurement where there is to be none."""
+    if not 0 <= max_regression < math.inf:
+        raise UsageError(
+            f"the share by which the ratio may grow is {max_regression}",
+            "Give --max-regression a number of 0 or more, 0.05 for 5 %.",
+        )
     if latency:
         return
     for asked, what in (

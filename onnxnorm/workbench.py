@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -58,10 +59,10 @@ class Workbench:
         for name, value, fits in (
             ("seed", self.seed, self.seed >= 0),
             ("number of threads", self.threads, self.threads is None or self.threads >= 1),
-            ("time budget", self.budget, self.budget > 0),
+            ("time budget", self.budget, 0 < self.budget < math.inf),
         ):
             if not fits:
-                least = "0 or more" if name == "seed" else "more than 0"
+                least = "0 or more" if name == "seed" else "a number of more than 0"
                 raise UsageError(f"the {name} is {value}", f"Give {least}.")
 
     def resolve(self, wanted: str, *, cuda_kernels: bool = False) -> None:

@@ -224,6 +224,12 @@ def test_inspect_and_compare_take_the_same_forms(model: onnx.ModelProto, path: P
     assert judged.parity["passed"] is True
 
 
+@pytest.mark.parametrize("share", [-0.1, float("nan"), float("inf")])
+def test_a_share_that_is_none_would_always_hold(path: Path, share: float) -> None:
+    with pytest.raises(UsageError, match="the share by which the ratio may grow"):
+        onnxnorm.compare(path, path, max_regression=share)
+
+
 def test_compare_reports_what_does_not_agree(model: onnx.ModelProto) -> None:
     other = onnx.ModelProto.FromString(model.SerializeToString())
     other.graph.node[1].attribute.append(onnx.helper.make_attribute("epsilon", 0.125))
@@ -346,6 +352,8 @@ def rolled_back(report: Report) -> dict[str, dict[str, Any]]:
         ({"seed": -1}, "the seed is -1"),
         ({"threads": 0}, "the number of threads is 0"),
         ({"time_budget": 0.0}, "the time budget is 0"),
+        ({"time_budget": float("inf")}, "the time budget is inf"),
+        ({"time_budget": float("nan")}, "the time budget is nan"),
     ],
 )
 def test_what_nothing_can_be_measured_with(path: Path, given: dict[str, Any], what: str) -> None:
