@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from onnxnorm.errors import OnnxNormError
+from onnxnorm.errors import OnnxNormError, RuntimeRejection
 from onnxnorm.workbench import Workbench
 
 VERSION: Final = 1  # of the part `analysis` of the report
@@ -80,16 +80,38 @@ def provider_row(
 
     Raises:
         ParityError: onnxruntime cannot run the original there.
-        RuntimeRejection: onnxruntime cannot run one of the models there.
+        RuntimeRejection: Parity does not say so already, and onnxruntime cannot run a model there.
     """
+    checked = bench.checker().check(candidate).to_json() if parity else None
+    time, why_not = (
+        measured(bench, candidate, checked) if latency else (None, "--no-latency was given")
+    )
     return {
         "provider": bench.provider,
-        "parity": bench.checker().check(candidate).to_json() if parity else None,
+        "parity": checked,
         "parity_skipped": None if parity else "--no-parity was given",
-        "latency": bench.measure(candidate) if latency else None,
-        "latency_skipped": None if latency else "--no-latency was given",
-        "profile": _profiled(bench, candidate) if latency else None,
+        "latency": time,
+        "latency_skipped": why_not,
+        "profile": None if time is None else _profiled(bench, candidate),
     }
+
+
+def measured(
+    bench: Workbench, candidate: Path, parity: Mapping[str, Any] | None
+) -> tuple[dict[str, Any] | None, str | None]:
+    """The latency of a model that is judged, or why there is none.
+
+    One that cannot be run has failed parity already, and that is what is to be told of it.
+
+    Raises:
+        RuntimeRejection: It cannot be run, and parity does not say so.
+    """
+    try:
+        return bench.measure(candidate), None
+    except RuntimeRejection as error:
+        if parity is None or parity["passed"]:
+            raise
+        return None, error.what
 
 
 def _profiled(bench: Workbench, candidate: Path) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from onnxnorm.module import Module
 from onnxnorm.ops import bodies
 from onnxnorm.pipeline import Pipeline, Run
 from onnxnorm.registry import Target, aimed, select
-from onnxnorm.regression import MAX_REGRESSION, judge
+from onnxnorm.regression import MAX_REGRESSION, comparable, judge
 from onnxnorm.remark import Remark
 from onnxnorm.report import Report
 from onnxnorm.rewrite import Pass
@@ -369,7 +369,7 @@ def compare(
         ParityError: onnxruntime cannot run the original.
     """
     from onnxnorm import sweep as sweeps
-    from onnxnorm.analysis import analyse, empty, provider_row
+    from onnxnorm.analysis import analyse, empty, measured, provider_row
 
     names = [name.strip() for name in provider.split(",")]
     _check_compare(latency, against, max_regression, batch, sequence, sizes)
@@ -381,6 +381,8 @@ def compare(
         further = [replace(bench, provider=None) for _ in names[1:]]
         for runner, name in zip([bench, *further], names, strict=True):
             runner.resolve(name, cuda_kernels=cuda_kernels)
+        if earlier is not None:
+            comparable(earlier[1], {"provider": bench.provider}, report=earlier[0])
         axes = sweeps.resolve(first.proto, batch=batch, sequence=sequence, named=sizes)
         before, after = (sum(1 for _ in Module(s).nodes()) for s in (first, second))
         told = _Told(
@@ -393,7 +395,8 @@ def compare(
         if parity:
             told.parity = bench.checker().check(path).to_json()
         if latency:
-            told.latency = bench.measure(path)
+            told.latency, told.latency_skipped = measured(bench, path, told.parity)
+        if told.latency is not None:
             parts: dict[str, Measured] = {}
             if axes:
                 parts["sweep"] = lambda: sweeps.sweep(bench, path, axes)
@@ -403,10 +406,9 @@ def compare(
             told.analysis["providers"] = [
                 provider_row(each, path, parity=parity, latency=latency) for each in further
             ]
-        if earlier is not None:
-            assert told.analysis is not None
+        if earlier is not None and told.latency is not None and told.analysis is not None:
             told.analysis["against"] = judge(
-                earlier[1], told.latency or {}, report=earlier[0], max_regression=max_regression
+                earlier[1], told.latency, report=earlier[0], max_regression=max_regression
             )
         return Report(
             command="compare",

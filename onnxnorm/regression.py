@@ -20,15 +20,29 @@ from onnxnorm.errors import UsageError
 MAX_REGRESSION: Final = 0.05
 
 
-def check(earlier: object, later: object) -> str | None:
-    """Why two latency results cannot be held against each other; None where they can."""
+def comparable(earlier: object, later: object, *, report: str) -> None:
+    """Refuse two latency results that cannot be held against each other.
+
+    Args:
+        earlier: `latency` of the earlier report.
+        later: That of now; its provider is enough.
+        report: The file of the earlier report.
+
+    Raises:
+        UsageError: The two cannot be compared.
+    """
+    reason = None
     if not isinstance(earlier, Mapping):
-        return "the earlier report has no latency"
-    if not isinstance(later, Mapping):
-        return "latency was not measured"
-    if earlier["provider"] != later["provider"]:
-        return f"it was measured on {earlier['provider']}, and now on {later['provider']}"
-    return None
+        reason = "the earlier report has no latency"
+    elif not isinstance(later, Mapping):
+        reason = "latency was not measured"
+    elif earlier["provider"] != later["provider"]:
+        reason = f"it was measured on {earlier['provider']}, and now on {later['provider']}"
+    if reason is not None:
+        raise UsageError(
+            f"the latency cannot be held against {report}: {reason}",
+            "Give a report with a latency on the same provider, and measure latency.",
+        )
 
 
 def judge(
@@ -57,12 +71,7 @@ def judge(
     Raises:
         UsageError: The two cannot be compared.
     """
-    reason = check(earlier, later)
-    if reason is not None:
-        raise UsageError(
-            f"the latency cannot be held against {report}: {reason}",
-            "Give a report with a latency on the same provider, and measure latency.",
-        )
+    comparable(earlier, later, report=report)
     change = math.log(later["ratio"] / earlier["ratio"])
     noise = math.hypot(_noise(earlier), _noise(later))
     limit = math.log1p(max_regression)

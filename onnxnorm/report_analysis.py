@@ -122,6 +122,7 @@ def told_against(against: Json) -> str:
         f"{said}: the ratio is {spell_ratio(against['change'])} times the one in "
         f"{plain(against['report'])} ({spell_ratio(against['ratio'])}), between {low} and {high}; "
         f"up to {spell_ratio(1 + against['max_regression'])} is allowed."
+        + "".join(f" {plain(each)}" for each in against["notes"])
     )
 
 

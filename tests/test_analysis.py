@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,6 +19,7 @@ from onnxnorm.latency import save_feeds
 from onnxnorm.pipeline import Pipeline, Run
 from onnxnorm.profile import NodeTime, by_operator
 from onnxnorm.report import Report
+from onnxnorm.report_analysis import told_against
 from onnxnorm.session import Session
 from onnxnorm.storage import Stored
 from tests.test_report import LATENCY
@@ -406,6 +408,24 @@ def test_what_cannot_be_held_against_each_other() -> None:
         regression.judge({**THEN, "provider": "cuda"}, THEN, report="r.json")
     found = regression.judge({**THEN, "threads": 1}, THEN, report="r.json")
     assert found["notes"] == ["The earlier measurement had 1 thread, this one 2 threads."]
+
+
+def test_another_provider_is_refused_before_anything_is_measured(
+    tmp_path: Path, quick: list[tuple[Path, Path, float, Any]]
+) -> None:
+    path = saved(tmp_path, TOKENS)
+    report = api.compare(path, path, provider="cpu", parity=False)
+    quick.clear()
+    assert report.latency is not None
+    on_cuda = replace(report, latency={**report.latency, "provider": "cuda"})
+    with pytest.raises(UsageError, match="measured on cuda, and now on cpu"):
+        api.compare(path, path, provider="cpu", parity=False, against=on_cuda)
+    assert quick == []
+
+
+def test_notes_on_what_is_held_against_an_earlier_report_are_told() -> None:
+    found = regression.judge({**THEN, "threads": 1}, THEN, report="r.json")
+    assert told_against(found).endswith("had 1 thread, this one 2 threads.")
 
 
 @pytest.mark.usefixtures("quick")

@@ -16,7 +16,13 @@ from onnx import parser
 
 import onnxnorm
 from onnxnorm.change import absorbed, stage
-from onnxnorm.errors import ModelError, OutputError, ParityError, UsageError
+from onnxnorm.errors import (
+    ModelError,
+    OutputError,
+    ParityError,
+    RuntimeRejection,
+    UsageError,
+)
 from onnxnorm.matcher import Match
 from onnxnorm.passes.fold_batchnorm import FoldBatchnorm
 from onnxnorm.pattern import const, maybe, op, var
@@ -222,6 +228,19 @@ def test_inspect_and_compare_take_the_same_forms(model: onnx.ModelProto, path: P
     judged = onnxnorm.compare(path, model, provider="cpu", latency=False)
     assert judged.parity is not None
     assert judged.parity["passed"] is True
+
+
+def test_a_model_that_cannot_be_run_is_a_report_and_not_an_error(path: Path) -> None:
+    """Its outputs do not agree, which `compare` tells; only what nobody told yet is raised."""
+    other = single("y = Relu (x)")
+    other.graph.input.append(onnx.helper.make_tensor_value_info("s", 1, [1]))
+    report = onnxnorm.compare(path, other, provider="cpu", time_budget=1.0)
+    assert report.parity is not None
+    assert not report.parity["passed"]
+    assert report.latency is None
+    assert "s" in str(report.latency_skipped)
+    with pytest.raises(RuntimeRejection):
+        onnxnorm.compare(path, other, provider="cpu", parity=False, time_budget=1.0)
 
 
 @pytest.mark.parametrize("share", [-0.1, float("nan"), float("inf")])
