@@ -108,10 +108,10 @@ def measured(
     """
     try:
         return bench.measure(candidate), None
-    except RuntimeRejection as error:
+    except RuntimeRejection:
         if parity is None or parity["passed"]:
             raise
-        return None, error.what
+        return None, "onnxruntime cannot run the second model"
 
 
 def _profiled(bench: Workbench, candidate: Path) -> dict[str, Any]:

@@ -1001,7 +1001,7 @@ class ParityChecker:
                 copy = variants.frozen(storage.load(candidate), reference.draws[0])
                 left = len(variants.random_nodes(copy))
                 if left:
-                    notes.append(f"{_operators(left)} of the candidate without counterpart")
+                    notes.append(f"{_operators(left)} of the changed model without counterpart")
                 candidate = stack.enter_context(staging.Staged(copy, None)).model
             levels: dict[bool, dict[str, Level]] = {}
             for optimize in (False, True):
@@ -1010,7 +1010,7 @@ class ParityChecker:
                 except RuntimeRejection as error:
                     if optimize and True not in reference.runs:
                         continue
-                    reason = f"the candidate cannot be run: {error.what}"
+                    reason = f"the changed model cannot be run: {error.what}"
                     levels[optimize] = dict.fromkeys(reference.runs[False][0], _failed(reason))
                     continue
                 levels[optimize] = {
@@ -1019,7 +1019,7 @@ class ParityChecker:
                 }
                 further = [f"'{name}'" for name in runs[0] if name not in reference.runs[False][0]]
                 if further:
-                    notes.append(f"outputs of the candidate alone: {', '.join(further)}")
+                    notes.append(f"outputs of the changed model alone: {', '.join(further)}")
         outputs = []
         for name, value in reference.runs[False][0].items():
             outputs.append(
@@ -1084,7 +1084,7 @@ class ParityChecker:
             zip(reference.truths, runs, baseline, strict=True)
         ):
             if name not in run:
-                return "the candidate has no such output"
+                return "the changed model has no such output"
             if name not in other:
                 return "the original has it on some inputs only"
             mine, theirs = run[name], other[name]

@@ -225,7 +225,7 @@ def test_a_missing_output_fails(tmp_path: Path) -> None:
     candidate = save(tmp_path, "b", nodes[:1], [tensor("x", [4])], ["y"])
     result = check(original, candidate)
     assert [output.passed for output in result.outputs] == [True, False]
-    assert result.failure == "output 'z': the candidate has no such output"
+    assert result.failure == "output 'z': the changed model has no such output"
 
 
 def test_another_dtype_or_shape_fails(tmp_path: Path) -> None:
@@ -305,7 +305,7 @@ def test_outputs_that_only_the_candidate_has_are_named(tmp_path: Path) -> None:
     original = save(tmp_path, "a", nodes[:1], [tensor("x", [4])], ["y"])
     result = check(original, save(tmp_path, "b", nodes, [tensor("x", [4])], ["y", "z"]))
     assert result.passed
-    assert "outputs of the candidate alone: 'z'" in result.notes
+    assert "outputs of the changed model alone: 'z'" in result.notes
 
 
 # --- integers ----------------------------------------------------------------------------------
@@ -519,7 +519,7 @@ def test_a_candidate_that_the_runtime_rejects_fails(tmp_path: Path) -> None:
     candidate = save(tmp_path, "b", nodes, [tensor("x", [4])], ["y"], weights)
     result = check(original, candidate)
     assert not result.passed
-    assert "the candidate cannot be run" in str(result.failure)
+    assert "the changed model cannot be run" in str(result.failure)
 
 
 def exposed_norm(folder: Path, name: str, epsilon: float = 1e-5) -> Path:
