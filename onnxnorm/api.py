@@ -24,6 +24,7 @@ from onnxnorm.errors import (
     RuntimeRejection,
     UsageError,
     VerificationError,
+    writing,
 )
 from onnxnorm.inspection import environment, told_of_target
 from onnxnorm.inspection import inspect as inspect
@@ -559,7 +560,8 @@ def _target(stored: Stored, output: str | Path | None, *, in_place: bool) -> Pat
             )
         output = stored.path
     target = Path(output)
-    same = stored.path is not None and target.exists() and target.samefile(stored.path)
+    with writing(target):
+        same = stored.path is not None and target.exists() and target.samefile(stored.path)
     if same and not in_place:
         raise UsageError(
             f"{target} is the input", "Write to another file, or give --in-place to replace it."

@@ -553,12 +553,10 @@ def _show(
     if as_json:
         click.echo(json.dumps(report.to_json(), indent=2, ensure_ascii=False))
     elif not quiet:
-        from rich.console import Console
-
-        from onnxnorm.report_terminal import render_inspect, render_terminal
+        from onnxnorm.report_terminal import Output, render_inspect, render_terminal
 
         data = report.to_json()
-        console = Console(soft_wrap=False)
+        console = Output(soft_wrap=False)
         if report.command == "inspect":
             render_inspect(data, console, verbose=verbose)
         else:

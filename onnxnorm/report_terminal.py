@@ -62,6 +62,17 @@ _OUTPUTS_SHOWN: Final = 5
 _PLACES_SHOWN: Final = 3
 
 
+class Output(Console):
+    """Standard output, where a reader that went away is for the caller to see.
+
+    rich would exit with 1, which is our code for outputs that do not agree.
+    """
+
+    def on_broken_pipe(self) -> None:
+        """Let whoever called decide."""
+        raise BrokenPipeError
+
+
 class _Page:
     """Lines of text on a console: prose is wrapped, tables are aligned, nothing else is.
 

@@ -289,6 +289,8 @@ class Stored:
 
 # ** reading **
 
+_PERMISSIONS: Final = "Check the file's permissions."
+
 
 def load(path: str | Path) -> Stored:
     """Read a model file as a skeleton over memory-mapped payloads.
@@ -307,9 +309,8 @@ def load(path: str | Path) -> Stored:
     except FileNotFoundError:
         raise ModelError(f"{path} does not exist", "Check the path.") from None
     except OSError as error:
-        raise ModelError(
-            f"{path} cannot be read: {error.strerror}", "Check the file's permissions."
-        ) from error
+        hint = "Check the path." if error.errno == errno.ENAMETOOLONG else _PERMISSIONS
+        raise ModelError(f"{path} cannot be read: {error.strerror}", hint) from error
     if file.size == 0:
         raise ModelError(f"{path} is empty", "Export or download the model again.")
     skeleton = _parse(file, path)
@@ -515,7 +516,7 @@ def _open_external(stored: Stored, tensor: onnx.TensorProto, folder: Path) -> No
         except OSError as error:
             raise ModelError(
                 f"external data file {folder / location} cannot be read: {error.strerror}",
-                "Check the file's permissions.",
+                _PERMISSIONS,
             ) from error
         if not found:
             raise ModelError(

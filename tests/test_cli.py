@@ -264,6 +264,24 @@ def test_a_site_that_does_not_exist(command: Command, model: Path, out: Path, op
     assert not out.exists()
 
 
+@pytest.mark.skipif(os.name == "nt", reason="pipes are closed otherwise there")
+@pytest.mark.parametrize("form", ["--verbose", "--json"])
+def test_a_reader_that_has_seen_enough_is_no_failure(model: Path, form: str) -> None:
+    command = [sys.executable, "-m", "onnxnorm", "inspect", str(model), form]
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, check=False, timeout=120)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_a_name_that_is_too_long(command: Command, model: Path) -> None:
+    long = model.with_name("x" * 300)
+    assert command("inspect", long).err.splitlines()[1] == "Check the path."
+    done = command("optimize", model, long, *BLIND)
+    assert (done.code, done.err.splitlines()[1]) == (2, "Give a shorter name.")
+
+
 def test_inspect_verbose_lists_the_sites(command: Command, model: Path) -> None:
     printed = command("inspect", model, "-v").out.split()
     assert sites(command("inspect", model, "--json").report) <= set(printed)
