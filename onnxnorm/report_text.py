@@ -183,8 +183,10 @@ def _agreement(report: Json) -> str:
     detail = plain(rows[0]["name"])
     if failed.get("reason"):
         detail += f": {plain(failed['reason'])}"
-    elif used is not None:
+    elif used is not None and used > 1:
         detail += f" has {spell_share(used)} times the error it may have"
+    else:
+        detail += " could not be compared"
     text = f"{who} DO NOT AGREE with {whom} ({detail})"
     return text if both or report["model"]["output"] else f"{text}; no model was written"
 

@@ -684,6 +684,7 @@ def test_verdict_says_what_changed(changes: dict[str, Any], text: str) -> None:
     assert verdict(minimal(**changes).to_json()) == text + NOT_TOLD
 
 
+NO_FIGURES = {"error": None, "error_rms": None, "passed": False}
 LOGITS_FAIL = "outputs DO NOT AGREE with the original (logits has 5.00 times the error it may have)"
 FAILED = {**PARITY, "passed": False, "outputs": [output("a", 1, 1), output("logits", 30, 1)]}
 
@@ -710,6 +711,10 @@ FAILED = {**PARITY, "passed": False, "outputs": [output("a", 1, 1), output("logi
                 }
             },
             "outputs DO NOT AGREE with the original (y: NaN moved)",
+        ),
+        (
+            {"parity": {**FAILED, "outputs": [{**output("y", 1, 1), **NO_FIGURES}]}},
+            "outputs DO NOT AGREE with the original (y could not be compared)",
         ),
     ],
 )
