@@ -157,8 +157,8 @@ def optimize(
             GPUs, which have not run on one yet.
         provider: "cpu", "cuda" or "auto", for parity and latency.
         threads: Intra-op threads for latency; None is onnxruntime's own choice.
-        inputs: The user's own inputs, an .npz file.
-        input_shapes: Shapes of some inputs.
+        inputs: The user's own inputs: an .npz file with an array for each, by its name.
+        input_shapes: Shapes of some inputs, by name: {"x": (1, 3, 224, 224)}.
         seed: The same seed gives the same inputs.
         only: Restrict the passes to these sites.
         skip: Leave these sites as they are.

@@ -454,6 +454,43 @@ def test_the_ratio_can_be_computed_again_from_what_the_report_keeps() -> None:
     assert found.verdict == data["verdict"]
 
 
+def test_the_guide_defines_ratio_interval_and_band_as_they_are() -> None:
+    """docs/report.md, section Latency, word for word."""
+    data = WHOLE.to_json()["latency"]
+
+    def logs(role: str) -> list[list[float]]:
+        return [[math.log(turn) for turn in trial[role]] for trial in data["trials"]]
+
+    def between(one: str, other: str) -> list[float]:
+        return [
+            statistics.median(x - y for x, y in zip(*pair, strict=True))
+            for pair in zip(logs(one), logs(other), strict=True)
+        ]
+
+    d, d2, e = (
+        between(*pair)
+        for pair in (("candidate", "first"), ("candidate", "second"), ("first", "second"))
+    )
+    n = len(d)
+    ordered = sorted(d + d2)
+    fifth = 2 * n // 5
+    kept = ordered[fifth : 2 * n - fifth]
+    k = len(kept) / (2 * n)
+    assert data["ratio"] == pytest.approx(math.exp(statistics.fmean(kept)))
+    means = [
+        statistics.fmean(min(max(x, kept[0]), kept[-1]) for x in pair)
+        for pair in zip(d, d2, strict=True)
+    ]
+    degrees = math.floor(k * n)
+    half = latency.student_quantile(degrees - 1) * statistics.stdev(means) / (k * math.sqrt(n))
+    ends = [data["ratio"] * math.exp(-half), data["ratio"] * math.exp(half)]
+    assert data["interval"] == pytest.approx(ends)
+    sizes = sorted(map(abs, e))
+    squares = statistics.fmean(min(x, sizes[degrees - 1]) ** 2 for x in sizes)
+    half = latency.student_quantile(degrees) * math.sqrt(0.75 * squares) / (k * math.sqrt(n))
+    assert data["band"] == pytest.approx([math.exp(-half), math.exp(half)])
+
+
 # ** the marks of the plots are the JSON, too: from their place on the axes **
 
 
