@@ -13,17 +13,14 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from onnxnorm.errors import OnnxNormError
 from onnxnorm.pipeline import Pipeline, Run
-from onnxnorm.slower import changing, without
+from onnxnorm.slower import LEAST_SECONDS, PAIRS, changing, without
 from onnxnorm.staging import Staged
 from onnxnorm.storage import Stored
 from onnxnorm.workbench import Workbench
-
-_LEAST_SECONDS: Final = 8.0  # of one measurement; what it gives is worth little after less
-_PAIRS: Final = 8
 
 
 def ablate(
@@ -69,8 +66,8 @@ def ablate(
             rest = without(pipeline, (name,))
             left = rest.run(source, deny=taken_back, check_sites=False)
             with Staged(left.stored, None) as staged:
-                seconds = max(bench.budget / 2 / len(asked), _LEAST_SECONDS)
-                latency = bench.time(staged.model, candidate, seconds=seconds, pairs=_PAIRS)
+                seconds = max(bench.budget / 2 / len(asked), LEAST_SECONDS)
+                latency = bench.time(staged.model, candidate, seconds=seconds, pairs=PAIRS)
         except OnnxNormError as error:
             skipped.append({"pass": name, "reason": error.what})
         else:

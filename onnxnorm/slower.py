@@ -21,8 +21,8 @@ from onnxnorm.staging import Staged
 from onnxnorm.storage import Stored
 from onnxnorm.workbench import Workbench
 
-_LEAST_SECONDS: Final = 8.0  # of one measurement; what it gives is worth little after less
-_PAIRS: Final = 8
+LEAST_SECONDS: Final = 8.0  # of one measurement; what it gives is worth little after less
+PAIRS: Final = 8
 
 
 @dataclass(frozen=True)
@@ -116,10 +116,10 @@ def with_kept(run: Run, blamed: Iterable[Blame], order: Sequence[str]) -> Run:
 
 def _twice(bench: Workbench, one: Path, other: Path, passes: int) -> list[dict[str, Any]]:
     """Two measurements, the second one only where it can still matter."""
-    seconds = max(bench.budget / 2 / passes, _LEAST_SECONDS)
+    seconds = max(bench.budget / 2 / passes, LEAST_SECONDS)
     figures: list[dict[str, Any]] = []
     for again in (0, 1):
-        figures.append(bench.time(one, other, seconds=seconds, pairs=_PAIRS, again=again))
+        figures.append(bench.time(one, other, seconds=seconds, pairs=PAIRS, again=again))
         if figures[-1]["verdict"] != "slower":
             break
     return figures
