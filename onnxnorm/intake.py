@@ -70,23 +70,51 @@ def _serialized(model: Any) -> onnx.ModelProto:
 
     try:
         proto: onnx.ModelProto = onnx_ir.serde.serialize_model(model)
-        # A reference to a file is relative to a folder that only the tensor knows.
-        known = {}
-        for graph in (model.graph, *model.graph.subgraphs()):
-            for name, value in graph.initializers.items():
-                known[name] = value.const_value
-        for tensor in storage.tensors(proto):
-            if tensor.data_location == onnx.TensorProto.EXTERNAL and tensor.name in known:
-                content = known[tensor.name].tobytes()
-                del tensor.external_data[:]
-                tensor.ClearField("data_location")
-                tensor.raw_data = content
+        _fill(proto.graph, model.graph)
+        for function in proto.functions:
+            key = (function.domain, function.name, function.overload)
+            _fill(function, model.functions[key])
     except (OSError, ValueError, TypeError) as error:
         raise ModelError(
             f"the {type(model).__name__} cannot be written: {error}",
             "Save it to a file yourself and pass the path.",
         ) from error
     return proto
+
+
+def _fill(proto: onnx.GraphProto | onnx.FunctionProto, scope: Any) -> None:
+    """Put what lies in files into the serialized tensors of a graph or function.
+
+    A reference to a file is relative to a folder that only the tensor of `scope` knows. It is found
+    by its place and not by its name alone: both branches of an If may have a weight of one name.
+    """
+    if isinstance(proto, onnx.GraphProto):
+        for tensor in proto.initializer:
+            _inline(tensor, scope.initializers[tensor.name].const_value)
+    for made, node in zip(proto.node, scope, strict=True):
+        for attribute in made.attribute:
+            if attribute.ref_attr_name:
+                continue
+            value = node.attributes[attribute.name].value
+            if attribute.type == onnx.AttributeProto.TENSOR:
+                _inline(attribute.t, value)
+            elif attribute.type == onnx.AttributeProto.TENSORS:
+                for tensor, held in zip(attribute.tensors, value, strict=True):
+                    _inline(tensor, held)
+            elif attribute.type == onnx.AttributeProto.GRAPH:
+                _fill(attribute.g, value)
+            elif attribute.type == onnx.AttributeProto.GRAPHS:
+                for body, graph in zip(attribute.graphs, value, strict=True):
+                    _fill(body, graph)
+
+
+def _inline(tensor: onnx.TensorProto, held: Any) -> None:
+    if tensor.data_location != onnx.TensorProto.EXTERNAL:
+        return
+    content = held.tobytes()
+    del tensor.external_data[:]
+    tensor.ClearField("data_location")
+    tensor.raw_data = content
 
 
 def _deserialized(proto: onnx.ModelProto) -> Any:

@@ -30,7 +30,7 @@ from onnxnorm.port import slots
 from onnxnorm.report import Report
 from onnxnorm.rewrite import Pass, Refusal, RewritePass, Rewriter
 from onnxnorm.session import open_session
-from onnxnorm.storage import Stored
+from onnxnorm.storage import Stored, tensors
 from onnxnorm.testing import assert_parity
 
 PARAMETERS = """
@@ -160,6 +160,52 @@ def test_an_onnx_ir_model_whose_weights_lie_in_a_file(
     monkeypatch.chdir(tmp_path)
     assert types(optimize(given).proto) == ["Conv", "Tanh", "Conv", "Tanh"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["far"], "no file of ours"
+
+
+def test_weights_of_one_name_in_two_branches_stay_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a file, in attributes and in a function too: each tensor gets what its own place holds."""
+    onnx_ir = pytest.importorskip("onnx_ir")
+    model = parser.parse_model(
+        """
+        <ir_version: 8, opset_import: ["" : 17, "here" : 1]>
+        main (bool c, float[4] x) => (float[4] y)
+        {
+            z = If (c) <
+                then_branch = one () => (float[4] p) <float[4] w = {1, 1, 1, 1}> { p = Add (x, w) },
+                else_branch = two () => (float[4] q) <float[4] w = {2, 2, 2, 2}>
+                {
+                    k = Constant <value = float[4] {3, 3, 3, 3}> ()
+                    v = Mul (w, k)
+                    q = Add (x, v)
+                }
+            >
+            y = here.shifted (z)
+        }
+        <domain: "here", opset_import: ["" : 17]>
+        shifted (a) => (b) { d = Constant <value = float[4] {5, 5, 5, 5}> () b = Add (a, d) }
+        """
+    )
+
+    def weights(given: onnx.ModelProto) -> list[list[float]]:
+        return [onnx.numpy_helper.to_array(t).tolist() for t in tensors(given)]
+
+    expected = weights(model)
+    assert len({tuple(w) for w in expected}) == 4
+    for tensor in tensors(model):  # only raw bytes go into a file
+        values = onnx.numpy_helper.to_array(tensor)
+        tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    onnx.save(
+        model, tmp_path / "m.onnx", save_as_external_data=True, size_threshold=0,
+        convert_attribute=True,
+    )  # fmt: skip
+    bare = onnx.load(tmp_path / "m.onnx", load_external_data=False)
+    assert {t.data_location for t in tensors(bare)} == {onnx.TensorProto.EXTERNAL}
+    given = onnx_ir.load(tmp_path / "m.onnx")
+    monkeypatch.chdir(tmp_path)  # onnx_ir does not tell a function's tensors where the file is
+    result = onnxnorm.optimize(given, passes="none", parity=False, latency=False)
+    assert weights(result.proto) == expected
 
 
 @dataclass
