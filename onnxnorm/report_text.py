@@ -175,7 +175,7 @@ def _agreement(report: Json) -> str:
         return "the output is the input, byte for byte"
     if parity["passed"]:
         used = budget_used(rows[0])
-        worst = "" if used is None else f" (worst {spell_share(used)} of budget)"
+        worst = "" if used is None else f" (at worst {spell_share(used)} of the allowed error)"
         return f"{who} agree with {whom} within the derived tolerance{worst}"
     judged = [measures for _, measures in judgements(rows[0])]
     failed = next((measures for measures in judged if not measures["passed"]), rows[0])

@@ -692,7 +692,13 @@ FAILED = {**PARITY, "passed": False, "outputs": [output("a", 1, 1), output("logi
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({}, "outputs agree with the original within the derived tolerance (worst 0.54 of budget)"),
+        (
+            {},
+            (
+                "outputs agree with the original within the derived tolerance (at worst 0.54 of "
+                "the allowed error)"
+            ),
+        ),
         ({"parity": {**PARITY, "outputs": []}}, "there are no outputs to check"),
         ({"parity": None}, "outputs not checked"),
         (
@@ -753,9 +759,9 @@ def test_verdict_says_whether_it_is_faster(changes: dict[str, Any], text: str) -
 
 def test_verdict_of_compare_and_inspect() -> None:
     assert verdict(full(command="compare").to_json()) == (
-        "The second model's outputs agree with the first's within the derived tolerance (worst "
-        "0.54 of budget); no measurable difference in latency on the CPU (0.993 times the "
-        "first's latency, 95 % interval 0.970 to 1.020)."
+        "The second model's outputs agree with the first's within the derived tolerance (at worst "
+        "0.54 of the allowed error); no measurable difference in latency on the CPU (0.993 times "
+        "the first's latency, 95 % interval 0.970 to 1.020)."
     )
     assert verdict(minimal(command="inspect", norms=folded(2)).to_json()) == (
         "2 of 2 batch normalizations would be folded into Conv."
@@ -763,7 +769,8 @@ def test_verdict_of_compare_and_inspect() -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "passed", "text"), [(6.0, True, "worst 1.00 of"), (6.001, False, "over 1.00 times")]
+    ("error", "passed", "text"),
+    [(6.0, True, "worst 1.00 of the allowed"), (6.001, False, "over 1.00 times")],
 )
 def test_rounding_does_not_cross_the_limit(error: float, passed: bool, text: str) -> None:
     row = output("y", error, 1)
@@ -1201,8 +1208,9 @@ TERMINAL = {
     80: """\
 1 of 7 batch normalizations folded into Conv and 6 refused, 1 change taken back
 because the outputs disagreed; outputs agree with the original within the
-derived tolerance (worst 0.54 of budget); no measurable difference in latency
-on the CPU (0.993 times the original's latency, 95 % interval 0.970 to 1.020).
+derived tolerance (at worst 0.54 of the allowed error); no measurable
+difference in latency on the CPU (0.993 times the original's latency, 95 %
+interval 0.970 to 1.020).
 
 Passes
   pass                      applied  refused  taken back
@@ -1278,9 +1286,9 @@ Wrote r.md (report)
     120: """\
 1 of 7 batch normalizations folded into Conv and 6 refused, 1 change taken back because the \
 outputs disagreed; outputs
-agree with the original within the derived tolerance (worst 0.54 of budget); no measurable \
-difference in latency on the
-CPU (0.993 times the original's latency, 95 % interval 0.970 to 1.020).
+agree with the original within the derived tolerance (at worst 0.54 of the allowed error); no \
+measurable difference in
+latency on the CPU (0.993 times the original's latency, 95 % interval 0.970 to 1.020).
 
 Passes
   pass                      applied  refused  taken back
@@ -1447,8 +1455,8 @@ MARKDOWN = """\
 ### onnxnorm optimize: `resnet50.onnx`
 
 1 of 3 batch normalizations folded into Conv and 2 refused; outputs agree with the original \
-within the derived tolerance (worst 0.54 of budget); no measurable difference in latency on the \
-CPU (0.993 times the original's latency, 95 % interval 0.970 to 1.020).
+within the derived tolerance (at worst 0.54 of the allowed error); no measurable difference in \
+latency on the CPU (0.993 times the original's latency, 95 % interval 0.970 to 1.020).
 
 **Warning:** onnxruntime fuses the original wrongly; the unfused run is the baseline.
 
