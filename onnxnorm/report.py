@@ -20,7 +20,7 @@ from typing import Any, Final, Literal, TypeAlias
 
 import numpy as np
 
-from onnxnorm.errors import OnnxNormError, OutputError, UsageError
+from onnxnorm.errors import UsageError, writing
 
 Json: TypeAlias = Mapping[str, Any]
 
@@ -304,7 +304,7 @@ def _write_atomically(path: Path, text: str) -> None:
     # A link stays a link: what it points to is replaced.
     target = Path(os.path.realpath(path))
     scratch = target.with_name(f".onnxnorm-{os.urandom(8).hex()}.tmp")
-    try:
+    with writing(path):
         try:
             with scratch.open("x", encoding="utf-8", newline="\n") as file:
                 file.write(text)
@@ -316,18 +316,3 @@ def _write_atomically(path: Path, text: str) -> None:
         except BaseException:
             scratch.unlink(missing_ok=True)
             raise
-    except OSError as error:
-        raise _output_error(path, target, error) from error
-
-
-def _output_error(path: Path, target: Path, error: OSError) -> OnnxNormError:
-    reason = error.strerror or str(error)
-    if not target.parent.is_dir():
-        reason, hint = (f"there is no folder {target.parent}", "Make the folder, or name another.")
-    elif target.is_dir():
-        reason, hint = "it is a folder", "Name a file in it."
-    elif isinstance(error, PermissionError):
-        hint = f"Make {target.parent} writable, or name another folder."
-    else:
-        hint = "Free some space, or name a file on another disk."
-    return OutputError(f"cannot write report {path}: {reason}", hint)

@@ -507,9 +507,9 @@ def test_other_suffixes_are_refused(tmp_path: Path, name: str, what: str) -> Non
 @pytest.mark.parametrize(
     ("make", "what"),
     [
-        (lambda folder: folder / "none" / "r.json", "there is no folder"),
-        (lambda folder: folder / "folder.json", "is a folder"),
-        (lambda folder: folder / "file" / "r.json", "there is no folder"),
+        (lambda folder: folder / "none" / "r.json", "Create the folder first"),
+        (lambda folder: folder / "folder.json", "Give a file name, not a folder"),
+        (lambda folder: folder / "file" / "r.json", "Create the folder first"),
     ],
 )
 def test_places_that_cannot_be_written(
@@ -525,7 +525,8 @@ def test_places_that_cannot_be_written(
 
 
 @pytest.mark.parametrize(
-    ("code", "hint"), [(errno.ENOSPC, "space"), (errno.EACCES, "writable"), (errno.EROFS, "disk")]
+    ("code", "hint"),
+    [(errno.ENOSPC, "space"), (errno.EACCES, "may write"), (errno.EROFS, "may write")],
 )
 @pytest.mark.parametrize("existing", [None, "as it was"])
 def test_a_failed_write_leaves_all_as_it_was(
