@@ -209,7 +209,8 @@ _TARGET = _options(
 @click.option(
     "--passes",
     metavar="A,B{opt=1}",
-    help="What to run, in order; 'none' runs nothing.  [the default list]",
+    help="What to run, in order: 'default,fold-norm-affine' is the default list and one more,"
+    " 'none' runs nothing; `onnxnorm passes` lists them.  [default: default]",
 )
 @_TARGET
 @click.option("--opset", type=click.IntRange(1), help="Convert the model to this opset.")
@@ -298,7 +299,9 @@ def optimize(
 
 @cli.command(short_help="List every normalization, what would be done, what is in the way.")
 @click.argument("source", metavar="MODEL.onnx", type=_MODEL, callback=_file)
-@click.option("--passes", metavar="A,B{opt=1}", help="What would run.  [the default list]")
+@click.option(
+    "--passes", metavar="A,B{opt=1}", help="What would run, as for optimize.  [default: default]"
+)
 @_TARGET
 @click.option(
     "--runtime", is_flag=True, help="Show what onnxruntime makes of each norm when it loads it."
@@ -453,8 +456,12 @@ def passes(*, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(rows, indent=2))
         return
+    behind = False
     for row in rows:
-        on = "on by default" if row["default"] else "off unless asked for"
+        behind = behind or row["default"]
+        name = row["name"]
+        added = f"default,{name}" if behind else f"{name},default"
+        on = "on by default" if row["default"] else f"off; --passes {added} adds it"
         click.echo(f"{row['name']}  ({on})\n    {row['summary']}\n    {row['equation']}")
         for key, option in row["options"].items():
             shown = "by the target" if option["default"] is None else option["default"]

@@ -541,6 +541,16 @@ def test_own_inputs(command: Command, model: Path, out: Path, tmp_path: Path) ->
     assert all("5x2x3x3" in told for told in done.report["parity"]["inputs"])
 
 
+def test_passes_that_are_off_say_how_to_add_them(command: Command, model: Path) -> None:
+    said = [line for line in command("passes").out.splitlines() if "(off; " in line]
+    assert len(said) >= 4
+    for line in said:
+        name, _, rest = line.partition("  (off; --passes ")
+        wanted = rest.removesuffix(" adds it)")
+        assert {*wanted.split(",")} == {"default", name}
+        assert command("inspect", model, "--passes", wanted, "--quiet").code == 0
+
+
 def test_passes(command: Command) -> None:
     rows = json.loads(command("passes", "--json").out)
     (row,) = (r for r in rows if r["name"] == "fold-batchnorm")
