@@ -607,7 +607,8 @@ class Algebra:
         if powers[:4] != ROOT[:4]:
             return None
         plain = powers == ROOT and coefficient.size == 1 and float(coefficient) == 1.0
-        if plain and is_sum(root) and root.epsilon == 0:
+        # Below 0 the sum may change its sign, and the root of its square does not.
+        if plain and is_sum(root) and root.epsilon == 0 and float(epsilon) >= 0:
             made = Root("sum", 1.0, 0, float(epsilon))
             return replace(form, root=made, terms={(0, 0, 0, -1, 0): scalar_of(1.0)})
         reason = "epsilon is added to the deviation, outside the root, and not to the variance"

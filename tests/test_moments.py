@@ -254,6 +254,13 @@ def test_two_norms_of_one_tensor_share_their_statistics() -> None:
     assert [confirm(n, facts) for n in found] == [None, None]
 
 
+@pytest.mark.parametrize(("op", "recognised"), [("Add", True), ("Sub", False)])
+def test_a_length_less_a_number_may_be_negative(op: str, recognised: bool) -> None:
+    """Where |x| < e, x / (|x| - e) turns x around, and x / sqrt((|x| - e)^2) does not."""
+    body = f"l = ReduceL2 <axes = [-1]> (x) a = {op} (l, e) y = Div (x, a)"
+    assert [n.recognised for n in norms(body)[0]] == [recognised]
+
+
 # ** the algebra **
 
 
