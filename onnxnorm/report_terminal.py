@@ -16,7 +16,14 @@ from rich.progress import Progress as Bar
 from rich.table import Column
 from rich.text import Text
 
-from onnxnorm.report_analysis import point_name, told_against
+from onnxnorm.report_analysis import (
+    MINUS,
+    ablation_rows,
+    memory_rows,
+    operator_rows,
+    point_name,
+    told_against,
+)
 from onnxnorm.report_text import (
     LEGEND,
     NORM_TITLES,
@@ -261,7 +268,7 @@ def render_terminal(
         _print_norms(page, report, verbose=verbose)
     _print_parity(page, report, verbose=verbose)
     _print_latency(page, report)
-    _print_analysis(page, report)
+    _print_analysis(page, report, verbose=verbose)
     _print_size(page, report)
     if verbose:
         _print_environment(page, report)
@@ -469,8 +476,30 @@ def _print_latency(page: _Page, report: Json, *, where: str = "") -> None:
         page.prose(each, lead="  ", hang=2)
 
 
-def _print_analysis(page: _Page, report: Json) -> None:
+def _print_analysis(page: _Page, report: Json, *, verbose: bool) -> None:
     analysis = report["analysis"] or {}
+    ablation = analysis.get("ablation")
+    if ablation is not None and ablation["passes"]:
+        page.heading("What each pass bought")
+        titles, rows = ablation_rows(ablation)
+        rows = [[*row[:3], row[4]] for row in rows]  # the A/A band has no room
+        page.table([*titles[:3], titles[4]], rows, numeric=(1, 2))
+        for each in ablation["skipped"]:
+            page.prose(f"{each['pass']}: not measured{because(each['reason'])}", lead="  ", hang=4)
+    if verbose and analysis.get("profile") is not None:
+        page.heading("Time by operator")
+        titles, rows = operator_rows(analysis["profile"], roles(report))
+        rows = [  # nor have the numbers of nodes; a terminal may have no minus sign
+            [row[0], *(cell.replace(MINUS, "-") for cell in row[3:])] for row in rows
+        ]
+        page.table([titles[0], *titles[3:]], rows, numeric=(1, 2, 3))
+    if verbose and analysis.get("memory") is not None:
+        page.heading("Memory")
+        cells = [
+            [title, spell_bytes(first), spell_bytes(second)]
+            for title, first, second in memory_rows(analysis["memory"])
+        ]
+        page.table(["", *roles(report)], cells, numeric=(1, 2))
     if analysis.get("sweep") is not None:
         page.heading("Latency against size")
         for point in analysis["sweep"]["points"]:

@@ -23,7 +23,18 @@ from onnxnorm.report_html import operator_parts, parity_rows, render_html, tiles
 from onnxnorm.report_markdown import render_markdown
 from onnxnorm.report_text import roles
 from tests import browser
-from tests.test_report import ELSEWHERE, LATENCY, PARITY, REPORTS, full, minimal, norm, output, site
+from tests.test_report import (
+    ELSEWHERE,
+    LATENCY,
+    PARITY,
+    REPORTS,
+    full,
+    minimal,
+    norm,
+    output,
+    printed,
+    site,
+)
 
 # ** material **
 
@@ -659,6 +670,16 @@ def test_a_curve_has_two_round_numbers_at_least() -> None:
 def test_a_failed_mark_is_explained() -> None:
     assert "the optimized model, where it failed" in render_html(failed().to_json())
     assert "where it failed" not in render_html(WHOLE.to_json())
+
+
+def test_the_terminal_has_what_was_measured_too() -> None:
+    brief, verbose = (printed(WHOLE, 120, verbose=verbose) for verbose in (False, True))
+    assert "\nWhat each pass bought\n" in brief
+    assert re.search(r"\n  fold-batchnorm +0\.930 +0\.920 to 0\.942  faster\n", brief)
+    assert "\n  fold-affine: not measured (onnxruntime cannot load it)\n" in brief
+    assert "Time by operator" not in brief
+    assert re.search(r"\n  MatMul +21\.5 ms +21\.2 ms +", verbose)
+    assert re.search(r"\n  memory of the session, at its peak +264 MB +244 MB\n", verbose)
 
 
 def test_names_in_plots_are_shortened_and_never_mathematics() -> None:
