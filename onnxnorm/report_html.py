@@ -210,7 +210,7 @@ def tiles(report: Json) -> list[Tile]:
     nodes, model = report["nodes"], report["model"]
     found.append(Tile("Nodes", *_before_after(nodes["before"], nodes["after"], "{:,}".format)))
     if model["bytes_before"] is not None:
-        sizes = _before_after(model["bytes_before"], model["bytes_after"], spell_bytes)
+        sizes = _before_after(model["bytes_before"], model["bytes_after"], _unbroken)
         found.append(Tile("File size", *sizes))
     return found
 
@@ -269,6 +269,11 @@ def _gain(report: Json) -> Tile:
     whose = "the first's" if report["command"] == "compare" else "the original's"
     told = f"of {whose} latency: {latency['verdict']} on {where}; {spell_interval(latency)}"
     return Tile("Latency", value, told, state)
+
+
+def _unbroken(size: int) -> str:
+    """A size whose unit stays on its line."""
+    return spell_bytes(size).replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def _before_after(first: int, second: int | None, amount: Callable[[int], str]) -> tuple[str, str]:

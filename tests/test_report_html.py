@@ -361,6 +361,11 @@ def test_a_latency_in_large_type_says_what_it_is_of() -> None:
         assert f"The truth is the {roles(report)[0]} model computed in" in page
 
 
+def test_a_unit_stays_on_the_line_of_its_number() -> None:
+    (size,) = (tile for tile in tiles(WHOLE.to_json()) if tile.label == "File size")
+    assert size.value == "97.8\N{NO-BREAK SPACE}MB → 97.6\N{NO-BREAK SPACE}MB"
+
+
 def test_two_models_of_one_name_are_told_apart() -> None:
     model = {**WHOLE.model, "input": "old/model.onnx", "output": "new/model.onnx"}
     for text in (
