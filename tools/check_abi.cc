@@ -100,6 +100,10 @@ OP(KernelComputeV2);
 OP(InferOutputShapeFn);
 OP(GetStartVersion);
 OP(GetEndVersion);
+OP(GetMayInplace);
+OP(ReleaseMayInplace);
+OP(GetAliasMap);
+OP(ReleaseAliasMap);
 
 #define BASE(name) ENTRY(OrtApiBase, ours::ApiBase, name)
 BASE(GetApi);
@@ -118,4 +122,5 @@ VALUE(INPUT_OUTPUT_REQUIRED, ours::kRequired);
 VALUE(INPUT_OUTPUT_OPTIONAL, ours::kOptional);
 VALUE(INPUT_OUTPUT_VARIADIC, ours::kVariadic);
 VALUE(OrtMemTypeDefault, ours::kMemoryDefault);
-static_assert(ORT_API_VERSION >= ours::kApiVersion, "this header is older than what we ask for");
+static_assert(ORT_API_VERSION >= ours::kInPlaceVersion,
+              "this header is older than what we ask for");

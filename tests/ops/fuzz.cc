@@ -132,6 +132,18 @@ void check(const char* what, double found, double wanted, double tolerance) {
   }
 }
 
+// The same call with its output in the memory of its input has to give the same bits.
+template <class Call>
+void check_in_place(const char* what, Call call, std::size_t bytes) {
+  Buffer both(bytes);
+  std::memcpy(both.data, call.x.data, bytes);
+  const void* apart = call.y;
+  call.x.data = both.data;
+  call.y = both.data;
+  run(call);
+  if (std::memcmp(apart, both.data, bytes) != 0) fail(what, 1, 0);
+}
+
 void one_softmax() {
   const auto type = static_cast<Type>(below(kTypes));
   const std::size_t bytes = kBytes[type];
@@ -149,7 +161,10 @@ void one_softmax() {
   const std::int64_t rank = static_cast<std::int64_t>(shape.size());
   const std::int64_t axis = below(2 * rank) - rank;
   const double scale = with_mask ? 0.5 : 1;
-  run(SoftmaxCall{type, {x.data, shape}, with_mask ? &mask : nullptr, scale, axis, log, y.data});
+  const SoftmaxCall call{type, {x.data, shape}, with_mask ? &mask : nullptr, scale, axis,
+                         log,  y.data};
+  run(call);
+  check_in_place("softmax in place", call, static_cast<std::size_t>(elements) * bytes);
   if (special || elements == 0) return;  // the sanitizers have judged
   const std::size_t a = resolve_axis(axis, shape.size());
   std::int64_t inner = 1;
@@ -194,15 +209,17 @@ void one_norm() {
   }
   if (axes.empty()) axes.push_back(0);
   const Tensor bias{b.data, bias_shape};
-  run(NormCall{type,
-               {x.data, shape},
-               {s.data, scale_shape},
-               below(3) == 0 ? nullptr : &bias,
-               axes,
-               1e-5,
-               centered,
-               below(3) == 0,
-               y.data});
+  const NormCall call{type,
+                      {x.data, shape},
+                      {s.data, scale_shape},
+                      below(3) == 0 ? nullptr : &bias,
+                      axes,
+                      1e-5,
+                      centered,
+                      below(3) == 0,
+                      y.data};
+  run(call);
+  check_in_place("norm in place", call, static_cast<std::size_t>(elements) * bytes);
 }
 
 void refusals() {

@@ -197,34 +197,84 @@ def test_a_wrong_declaration_is_found(tmp_path: Path) -> None:
         assert check_abi.check(include, sources=tmp_path / "csrc") is not None
 
 
-OLD_RUNTIME = r"""
+RUNTIME = r"""
 #include <cstdio>
-#include <string>
+#include <cstdlib>
 #include "ort_abi.h"
 namespace ort = onnxnorm::ort;
 extern "C" ort::Status* RegisterCustomOps(ort::SessionOptions*, const ort::ApiBase*);
-static std::string said;
-static ort::Status* create(ort::ErrorCode, const char* text) { said = text; return nullptr; }
+static ort::Status* create(ort::ErrorCode, const char* text) { std::puts(text); return nullptr; }
+static ort::Status* domain(const char*, ort::CustomOpDomain**) { return nullptr; }
+static ort::Status* add(ort::CustomOpDomain*, const ort::CustomOp* op) {
+  std::printf("%u\n", op->version); return nullptr; }
+static ort::Status* add_domain(ort::SessionOptions*, ort::CustomOpDomain*) { return nullptr; }
 static ort::Api api{};
-int main() {
+static const char* text;
+static std::uint32_t newest;
+int main(int, char** argv) {
+  text = argv[1];
+  newest = static_cast<std::uint32_t>(std::atoi(argv[2]));
   api.CreateStatus = create;
+  api.CreateCustomOpDomain = domain;
+  api.CustomOpDomain_Add = add;
+  api.AddCustomOpDomain = add_domain;
   ort::ApiBase base{[](std::uint32_t version) -> const ort::Api* {
-    return version <= 16 ? &api : nullptr; }, []() -> const char* { return "1.16.3"; }};
+    if (version > newest) std::printf("asked for %u\n", version);
+    return version <= newest ? &api : nullptr; }, []() -> const char* { return text; }};
   RegisterCustomOps(nullptr, &base);
-  std::puts(said.c_str());
 }
 """
 
 
-@needs_library
-@needs_compiler
-def test_an_older_runtime_is_told_so(tmp_path: Path) -> None:
-    (tmp_path / "old.cc").write_text(OLD_RUNTIME, "utf-8")
+@pytest.fixture(scope="module")
+def runtime(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A program that registers the library as an onnxruntime of some version would."""
+    folder = tmp_path_factory.mktemp("runtime")
+    (folder / "runtime.cc").write_text(RUNTIME, "utf-8")
     compiler, path = build.compiler(), library.describe().path
     assert compiler is not None
     assert path is not None
-    program = [str(tmp_path / "old.cc"), str(path), "-o", str(tmp_path / "old")]
+    program = [str(folder / "runtime.cc"), str(path), "-o", str(folder / "runtime")]
     flags = ["-std=c++17", f"-I{build.SOURCES}", f"-Wl,-rpath,{path.parent}"]
     subprocess.run([*compiler, *flags, *program], check=True)
-    done = subprocess.run([str(tmp_path / "old")], capture_output=True, text=True, check=True)
-    assert "needs onnxruntime 1.17 or newer, and this is 1.16.3" in done.stdout
+    return folder / "runtime"
+
+
+def registered(runtime: Path, version: str, interface: int) -> set[str]:
+    """What an onnxruntime that calls itself `version` is told, and the operators' versions."""
+    command = [str(runtime), version, str(interface)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return set(done.stdout.splitlines())
+
+
+@needs_library
+@needs_compiler
+def test_an_older_runtime_is_told_so(runtime: Path) -> None:
+    asked, told = sorted(registered(runtime, "1.16.3", 16))
+    assert asked == "asked for 17"
+    assert "needs onnxruntime 1.17 or newer, and this is 1.16.3" in told
+
+
+@needs_library
+@needs_compiler
+@pytest.mark.parametrize(
+    ("version", "interface", "carried"),
+    [
+        ("1.17.3", 17, "17"),
+        ("1.18.0", 18, "18"),
+        ("1.31.1", 31, "18"),
+        ("2.0.0", 40, "18"),
+        ("a build of our own", 18, "17"),
+    ],
+)
+def test_operators_carry_a_version_that_the_runtime_knows(
+    version: str, interface: int, carried: str, runtime: Path
+) -> None:
+    """And it is asked for none that it lacks: it would print a line."""
+    assert registered(runtime, version, interface) == {carried}
+
+
+@needs_library
+@needs_compiler
+def test_a_version_that_says_more_than_there_is_does_no_harm(runtime: Path) -> None:
+    assert registered(runtime, "1.18.0-dev", 17) == {"asked for 18", "17"}

@@ -1,5 +1,5 @@
 // What onnxruntime calls: RegisterCustomOps, and the operators' callbacks behind it.
-#include <array>
+#include <cstdio>
 #include <deque>
 #include <exception>
 #include <mutex>
@@ -231,13 +231,24 @@ void infer(const Registered& me, ort::ShapeInferContext* context) {
   check(api->ShapeInferContext_SetOutputTypeShape(context, 0, raw));
 }
 
-Registered registered(const Operator& op, Type type, const ort::Api* api, Place place) {
+// Output 0 may take the memory of input 0. onnxruntime gives it where it proved that both have one
+// type and shape and that nobody else reads the input, who waits for a run's end included.
+std::size_t first_in_place(int** inputs, int** outputs) {
+  static int of_input[] = {0};
+  static int of_output[] = {0};
+  *inputs = of_input;
+  *outputs = of_output;
+  return 1;
+}
+
+Registered registered(const Operator& op, Type type, const ort::Api* api, std::uint32_t version,
+                      Place place) {
   Registered made{};
   made.op = &op;
   made.type = type;
   made.api = api;
   made.place = place;
-  made.version = ort::kApiVersion;
+  made.version = version;
   made.GetName = [](const ort::CustomOp* me) { return self(me).op->name; };
   made.GetExecutionProviderType = [](const ort::CustomOp* me) -> const char* {
     return self(me).place == Place::kCuda ? "CUDAExecutionProvider" : nullptr;  // null: the CPU's
@@ -273,7 +284,23 @@ Registered registered(const Operator& op, Type type, const ort::Api* api, Place 
   };
   made.GetStartVersion = [](const ort::CustomOp*) { return 1; };
   made.GetEndVersion = [](const ort::CustomOp*) { return 1; };
+  if (op.in_place) {
+    made.GetMayInplace = first_in_place;
+    made.ReleaseMayInplace = [](int*, int*) {};  // they are not of the heap
+  }
   return made;
+}
+
+// The version that operators can carry: the newest of which something is used here and that this
+// runtime knows, or it would refuse them. GetApi prints a line where it has to say no, so a runtime
+// that calls itself 1.17 is not asked.
+std::uint32_t common_version(const ort::ApiBase& base) {
+  int major = 0;
+  unsigned minor = 0;
+  const bool told = std::sscanf(base.GetVersionString(), "%d.%u", &major, &minor) == 2;
+  const bool newer = told && (major > 1 || (major == 1 && minor >= ort::kInPlaceVersion));
+  return newer && base.GetApi(ort::kInPlaceVersion) != nullptr ? ort::kInPlaceVersion
+                                                               : ort::kApiVersion;
 }
 
 // The GPU architectures that the kernels were compiled for.
@@ -293,7 +320,7 @@ struct Domain {
   std::deque<Registered> ops;
 };
 
-ort::CustomOpDomain* domain_for(const ort::Api* api) {
+ort::CustomOpDomain* domain_for(const ort::Api* api, std::uint32_t version) {
   static std::mutex mutex;
   static std::deque<Domain> domains;
   const std::lock_guard<std::mutex> lock(mutex);
@@ -307,7 +334,7 @@ ort::CustomOpDomain* domain_for(const ort::Api* api) {
     for (const Operator& op : operators()) {
       for (int type = 0; type < kTypes; ++type) {
         for (const Place place : kPlaces) {
-          made.ops.push_back(registered(op, static_cast<Type>(type), api, place));
+          made.ops.push_back(registered(op, static_cast<Type>(type), api, version, place));
           check(api->CustomOpDomain_Add(made.domain, &made.ops.back()));
         }
       }
@@ -367,8 +394,9 @@ RegisterCustomOps(onnxnorm::ort::SessionOptions* options, const onnxnorm::ort::A
         std::string(base->GetVersionString());
     return base->GetApi(1)->CreateStatus(ort::kFail, text.c_str());
   }
+  const std::uint32_t version = onnxnorm::common_version(*base);
   return onnxnorm::guarded(api, "onnxnorm", [&] {
-    onnxnorm::check(api->AddCustomOpDomain(options, onnxnorm::domain_for(api)));
+    onnxnorm::check(api->AddCustomOpDomain(options, onnxnorm::domain_for(api, version)));
   });
 }
 

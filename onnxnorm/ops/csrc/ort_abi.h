@@ -21,9 +21,11 @@
 
 namespace onnxnorm::ort {
 
-// 1.17 is the first version whose custom operators can use the session's own threads and can tell
-// the shapes of their outputs.
+// Version N of the interface came with onnxruntime 1.N. 1.17 is the first whose custom operators
+// can use the session's own threads and can tell the shapes of their outputs, and 1.18 the first
+// that asks them whether an output may take the memory of an input.
 constexpr std::uint32_t kApiVersion = 17;
+constexpr std::uint32_t kInPlaceVersion = 18;
 
 // Opaque objects of onnxruntime.
 struct Status;
@@ -114,7 +116,8 @@ struct ApiBase {
   const char*(ONNXNORM_CALL* GetVersionString)();
 };
 
-// A custom operator, as far as version 17 of the interface reads it.
+// A custom operator, as far as version 18 of the interface reads it; 17 stops before
+// GetMayInplace.
 struct CustomOp {
   std::uint32_t version;
   void*(ONNXNORM_CALL* CreateKernel)(const CustomOp* op, const Api* api, const KernelInfo* info);
@@ -139,6 +142,13 @@ struct CustomOp {
   Status*(ONNXNORM_CALL* InferOutputShapeFn)(const CustomOp* op, ShapeInferContext* context);
   int(ONNXNORM_CALL* GetStartVersion)(const CustomOp* op);
   int(ONNXNORM_CALL* GetEndVersion)(const CustomOp* op);
+  // Output (*outputs)[i] may take the memory of input (*inputs)[i], for i below what is returned.
+  // Both arrays go to the function behind it when they were read.
+  std::size_t(ONNXNORM_CALL* GetMayInplace)(int** inputs, int** outputs);
+  void(ONNXNORM_CALL* ReleaseMayInplace)(int* inputs, int* outputs);
+  // The same of outputs that have to.
+  std::size_t(ONNXNORM_CALL* GetAliasMap)(int** inputs, int** outputs);
+  void(ONNXNORM_CALL* ReleaseAliasMap)(int* inputs, int* outputs);
 };
 
 // What the table documents: entry k stands k pointers behind its start.

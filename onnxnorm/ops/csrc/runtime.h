@@ -64,6 +64,9 @@ struct Operator {
   // Does the output take its shape from the first input alone? Else all inputs but the second, a
   // scalar, broadcast.
   bool shape_of_first;
+  // May the output take the memory of the first input, where both have one shape? Only if every
+  // value is read for the last time, by whatever thread, before what takes its place is written.
+  bool in_place;
 };
 
 const std::vector<Operator>& operators();
