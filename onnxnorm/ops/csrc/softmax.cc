@@ -208,7 +208,8 @@ void run(const SoftmaxCall& call, const Parallel& parallel) {
   // A row that fits with its output is read three times in cache, where one exponential an element
   // is cheaper than two; a longer one is read twice.
   plan.cached = 2 * layout.axis.size * kBytes[call.type] <= private_cache();
-  plan.stream = layout.elements * kBytes[call.type] >= kStreamBytes;
+  // What stands in the input's place was just read, and leaves the caches by itself.
+  plan.stream = layout.elements * kBytes[call.type] >= kStreamBytes && call.y != call.x.data;
   if (layout.innermost) {
     run_rows(plan, parallel);
     return;
