@@ -26,8 +26,6 @@ std::int64_t below(std::int64_t n) {
   return static_cast<std::int64_t>(random_engine() % static_cast<std::uint64_t>(n));
 }
 
-constexpr std::size_t kBytes[kTypes] = {4, 2, 2, 8};
-
 float from_half(std::uint16_t bits, Type type) {
   if (type == kBF16) {
     const std::uint32_t wide = std::uint32_t{bits} << 16;
@@ -146,7 +144,7 @@ void check_in_place(const char* what, Call call, std::size_t bytes) {
 
 void one_softmax() {
   const auto type = static_cast<Type>(below(kTypes));
-  const std::size_t bytes = kBytes[type];
+  const auto bytes = static_cast<std::size_t>(kBytes[type]);
   Shape shape = random_shape(20000);
   if (below(12) == 0) shape = {below(3) + 1, 262144 + below(100)};
   const Shape mask_shape = broadcastable(shape);
@@ -191,7 +189,7 @@ void one_softmax() {
 
 void one_norm() {
   const auto type = static_cast<Type>(below(kTypes));
-  const std::size_t bytes = kBytes[type];
+  const auto bytes = static_cast<std::size_t>(kBytes[type]);
   const Shape shape = random_shape(20000);
   const Shape scale_shape = broadcastable(shape), bias_shape = broadcastable(shape);
   const std::int64_t elements = count(shape);

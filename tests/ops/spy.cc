@@ -6,6 +6,7 @@
 #include <dlfcn.h>
 
 #include <atomic>
+#include <map>
 
 #include "ort_abi.h"
 
@@ -21,7 +22,7 @@ const ort::Api* real = nullptr;
 ort::Api spied[2];  // with the permission taken away, and with it
 int chosen = 0;
 ort::ApiBase base;
-decltype(ort::CustomOp::CreateKernelV2) create_kernel = nullptr;
+std::map<const ort::CustomOp*, decltype(ort::CustomOp::CreateKernelV2)> create_kernel;
 std::atomic<int> same{0}, apart{0};
 thread_local const void* first_input = nullptr;
 
@@ -49,10 +50,10 @@ template <int in_place>
 ort::Status* add(ort::CustomOpDomain* domain, const ort::CustomOp* op) {
   auto* changed = const_cast<ort::CustomOp*>(op);
   if (in_place == 0) changed->GetMayInplace = nullptr;
-  create_kernel = op->CreateKernelV2;
+  create_kernel[op] = op->CreateKernelV2;
   changed->CreateKernelV2 = [](const ort::CustomOp* me, const ort::Api*,
                                const ort::KernelInfo* info, void** kernel) {
-    return create_kernel(me, &spied[in_place], info, kernel);
+    return create_kernel.at(me)(me, &spied[in_place], info, kernel);
   };
   return real->CustomOpDomain_Add(domain, op);
 }

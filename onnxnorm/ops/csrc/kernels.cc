@@ -460,6 +460,10 @@ Source row_of(const Tile& tile, ptrdiff_t k) {
   return in;
 }
 
+ONNXNORM_INLINE bool is_aligned(const void* p) {
+  return reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0;
+}
+
 template <class T, class L = typename LaneOf<T>::Type>
 ONNXNORM_INLINE void put_vector(T* y, Vec<L> v, ptrdiff_t count, bool past_caches) {
   if (count < Lane<L>::kWidth) {
@@ -487,8 +491,8 @@ void tile_in_scratch(const Tile& tile, ptrdiff_t padded) {
     stage<T>(row_of<T>(tile, k), 0, tile.width, scratch + k * padded);
   }
   T* y = static_cast<T*>(tile.y);
-  const bool past = tile.stream && reinterpret_cast<uintptr_t>(y) % kVectorBytes == 0 &&
-                    tile.y_axis * ptrdiff_t{sizeof(T)} % kVectorBytes == 0;
+  const bool past =
+      tile.stream && is_aligned(y) && tile.y_axis * ptrdiff_t{sizeof(T)} % kVectorBytes == 0;
   const auto block = [&](ptrdiff_t j, auto unrolled) __attribute__((always_inline)) {
     constexpr int unroll = decltype(unrolled)::value;
     L* column = scratch + j;
@@ -585,8 +589,8 @@ bool tile_by_pairs(const Tile& tile, ptrdiff_t padded) {
     }
   }
   T* y = static_cast<T*>(tile.y);
-  const bool past = tile.stream && reinterpret_cast<uintptr_t>(y) % kVectorBytes == 0 &&
-                    tile.y_axis * ptrdiff_t{sizeof(T)} % kVectorBytes == 0;
+  const bool past =
+      tile.stream && is_aligned(y) && tile.y_axis * ptrdiff_t{sizeof(T)} % kVectorBytes == 0;
   for (ptrdiff_t k = 0; k < tile.n; ++k) {
     stage<T>(row_of<T>(tile, k), 0, tile.width, buffer);
     for (ptrdiff_t j = 0; j < tile.width; j += W) {
@@ -741,6 +745,7 @@ void affine_row(const Affine& a) {
   const L inverse = static_cast<L>(a.inverse);
   const L one_scale = scale_step == Step::kZero ? load_one<T>(scale, 0) : L(0);
   const L one_bias = bias_step == Step::kZero && bias != nullptr ? load_one<T>(bias, 0) : L(0);
+  const bool past = a.stream && is_aligned(y);
   const auto finish = [=](Vec<L> v, Vec<L> g, Vec<L> b) __attribute__((always_inline)) {
     v = ((v - center) - rest) * inverse * g + b;
     if constexpr (silu) v = silu_of<L>(v);
@@ -753,7 +758,7 @@ void affine_row(const Affine& a) {
     Vec<L> b = splat<L>(one_bias);
     if constexpr (scale_step == Step::kOne) g = load_as<T>(scale + i);
     if constexpr (bias_step == Step::kOne) b = load_as<T>(bias + i);
-    store_as<T>(y + i, finish(load_as<T>(x + i), g, b));
+    put_vector<T>(y + i, finish(load_as<T>(x + i), g, b), W, past);
   }
   if (i < a.n) {
     const ptrdiff_t last = a.n - i;
@@ -763,6 +768,7 @@ void affine_row(const Affine& a) {
     if constexpr (bias_step == Step::kOne) b = load_some_as<T>(bias + i, last, 0);
     store_some_as<T>(y + i, finish(load_some_as<T>(x + i, last, 0), g, b), last);
   }
+  if (past) fence();
 }
 
 template <class T, bool silu>
@@ -970,12 +976,13 @@ void columns_of(const Columns& c, const Walk& walk) {
   Offsets at = entries.next();
   for (ptrdiff_t k = 0; k < walk.entries; ++k) {
     const Offsets then = k + 1 < walk.entries ? entries.next() : at;
+    const bool past = c.stream && is_aligned(y + at.x);
     const T* scale = static_cast<const T*>(c.scale) + at.scale;
     const T* bias = c.bias == nullptr ? nullptr : static_cast<const T*>(c.bias) + at.bias;
     Vec<L> g = splat<L>(scales ? L(0) : load_one<T>(scale, 0));
     Vec<L> b = splat<L>(biases || bias == nullptr ? L(0) : load_one<T>(bias, 0));
     for_columns<L>(c.width, [&](ptrdiff_t j, ptrdiff_t count) __attribute__((always_inline)) {
-      __builtin_prefetch(y + then.x + j, 1, 2);
+      if (!past) __builtin_prefetch(y + then.x + j, 1, 2);
       if constexpr (vectors) {
         if (scales) g = load_columns<T>(scale + j, count);
         if (biases) b = load_columns<T>(bias + j, count);
@@ -983,10 +990,11 @@ void columns_of(const Columns& c, const Walk& walk) {
       const Vec<L> d = load_columns<T>(x + at.x + j, count) - load<L>(s.center + j);
       Vec<L> out = (d * load<L>(s.first + j) + load<L>(s.second + j)) * g + b;
       if constexpr (silu) out = silu_of<L>(out);
-      put_vector<T>(y + at.x + j, out, count, false);
+      put_vector<T>(y + at.x + j, out, count, past);
     });
     at = then;
   }
+  if (c.stream) fence();
 }
 
 template <class T, bool vectors>

@@ -1,6 +1,9 @@
 // What the operators ask of the kernels: one table of functions for each instruction set.
 //
 // kernels.cc is compiled once for each instruction set, with that set's flags, and fills one table.
+// An output may stand in the memory of x: a kernel reads a value for the last time before it writes
+// what takes its place, and touches no column, row or part but those that it was given.
+//
 // Only plain structs cross this border. An inline function with external linkage, also one of the
 // standard library, would be merged by the linker, and the copy it keeps might use instructions
 // that the processor lacks; so neither this header nor kernels.cc uses any.
@@ -92,6 +95,7 @@ struct Affine {
   double rest;
   double inverse;  // 1 / sqrt(variance + epsilon)
   bool silu;
+  bool stream;  // write past the caches
 };
 
 // One entry k of the normalized axes: where its columns stand.
@@ -128,6 +132,7 @@ struct Columns {
   double epsilon;
   bool centered;  // layer norm; else RMS norm
   bool silu;
+  bool stream;
 };
 
 // Sums over n neighbours of x - center and of its square.

@@ -11,7 +11,6 @@ namespace {
 constexpr std::int64_t kGrain = 32 * 1024;  // elements that are worth a task of their own
 constexpr std::int64_t kTile = 128 * 1024;  // elements that are read twice
 constexpr std::size_t kX = 0, kScale = 1, kBias = 2;
-constexpr std::int64_t kBytes[kTypes] = {4, 2, 2, 8};
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
@@ -60,6 +59,7 @@ struct Plan {
   const NormCall& call;
   std::vector<Dim> kept;
   std::vector<Dim> reduced;
+  bool stream;
 
   const char* at(const void* data, std::int64_t offset) const {
     return static_cast<const char*>(data) + offset * kBytes[call.type];
@@ -116,7 +116,7 @@ void run_segments(Plan plan, std::vector<Dim> whole, const Parallel& parallel) {
                               static_cast<std::ptrdiff_t>(segment.stride[kScale]),
                               static_cast<std::ptrdiff_t>(segment.stride[kBias]),
                               static_cast<std::ptrdiff_t>(segment.size), center, rest, inverse,
-                              call.silu});
+                              call.silu, plan.stream});
       }
     }
   });
@@ -165,7 +165,7 @@ void run_columns(Plan plan, const Parallel& parallel) {
                              static_cast<std::ptrdiff_t>(inner.stride[kScale]),
                              static_cast<std::ptrdiff_t>(inner.stride[kBias]),
                              static_cast<std::ptrdiff_t>(std::min(width, inner.size - column)),
-                             call.epsilon, call.centered, call.silu},
+                             call.epsilon, call.centered, call.silu, plan.stream},
                             walk);
     }
   });
@@ -195,7 +195,8 @@ NormLayout layout_of(const NormCall& call) {
 void run(const NormCall& call, const Parallel& parallel) {
   NormLayout layout = layout_of(call);
   if (layout.elements == 0) return;
-  Plan plan{&kernels().norm[call.type], call, std::move(layout.kept), std::move(layout.reduced)};
+  Plan plan{&kernels().norm[call.type], call, std::move(layout.kept), std::move(layout.reduced),
+            is_streamed(call.x.data, call.y, layout.elements * kBytes[call.type])};
   if (layout.innermost) {
     run_segments(std::move(plan), std::move(layout.reduced_of_x), parallel);
   } else {

@@ -16,11 +16,20 @@ struct Tensor {
   Shape shape;
 };
 
+constexpr std::int64_t kBytes[kTypes] = {4, 2, 2, 8};  // of an element
+
+// Is an output written past the caches? From so many bytes on that is faster, what reads it next
+// included. What stands in its input's place was just read, and leaves the caches by itself.
+constexpr std::int64_t kStreamBytes = 32 * 1024 * 1024;
+inline bool is_streamed(const void* x, const void* y, std::int64_t bytes) {
+  return bytes >= kStreamBytes && x != y;
+}
+
 // Runs work(0), ..., work(n - 1), in any order and on any threads.
 using Parallel = std::function<void(std::size_t n, const std::function<void(std::size_t)>& work)>;
 
 // y = softmax(scale * x + mask) along `axis`, or its logarithm. `y` has the shape
-// broadcast(x, mask). A null mask is none.
+// broadcast(x, mask), and may be `x` where that is the same. A null mask is none.
 struct SoftmaxCall {
   Type type;
   Tensor x;
@@ -47,7 +56,7 @@ SoftmaxLayout layout_of(const SoftmaxCall& call);
 
 // y = (x - mean) / sqrt(variance + epsilon) * scale + bias, mean and variance over `axes`; scale
 // and bias broadcast to x. Without `centered` the mean is taken to be zero (RMS norm). A null bias
-// is none.
+// is none. `y` may be `x`.
 struct NormCall {
   Type type;
   Tensor x;

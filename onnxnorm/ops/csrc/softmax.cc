@@ -16,11 +16,8 @@ constexpr std::int64_t kGrain = 32 * 1024;
 constexpr std::int64_t kSplitRow = 256 * 1024;
 constexpr std::int64_t kFewRows = 16;
 constexpr std::int64_t kMostParts = 64;
-// An output of this many bytes does not fit the caches of one core, so it is written past them.
-constexpr std::int64_t kStreamBytes = 8 * 1024 * 1024;
 
 constexpr std::size_t kX = 0, kMask = 1, kY = 2;
-constexpr std::int64_t kBytes[kTypes] = {4, 2, 2, 8};
 
 // The cache of one core: its second level.
 std::int64_t private_cache() {
@@ -208,8 +205,7 @@ void run(const SoftmaxCall& call, const Parallel& parallel) {
   // A row that fits with its output is read three times in cache, where one exponential an element
   // is cheaper than two; a longer one is read twice.
   plan.cached = 2 * layout.axis.size * kBytes[call.type] <= private_cache();
-  // What stands in the input's place was just read, and leaves the caches by itself.
-  plan.stream = layout.elements * kBytes[call.type] >= kStreamBytes && call.y != call.x.data;
+  plan.stream = is_streamed(call.x.data, call.y, layout.elements * kBytes[call.type]);
   if (layout.innermost) {
     run_rows(plan, parallel);
     return;
