@@ -961,38 +961,68 @@ void column_statistics(const Columns& c, const Walk& walk, ColumnStatistics<L>& 
   });
 }
 
+// The results of `rows` entries; those at `then` are written next.
+template <class T, int rows, bool vectors, bool silu, class L = typename LaneOf<T>::Type>
+ONNXNORM_INLINE void put_rows(const Columns& c, const Offsets (&at)[rows],
+                              const Offsets (&then)[rows], const ColumnStatistics<L>& s) {
+  const T* x = static_cast<const T*>(c.x);
+  T* y = static_cast<T*>(c.y);
+  const bool scales = c.scale_step == 1;
+  const bool biases = c.bias != nullptr && c.bias_step == 1;
+  const T* scale[rows];
+  const T* bias[rows];
+  Vec<L> g[rows], b[rows];
+  bool past = c.stream;
+  for (int r = 0; r < rows; ++r) {
+    scale[r] = static_cast<const T*>(c.scale) + at[r].scale;
+    bias[r] = c.bias == nullptr ? nullptr : static_cast<const T*>(c.bias) + at[r].bias;
+    g[r] = splat<L>(scales ? L(0) : load_one<T>(scale[r], 0));
+    b[r] = splat<L>(biases || c.bias == nullptr ? L(0) : load_one<T>(bias[r], 0));
+    past &= is_aligned(y + at[r].x);
+  }
+  for_columns<L>(c.width, [&](ptrdiff_t j, ptrdiff_t count) __attribute__((always_inline)) {
+    const Vec<L> center = load<L>(s.center + j);
+    const Vec<L> first = load<L>(s.first + j);
+    const Vec<L> second = load<L>(s.second + j);
+#pragma GCC unroll 2
+    for (int r = 0; r < rows; ++r) {
+      if (!past) __builtin_prefetch(y + then[r].x + j, 1, 2);
+      if constexpr (vectors) {
+        if (scales) g[r] = load_columns<T>(scale[r] + j, count);
+        if (biases) b[r] = load_columns<T>(bias[r] + j, count);
+      }
+      const Vec<L> d = load_columns<T>(x + at[r].x + j, count) - center;
+      Vec<L> out = (d * first + second) * g[r] + b[r];
+      if constexpr (silu) out = silu_of<L>(out);
+      put_vector<T>(y + at[r].x + j, out, count, past);
+    }
+  });
+}
+
 // Two sweeps over a tile that the second-level cache keeps: statistics, then results. A row of a
 // tile lies in one page or two and is as long as a prefetcher needs to see.
 template <class T, bool vectors, bool silu>
 void columns_of(const Columns& c, const Walk& walk) {
   using L = typename LaneOf<T>::Type;
+  constexpr int kRows = 2;  // so that what is known of a column is loaded half as often
   ColumnStatistics<L> s;
   column_statistics<T>(c, walk, s);
-  const T* x = static_cast<const T*>(c.x);
-  T* y = static_cast<T*>(c.y);
-  const bool scales = c.scale_step == 1;
-  const bool biases = c.bias != nullptr && c.bias_step == 1;
   Entries entries(walk);
-  Offsets at = entries.next();
-  for (ptrdiff_t k = 0; k < walk.entries; ++k) {
-    const Offsets then = k + 1 < walk.entries ? entries.next() : at;
-    const bool past = c.stream && is_aligned(y + at.x);
-    const T* scale = static_cast<const T*>(c.scale) + at.scale;
-    const T* bias = c.bias == nullptr ? nullptr : static_cast<const T*>(c.bias) + at.bias;
-    Vec<L> g = splat<L>(scales ? L(0) : load_one<T>(scale, 0));
-    Vec<L> b = splat<L>(biases || bias == nullptr ? L(0) : load_one<T>(bias, 0));
-    for_columns<L>(c.width, [&](ptrdiff_t j, ptrdiff_t count) __attribute__((always_inline)) {
-      if (!past) __builtin_prefetch(y + then.x + j, 1, 2);
-      if constexpr (vectors) {
-        if (scales) g = load_columns<T>(scale + j, count);
-        if (biases) b = load_columns<T>(bias + j, count);
-      }
-      const Vec<L> d = load_columns<T>(x + at.x + j, count) - load<L>(s.center + j);
-      Vec<L> out = (d * load<L>(s.first + j) + load<L>(s.second + j)) * g + b;
-      if constexpr (silu) out = silu_of<L>(out);
-      put_vector<T>(y + at.x + j, out, count, past);
-    });
-    at = then;
+  Offsets then[kRows];
+  const auto step = [&]() __attribute__((always_inline)) {
+    for (Offsets& offset : then) offset = entries.next();
+  };
+  ptrdiff_t left = walk.entries;
+  if (left >= kRows) step();
+  for (; left >= kRows; left -= kRows) {
+    Offsets at[kRows];
+    for (int r = 0; r < kRows; ++r) at[r] = then[r];
+    if (left >= 2 * kRows) step();
+    put_rows<T, kRows, vectors, silu>(c, at, then, s);
+  }
+  for (; left > 0; --left) {
+    const Offsets last[1] = {entries.next()};
+    put_rows<T, 1, vectors, silu>(c, last, last, s);
   }
   if (c.stream) fence();
 }
