@@ -8,7 +8,9 @@ Each row compares two models of the same function, both under ORT_ENABLE_ALL: on
 operators, one of ours. Sessions differ from each other by themselves, so the unit is a pair of
 fresh sessions, whose runs alternate; the ratio is the geometric mean over pairs of (median of
 theirs) / (median of ours), above 1 where ours is faster, with a 95 % interval from a bootstrap over
-pairs. The last rows hold ours against a read of the input and a streaming copy of it (`share`).
+pairs. Where a row is called `in place`, both are ours: how much it gains that an output takes its
+input's memory. The last rows hold ours against a read of the input and a streaming copy of it
+(`share`).
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -52,6 +54,7 @@ class Row:
         theirs: Nodes of onnxruntime's.
         shape: Of X.
         constants: Further inputs of both, as initializers.
+        kept: A value inside that is an output of theirs; they too are run by our library then.
     """
 
     name: str
@@ -60,6 +63,7 @@ class Row:
     ours: list[onnx.NodeProto]
     theirs: list[onnx.NodeProto]
     constants: dict[str, Array]
+    kept: str | None = None
 
 
 def softmax(shape: tuple[int, ...], axis: int, *wanted: float, log: bool = False) -> Row:
@@ -138,6 +142,28 @@ def group(shape: tuple[int, ...], groups: int, wanted: float) -> Row:
     return Row(name, (wanted,), shape, ours, theirs, constants)
 
 
+def copied(row: Row) -> Row:
+    """A copy in the place of ours: what moving the data leaves to gain."""
+    copy = [helper.make_node("Abs", ["X"], ["Y"])]
+    return replace(row, name=f"no more than a copy (Abs) in place of: {row.name}", ours=copy)
+
+
+def in_place(row: Row) -> Row:
+    """Our operator between an Add and a Relu, against the same nodes where the sum has to stay."""
+    (call,) = row.ours
+    between = onnx.NodeProto()
+    between.CopyFrom(call)
+    between.input[0], between.output[0] = "sum", "result"
+    nodes = [
+        helper.make_node("Add", ["X", "X"], ["sum"]),
+        between,
+        helper.make_node("Relu", ["result"], ["Y"]),
+    ]
+    what = row.name.split(" /")[0]
+    name = f"Add, {what}, Relu: in place"
+    return Row(name, (1,), row.shape, nodes, nodes, row.constants, kept="sum")
+
+
 def spell(shape: Sequence[int]) -> str:
     """1x21x512x512."""
     return "x".join(map(str, shape))
@@ -165,19 +191,27 @@ def table() -> list[Row]:
         channel(image, 4, transposed=True),
         channel(small, 8, transposed=False),
         channel(small, 4, transposed=True),
+        copied(channel(small, 8, transposed=False)),
         group((1, 320, 64, 64), 8, 3),
         group((1, 320, 64, 64), 32, 3),
+        in_place(channel(image, 1, transposed=False)),
+        in_place(channel(small, 1, transposed=False)),
+        in_place(group((1, 320, 64, 64), 32, 1)),
+        in_place(softmax((1, 21, 512, 512), 1, 1)),
+        in_place(softmax((32, 128_000), -1, 1)),
     ]
 
 
-def model(row: Row, nodes: list[onnx.NodeProto]) -> onnx.ModelProto:
+def model(
+    row: Row, nodes: list[onnx.NodeProto], outputs: Sequence[str] = ("Y",)
+) -> onnx.ModelProto:
     """The nodes as a model."""
     used = {name for node in nodes for name in node.input}
     graph = helper.make_graph(
         nodes,
         "bench",
         [helper.make_tensor_value_info("X", TensorProto.FLOAT, row.shape)],
-        [helper.make_tensor_value_info("Y", TensorProto.FLOAT, row.shape)],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, row.shape) for name in outputs],
         [numpy_helper.from_array(v, k) for k, v in row.constants.items() if k in used],
     )
     made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10)
@@ -227,13 +261,14 @@ def measure(row: Row, threads: int, pairs: int, seconds: float, folder: Path) ->
     assert path is not None
     files = folder / "ours.onnx", folder / "theirs.onnx"
     onnx.save(model(row, row.ours), files[0])
-    onnx.save(model(row, row.theirs), files[1])
+    kept = [row.kept] if row.kept else []
+    onnx.save(model(row, row.theirs, ["Y", *kept]), files[1])
     feeds = {"X": np.random.default_rng(0).standard_normal(row.shape, np.float32)}
     medians = []
     for _ in range(pairs):
         with (
             open_session(files[0], threads=threads, libraries=[path]) as ours,
-            open_session(files[1], threads=threads) as theirs,
+            open_session(files[1], threads=threads, libraries=[path] * len(kept)) as theirs,
         ):
             calls = ours.bind(feeds).raw, theirs.bind(feeds).raw
             medians.append(alternate(*calls, seconds))
