@@ -271,8 +271,8 @@ def test_calls_in_a_row_all_stand_in_one_place(spy: Spy) -> None:
     assert found.outputs == spy.run(model, feeds, in_place=False).outputs
 
 
-# Each way through the kernels that the sizes below do not reach. From 24 MB on, what stands
-# elsewhere is written past the caches, and what stands in place is not.
+# Each way through the kernels that the sizes below do not reach. At these sizes what stands elsewhere
+# is written past the caches, and what stands in place is not.
 LARGE: Final = [
     ("TwoPassSoftmax", (2, 2**22 + 9), {"axis": -1}),
     ("TwoPassLogSoftmax", (2, 2**22 + 9), {"axis": -1}),

@@ -10,6 +10,8 @@ namespace {
 
 constexpr std::int64_t kGrain = 32 * 1024;  // elements that are worth a task of their own
 constexpr std::int64_t kTile = 128 * 1024;  // elements that are read twice
+// From so many bytes on an output that is not in place is written past the caches (softmax.cc).
+constexpr std::int64_t kStreamBytes = 24 * 1024 * 1024;
 constexpr std::size_t kX = 0, kScale = 1, kBias = 2;
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
@@ -196,7 +198,7 @@ void run(const NormCall& call, const Parallel& parallel) {
   NormLayout layout = layout_of(call);
   if (layout.elements == 0) return;
   Plan plan{&kernels().norm[call.type], call, std::move(layout.kept), std::move(layout.reduced),
-            is_streamed(call.x.data, call.y, layout.elements * kBytes[call.type])};
+            layout.elements * kBytes[call.type] >= kStreamBytes && call.y != call.x.data};
   if (layout.innermost) {
     run_segments(std::move(plan), std::move(layout.reduced_of_x), parallel);
   } else {

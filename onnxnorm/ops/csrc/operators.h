@@ -18,13 +18,6 @@ struct Tensor {
 
 constexpr std::int64_t kBytes[kTypes] = {4, 2, 2, 8};  // of an element
 
-// Is an output written past the caches? From so many bytes on that is faster, what reads it next
-// included. What stands in its input's place was just read, and leaves the caches by itself.
-constexpr std::int64_t kStreamBytes = 24 * 1024 * 1024;
-inline bool is_streamed(const void* x, const void* y, std::int64_t bytes) {
-  return bytes >= kStreamBytes && x != y;
-}
-
 // Runs work(0), ..., work(n - 1), in any order and on any threads.
 using Parallel = std::function<void(std::size_t n, const std::function<void(std::size_t)>& work)>;
 

@@ -16,6 +16,9 @@ constexpr std::int64_t kGrain = 32 * 1024;
 constexpr std::int64_t kSplitRow = 256 * 1024;
 constexpr std::int64_t kFewRows = 16;
 constexpr std::int64_t kMostParts = 64;
+// From so many bytes on an output is written past the caches: that is faster then, what reads it
+// next included. What stands in its input's place was just read, and leaves the caches by itself.
+constexpr std::int64_t kStreamBytes = 12 * 1024 * 1024;
 
 constexpr std::size_t kX = 0, kMask = 1, kY = 2;
 
@@ -205,7 +208,7 @@ void run(const SoftmaxCall& call, const Parallel& parallel) {
   // A row that fits with its output is read three times in cache, where one exponential an element
   // is cheaper than two; a longer one is read twice.
   plan.cached = 2 * layout.axis.size * kBytes[call.type] <= private_cache();
-  plan.stream = is_streamed(call.x.data, call.y, layout.elements * kBytes[call.type]);
+  plan.stream = layout.elements * kBytes[call.type] >= kStreamBytes && call.y != call.x.data;
   if (layout.innermost) {
     run_rows(plan, parallel);
     return;
