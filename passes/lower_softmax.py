@@ -82,7 +82,8 @@ class LowerSoftmax(KernelPass):
             inputs.append(rw.constant("scale", np.asarray(front.scale, np.float32)))
             hidden = front.mask
             if hidden is None:
-                hidden = rw.constant("mask", np.zeros((), np.float32))
+                # Not a scalar: the library cannot tell that from a mask of unknown rank.
+                hidden = rw.constant("mask", np.zeros(1, np.float32))
             inputs.append(hidden)
         rw.call(plan.into, inputs, {"axis": axis})
 

@@ -126,7 +126,7 @@ GOLDENS: Final[dict[str, tuple[str, str, str, str, str]]] = {
         "float s = {0.25}",
         BEYOND,
         MASKED.replace("mask", "y_mask"),
-        "float y_mask = {0}, float y_scale = {0.25}",
+        "float[1] y_mask = {0}, float y_scale = {0.25}",
     ),
     "a scale that others read stays": (
         "a = Mul (x, s) b = Add (a, mask) c = Softmax (b) y = Mul (c, a)",
@@ -383,7 +383,7 @@ MUTANTS: Final[dict[str, tuple[str, str, str]]] = {
     ),
     "inverse": ("scale = 1 / number if", "scale = number if", "scale by division, the mask first"),
     "scale": ("np.asarray(front.scale,", "np.asarray(1,", "scale and mask"),
-    "mask": ("np.zeros((), np", "np.ones((), np", "a scale alone, beyond the cache"),
+    "mask": ("np.zeros(1, np", "np.ones(1, np", "a scale alone, beyond the cache"),
     "readers": (
         "return made if only_read_by(value, readers, facts) else None",
         "return made",

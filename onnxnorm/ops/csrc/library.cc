@@ -216,7 +216,11 @@ void infer(const Registered& me, ort::ShapeInferContext* context) {
     check(api->ShapeInferContext_SetOutputTypeShape(context, 0, first));
     return;
   }
-  const Known out = broadcast_known(known_shape(api, first), known_shape(api, info_of(2)));
+  // A scalar, or a mask of unknown rank, which may make the output larger than the first input: a
+  // wrong shape here would let onnxruntime lay the output into memory that is too small.
+  const Known mask = known_shape(api, info_of(2));
+  if (mask.sizes.empty()) return;
+  const Known out = broadcast_known(known_shape(api, first), mask);
   ort::TensorInfo* raw = nullptr;
   check(api->CreateTensorTypeAndShapeInfo(&raw));
   const Info info(raw, {api});
