@@ -161,8 +161,7 @@ struct Registered : ort::CustomOp {
 
 const Registered& self(const ort::CustomOp* op) { return *static_cast<const Registered*>(op); }
 
-// -- shape inference
-// -------------------------------------------------------------------------------
+// -- shape inference ------------------------------------------------------------------------------
 
 struct Known {
   Shape sizes;  // -1: not known, or a name
@@ -316,8 +315,9 @@ std::vector<std::string> architectures() {
 #endif
 }
 
-// onnxruntime keeps pointers to the domain and its operators as long as a session lives, so they
-// live as long as the library: one domain for each runtime in the process.
+// onnxruntime keeps pointers to the domain and its operators as long as a session lives, and a
+// session can be destroyed by the program's last destructor. So they are never destroyed: one
+// domain for each runtime in the process.
 struct Domain {
   const ort::Api* api;
   ort::CustomOpDomain* domain;
@@ -326,7 +326,7 @@ struct Domain {
 
 ort::CustomOpDomain* domain_for(const ort::Api* api, std::uint32_t version) {
   static std::mutex mutex;
-  static std::deque<Domain> domains;
+  static auto& domains = *new std::deque<Domain>;
   const std::lock_guard<std::mutex> lock(mutex);
   for (const Domain& known : domains) {
     if (known.api == api) return known.domain;
@@ -404,11 +404,9 @@ RegisterCustomOps(onnxnorm::ort::SessionOptions* options, const onnxnorm::ort::A
   });
 }
 
-// What is in this library, as JSON.
+// What is in this library, as JSON; valid until this thread asks again.
 ONNXNORM_EXPORT const char* onnxnorm_ops_describe() {
-  static std::mutex mutex;
-  static std::string text;
-  const std::lock_guard<std::mutex> lock(mutex);
+  static thread_local std::string text;
   const auto list = [](const auto& names) {
     std::string out;
     for (const auto& name : names) out += (out.empty() ? "\"" : ", \"") + std::string(name) + "\"";

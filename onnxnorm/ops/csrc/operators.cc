@@ -6,8 +6,7 @@ namespace {
 
 Shape first_shape(const Attributes&, const std::vector<Tensor>& inputs) { return inputs[0].shape; }
 
-// -- softmax
-// ---------------------------------------------------------------------------------------
+// -- softmax --------------------------------------------------------------------------------------
 
 Attributes read_softmax(const AttributeReader& reader, Type) {
   Attributes attributes;
@@ -53,8 +52,7 @@ void masked_softmax(const Invocation& it, const Engine& engine) {
                          it.attributes.axis, log, it.output, device ? scale.data : nullptr});
 }
 
-// -- normalization
-// ---------------------------------------------------------------------------------
+// -- normalization --------------------------------------------------------------------------------
 
 // The body computes in the type that stash_type names, and so does the kernel.
 void check_stash_type(const AttributeReader& reader, Type type) {
@@ -133,7 +131,8 @@ void group_norm(const Invocation& it, const Engine& engine) {
 }  // namespace
 
 const std::vector<Operator>& operators() {
-  static const std::vector<Operator> table = {
+  // Never destroyed: library.cc says why.
+  static const auto& table = *new std::vector<Operator>{
       {"TwoPassSoftmax", 1, read_softmax, first_shape, softmax<false>, true, true},
       {"TwoPassLogSoftmax", 1, read_softmax, first_shape, softmax<true>, true, true},
       {"TwoPassMaskedSoftmax", 3, read_softmax, masked_shape, masked_softmax<false>, false, true},
