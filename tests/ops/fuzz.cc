@@ -237,7 +237,10 @@ void refusals() {
   expect([&] { run(SoftmaxCall{kF32, {data, {INT64_MAX / 2, 4}}, nullptr, 1, 1, false, data}); });
   expect([&] { count({INT64_MAX, INT64_MAX}); });
   if (refused != 5) fail("refusals", refused, 5);
-  if (count({INT64_MAX, INT64_MAX, 0}) != 0) fail("an empty tensor", 1, 0);
+  const Shape empty{INT64_MAX, INT64_MAX, 0};
+  if (count(empty) != 0) fail("an empty tensor", 1, 0);
+  run(SoftmaxCall{kF32, {data, empty}, nullptr, 1, 1, false, data});
+  run(NormCall{kF32, {data, empty}, {data, {1}}, nullptr, {1}, 1e-5, true, false, data});
 }
 
 }  // namespace

@@ -71,7 +71,8 @@ void add_strides(std::vector<Dim>& dims, std::size_t at, const Shape& operand, c
   for (std::size_t i = operand.size(); i-- > 0;) {
     if (operand[i] != shape[shift + i] && operand[i] != 1) refuse();
     dims[shift + i].stride[at] = operand[i] == 1 ? 0 : stride;
-    stride *= operand[i];
+    // Overflows only where another size is 0: tensors of that many elements are refused.
+    if (__builtin_mul_overflow(stride, operand[i], &stride)) stride = 0;
   }
 }
 
