@@ -46,8 +46,7 @@ int rows_for(std::int64_t n, std::int64_t items, int most) {
   return rows;
 }
 
-// -- softmax
-// ---------------------------------------------------------------------------------------
+// -- softmax --------------------------------------------------------------------------------------
 
 template <template <class, int> class Kernel, int kItems, class T>
 void launch_columns(const SoftmaxOperands<T>& operands, int rows, Stream stream) {
@@ -107,8 +106,7 @@ void softmax(const SoftmaxCall& call, const std::vector<Dim>& items, const Dim& 
   }
 }
 
-// -- normalization
-// ---------------------------------------------------------------------------------
+// -- normalization --------------------------------------------------------------------------------
 
 template <class T>
 void norm(const NormCall& call, const std::vector<Dim>& kept, const std::vector<Dim>& reduced,

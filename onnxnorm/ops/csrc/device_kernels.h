@@ -36,8 +36,7 @@ ONNXNORM_DEVICE At locate(const Space& space, std::int64_t index) {
   return at;
 }
 
-// -- sums
-// ------------------------------------------------------------------------------------------
+// -- sums -----------------------------------------------------------------------------------------
 
 // high + low: a sum, and what its roundings lost.
 template <class L>
@@ -161,8 +160,7 @@ ONNXNORM_DEVICE P over_column(const P& mine) {
   return joined;
 }
 
-// -- softmax
-// ---------------------------------------------------------------------------------------
+// -- softmax --------------------------------------------------------------------------------------
 
 constexpr int kOfX = 0, kOfMask = 1, kOfY = 2;
 
@@ -361,8 +359,7 @@ struct SoftmaxColumns : SoftmaxOperands<T> {
   }
 };
 
-// -- normalization
-// ---------------------------------------------------------------------------------
+// -- normalization --------------------------------------------------------------------------------
 //
 // The variance is the corrected two-pass one, as in kernels.cc: with c close to the mean,
 //   mean = c + S1 / n,  variance = S2 / n - (S1 / n)^2,  Sk = sum (x - c)^k.

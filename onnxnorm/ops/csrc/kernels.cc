@@ -28,8 +28,7 @@ constexpr ptrdiff_t kSegment = 4096;
 template <class L>
 constexpr L kInfinity = static_cast<L>(__builtin_inf());
 
-// -- values
-// ----------------------------------------------------------------------------------------
+// -- values ---------------------------------------------------------------------------------------
 
 // buffer[i] = scale * x[i] + mask[i], n values from `at` on, and zeros up to a whole vector.
 template <class T, class L = typename LaneOf<T>::Type>
@@ -92,11 +91,9 @@ void put(T* y, const L* values, ptrdiff_t n) {
   if (i < n) store_some_as<T>(y + i, load_some<L>(values + i, n - i, 0), n - i);
 }
 
-// -- three sweeps, for rows in cache: one exponential an element
-// -----------------------------------
+// -- three sweeps, for rows in cache: one exponential an element ----------------------------------
 
-// A row's last values, where they fill no vector. In a buffer of ours with room up to a whole
-// vector
+// A row's last values, where they fill no vector. In a buffer with room up to a whole vector
 // (`padded`) all of it is read and written: a masked access to what was just written has to wait.
 template <class L, bool padded>
 ONNXNORM_INLINE Vec<L> load_last(const L* p, ptrdiff_t count, L fill) {
@@ -179,8 +176,7 @@ ONNXNORM_INLINE void softmax_in_buffer(const Source& in, T* y, ptrdiff_t n, L* b
   scale_into<T, true>(buffer, y, n, static_cast<L>(1 / sum));
 }
 
-// -- two sweeps: sums as pairs m * 2^e
-// -------------------------------------------------------------
+// -- two sweeps: sums as pairs m * 2^e ------------------------------------------------------------
 //
 // e^x = m * 2^n without a maximum to subtract, so the sum needs one sweep. Adding pairs means to
 // scale both to the larger exponent. Here all lanes of all accumulators share one exponent N, and
@@ -449,8 +445,7 @@ void softmax_rows(const Row& first, ptrdiff_t count, const RowStep& step) {
   }
 }
 
-// -- an outer axis: columns
-// ------------------------------------------------------------------------
+// -- an outer axis: columns -----------------------------------------------------------------------
 
 template <class T>
 Source row_of(const Tile& tile, ptrdiff_t k) {
@@ -661,8 +656,7 @@ void softmax_tile(const Tile& tile) {
   }
 }
 
-// -- normalization
-// ---------------------------------------------------------------------------------
+// -- normalization --------------------------------------------------------------------------------
 //
 // The variance is the corrected two-pass one: with c close to the mean,
 //   mean = c + S1 / n,  variance = S2 / n - (S1 / n)^2,  Sk = sum (x - c)^k,

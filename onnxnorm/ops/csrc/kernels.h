@@ -80,9 +80,8 @@ struct Softmax {
   void (*tile)(const Tile& tile);
 };
 
-// y = (x - center - rest) * inverse * scale + bias, for n neighbours; scale and bias advance by 0
-// or
-// 1. The mean is center + rest, and not known as well by one number of the lane's type.
+// y = (x - center - rest) * inverse * scale + bias, for n neighbours. Scale and bias advance by 0
+// or by 1. The mean is center + rest, and not known as well by one number of the lane's type.
 struct Affine {
   const void* x;
   void* y;

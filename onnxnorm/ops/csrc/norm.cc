@@ -21,13 +21,14 @@ using Offset = std::array<std::int64_t, kOperands>;
 // Steps through the space that some dimensions span, last fastest, without dividing.
 class Odometer {
  public:
-  Odometer(const std::vector<Dim>& dims, const Offset& start)
-      : dims_(dims), start_(start), at_(dims.size()), offset_(start) {}
+  explicit Odometer(const std::vector<Dim>& dims) : dims_(dims), at_(dims.size()) {}
 
-  void first() {
+  // Goes on from the first position, where the operands stand at `start`.
+  void start(const Offset& start) {
     std::fill(at_.begin(), at_.end(), 0);
-    offset_ = start_;
+    start_ = offset_ = start;
   }
+  void first() { start(start_); }
 
   Offset next() {
     const Offset now = offset_;
@@ -43,9 +44,9 @@ class Odometer {
 
  private:
   const std::vector<Dim>& dims_;
-  Offset start_;
   std::vector<std::int64_t> at_;
-  Offset offset_;
+  Offset start_{};
+  Offset offset_{};
 };
 
 std::vector<Dim> select(const std::vector<Dim>& dims, bool axis) {
@@ -86,9 +87,11 @@ void run_segments(Plan plan, std::vector<Dim> whole, const Parallel& parallel) {
   const std::int64_t each = std::max<std::int64_t>(1, kGrain / n);
   parallel(static_cast<std::size_t>(ceil_div(items, each)), [&](std::size_t task) {
     const std::int64_t first = static_cast<std::int64_t>(task) * each;
+    Odometer long_walk(whole);
+    Odometer walk(plan.reduced);
     for (std::int64_t item = first; item < std::min(items, first + each); ++item) {
       const Offset start = offsets(plan.kept, item);
-      Odometer long_walk(whole, start);
+      long_walk.start(start);
       const auto length = static_cast<std::ptrdiff_t>(long_segment.size);
       double center = 0;
       if (call.centered) {
@@ -109,7 +112,7 @@ void run_segments(Plan plan, std::vector<Dim> whole, const Parallel& parallel) {
       const double variance = moments.second / static_cast<double>(n) - rest * rest;
       // Not std::max: a NaN has to stay one.
       const double inverse = 1 / std::sqrt((variance < 0 ? 0 : variance) + call.epsilon);
-      Odometer walk(plan.reduced, start);
+      walk.start(start);
       for (std::int64_t s = 0; s < segments; ++s) {
         const Offset offset = walk.next();
         const char* x = plan.at(call.x.data, offset[kX]);
@@ -143,15 +146,16 @@ void run_columns(Plan plan, const Parallel& parallel) {
   };
   // Every tile walks the same way from its own start, so few steps are taken once for all.
   std::vector<Offsets> table(n <= kTableEntries ? static_cast<std::size_t>(n) : 0);
-  Odometer origin(plan.reduced, {});
+  Odometer origin(plan.reduced);
   for (Offsets& entry : table) entry = as_offsets(origin.next());
   parallel(static_cast<std::size_t>(ceil_div(items, each)), [&](std::size_t task) {
     const std::int64_t first = static_cast<std::int64_t>(task) * each;
+    Odometer odometer(plan.reduced);
     for (std::int64_t item = first; item < std::min(items, first + each); ++item) {
       const std::int64_t column = item % blocks * width;
       Offset start = offsets(plan.kept, item / blocks);
       for (std::size_t k = 0; k < kOperands; ++k) start[k] += column * inner.stride[k];
-      Odometer odometer(plan.reduced, start);
+      odometer.start(start);
       const Walk walk{[](void* self) { static_cast<Odometer*>(self)->first(); },
                       [](void* self) {
                         const Offset now = static_cast<Odometer*>(self)->next();
@@ -184,10 +188,10 @@ NormLayout layout_of(const NormCall& call) {
     if (dim.axis) throw Refusal("axis " + std::to_string(axis) + " is named twice");
     dim.axis = true;
   }
+  const std::int64_t elements = count(shape);
   add_strides(dims, kX, shape, shape, "X");
   add_strides(dims, kScale, call.scale.shape, shape, "scale");
   if (call.bias != nullptr) add_strides(dims, kBias, call.bias->shape, shape, "bias");
-  const std::int64_t elements = count(shape);
   if (elements == 0) return {0, {}, {}, {}, false};
   const std::vector<Dim> all = merged(dims, kOperands);
   return {elements, select(all, false), select(all, true), select(merged(dims, 1), true),

@@ -413,8 +413,7 @@ ONNXNORM_INLINE auto total(V v) {
 }
 #endif
 
-// -- e^x = m * 2^n, n an integer and m = e^(x - n ln 2) in [2^-1/2, 2^1/2]
-// -------------------------
+// -- e^x = m * 2^n, n an integer and m = e^(x - n ln 2) in [2^-1/2, 2^1/2] ------------------------
 
 template <class L>
 ONNXNORM_INLINE Vec<L> exponent(Vec<L> x) {
@@ -472,8 +471,7 @@ ONNXNORM_INLINE Vec<L> exp_nonpositive(Vec<L> x) {
   return scaled(mantissa<L>(x, n), n);
 }
 
-// -- storage types
-// ---------------------------------------------------------------------------------
+// -- storage types --------------------------------------------------------------------------------
 
 struct F16 {
   uint16_t bits;
