@@ -506,6 +506,8 @@ void tile_in_scratch(const Tile& tile, ptrdiff_t padded) {
         L* at = column + k * padded + u * W;
         const Vec<L> shifted = load<L>(at) - max[u];
         const Vec<L> term = exp_nonpositive<L>(shifted);
+        // Columns far apart may share their places in the caches, and then nothing else fetches y.
+        if (!past) __builtin_prefetch(y + k * tile.y_axis + j + u * W, 1, 2);
         store<L>(at, tile.log ? shifted : term);
         sum[u] += term;
       }
@@ -587,8 +589,10 @@ bool tile_by_pairs(const Tile& tile, ptrdiff_t padded) {
   const bool past =
       tile.stream && is_aligned(y) && tile.y_axis * ptrdiff_t{sizeof(T)} % kVectorBytes == 0;
   for (ptrdiff_t k = 0; k < tile.n; ++k) {
+    const T* then = y + (k + 1 < tile.n ? k + 1 : k) * tile.y_axis;
     stage<T>(row_of<T>(tile, k), 0, tile.width, buffer);
     for (ptrdiff_t j = 0; j < tile.width; j += W) {
+      if (!past) __builtin_prefetch(then + j, 1, 2);
       Vec<L> out = (load<L>(buffer + j) - load<L>(m + j)) - load<L>(e + j);
       if (!tile.log) {
         const Vec<L> x = bounded<L>(load<L>(buffer + j));

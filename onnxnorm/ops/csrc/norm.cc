@@ -10,7 +10,7 @@ namespace {
 
 constexpr std::int64_t kGrain = 32 * 1024;  // elements that are worth a task of their own
 constexpr std::int64_t kTile = 128 * 1024;  // elements that are read twice
-// From so many bytes on an output that is not in place is written past the caches (softmax.cc).
+// The same as in softmax.cc. From here on it pays, what reads the output next included.
 constexpr std::int64_t kStreamBytes = 24 * 1024 * 1024;
 constexpr std::size_t kX = 0, kScale = 1, kBias = 2;
 

@@ -16,9 +16,9 @@ constexpr std::int64_t kGrain = 32 * 1024;
 constexpr std::int64_t kSplitRow = 256 * 1024;
 constexpr std::int64_t kFewRows = 16;
 constexpr std::int64_t kMostParts = 64;
-// From so many bytes on an output is written past the caches: that is faster then, what reads it
-// next included. What stands in its input's place was just read, and leaves the caches by itself.
-constexpr std::int64_t kStreamBytes = 12 * 1024 * 1024;
+// An output of this many bytes does not fit the caches of one core, so it is written past them. One
+// that stands in its input's place was just read, and leaves the caches by itself.
+constexpr std::int64_t kStreamBytes = 8 * 1024 * 1024;
 
 constexpr std::size_t kX = 0, kMask = 1, kY = 2;
 
