@@ -23,6 +23,8 @@ _MOVES: Final = frozenset(
     {"Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Transpose", "Slice", "Gather",
      "Expand"}
 )  # fmt: skip
+# What chooses places: the distance between two of them says nothing.
+_CHOOSES: Final = frozenset({"ArgMax", "ArgMin", "NonMaxSuppression", "NonZero", "TopK", "Unique"})
 _COMPARES: Final = frozenset({"Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Equal"})
 _ROUNDS: Final[dict[str, Any]] = {"Round": np.rint, "Floor": np.floor, "Ceil": np.ceil}
 
@@ -218,3 +220,25 @@ def trace(
         return None
 
     return find(output, ())
+
+
+def holds_places(model: onnx.ModelProto, output: str, types: Mapping[str, tuple[int, Any]]) -> bool:
+    """Tell whether a value of the main graph holds places, or integers that were made of some.
+
+    Args:
+        model: The model.
+        output: Name of the value.
+        types: Element type and shape by name, from shape inference.
+    """
+    producers = {name: node for node in model.graph.node for name in node.output if name}
+    pending, seen = [output], set[str]()
+    while pending:
+        name = pending.pop()
+        node = producers.get(name)
+        if name in seen or node is None or is_float_type(types.get(name, (0, None))[0]):
+            continue
+        seen.add(name)
+        if node.op_type in _CHOOSES:
+            return True
+        pending += node.input
+    return False

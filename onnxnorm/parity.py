@@ -35,7 +35,7 @@ import numpy as np
 import onnx
 
 from onnxnorm import staging, storage, variants
-from onnxnorm.decisions import Decision, trace
+from onnxnorm.decisions import Decision, holds_places, trace
 from onnxnorm.errors import OnnxNormError, ParityError, RuntimeRejection
 from onnxnorm.feeds import Feed, candidates, smaller
 from onnxnorm.float64 import Array, is_float_dtype, widen
@@ -45,6 +45,7 @@ from onnxnorm.truth import Cost, Evaluator, OutOfTime, Unevaluable, estimate, in
 
 _finfo: Final[Callable[[Any], Any]] = ml_dtypes.finfo
 Progress: TypeAlias = Callable[[str, float | None], None]
+Outputs: TypeAlias = list[dict[str, Any]]  # leaves, per feed
 
 DEFAULT_BUDGET_SECONDS: Final = 60.0
 _TRUTH_SHARE: Final = 0.5  # of the time budget; the rest is for the runs in onnxruntime
@@ -331,6 +332,23 @@ def _leaves(outputs: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def _samples(outputs: Outputs) -> dict[str, Any]:
+    """Return every output with one value of it; what is absent in all runs is None.
+
+    A sequence may be longer on a later input, and its elements are outputs like any other.
+    """
+    found: dict[str, Any] = {}
+    for leaves in outputs:
+        for name, value in leaves.items():
+            if found.get(name) is None:
+                found[name] = value
+    return found
+
+
+def _is_text(value: Array) -> bool:
+    return value.dtype.kind in "OSU"
+
+
 def _is_real(value: Any) -> bool:
     return isinstance(value, np.ndarray) and is_float_dtype(value.dtype)
 
@@ -363,10 +381,14 @@ def _misplaced(truth: Array, baselines: Sequence[Array], run: Array) -> int:
     return int(np.sum(wrong))
 
 
+def _unmeasured(truth: Any, run: Any) -> int:
+    """Count the elements that are finite in a run and not in the truth."""
+    if truth is None or run is None or truth.shape != run.shape:
+        return 0
+    return int(np.sum(~np.isfinite(truth) & np.isfinite(run.astype(np.float64))))
+
+
 # --- one model and what its runs are measured against ------------------------------------------
-
-
-Outputs: TypeAlias = list[dict[str, Any]]  # leaves, per feed
 
 
 @dataclass
@@ -384,6 +406,7 @@ class _Reference:
     names: tuple[str, ...]
     decisions: dict[str, Decision] = field(default_factory=dict)
     decided: list[dict[str, Any]] = field(default_factory=list)
+    places: frozenset[str] = frozenset()  # integer outputs that hold places, or come of some
     real_budgets: dict[str, float] = field(default_factory=dict)
     misfused: frozenset[str] = frozenset()
     evaluator: Evaluator | None = None
@@ -498,13 +521,16 @@ class ParityChecker:
         Args:
             candidate: The other model.
             regions: What was changed, for a model that is too large to be checked whole. Those that
-                there is no time for are named in the result.
+                there is no time for are named in the result; where one has no outputs of its own,
+                the whole is measured against the original's own run.
 
         Raises:
             ParityError: The original cannot be run, or no part of it could be checked.
         """
         start = time.monotonic()
-        parts = [r for r in dict.fromkeys(regions) if r.inputs and r.outputs]
+        parts = list(dict.fromkeys(regions))
+        if not all(region.outputs for region in parts):
+            parts = []  # what one of them changed shows in the whole only
         reference = self._whole(start, have_regions=bool(parts))
         if reference is None and not parts:
             reference = self._by_itself()
@@ -742,6 +768,7 @@ class ParityChecker:
         decisions = {
             name: found for name in names if (found := trace(stored.proto, name, types)) is not None
         }
+        places = frozenset(name for name in names if holds_places(stored.proto, name, types))
         needs = [n for d in decisions.values() for n in d.needs]
         reals = tuple(dict.fromkeys(n for d in decisions.values() for n in d.budgeted))
         evaluator = Evaluator(stored, memory_bytes=self._memory)
@@ -800,7 +827,7 @@ class ParityChecker:
         notes += _shortfall(taken, planned, lack or "time budget")
         reference = _Reference(
             feeds, truths, {}, {}, {}, evaluator.precision, notes, draws, names, decisions, decided,
-            evaluator=evaluator,
+            places=places, evaluator=evaluator,
         )  # fmt: skip
         self._allow(reference, stored, path, known, reals)
         return reference
@@ -836,7 +863,7 @@ class ParityChecker:
                 continue
             reference.runs[optimize] = runs
             allowances = {}
-            for name in runs[0]:
+            for name in _samples(runs):
                 distance = _error(name, reference.truths, runs)
                 reference.scales.setdefault(name, distance.scale)
                 allowances[name] = _Allowance(distance.largest, distance.rms)
@@ -845,7 +872,7 @@ class ParityChecker:
             if not optimize and (hidden or took < self._seconds * _RUN_SHARE / 4):
                 self._note_randomness(reference, path, allowances)
             responds = responds or any(v is not None and v.dtype == np.float64
-                                       for v in runs[0].values())  # fmt: skip
+                                       for v in _samples(runs).values())  # fmt: skip
             if responds:
                 self._respond(reference, stored, optimize, allowances, took)
             reference.allowances[optimize] = allowances
@@ -857,8 +884,8 @@ class ParityChecker:
 
             def respond() -> None:
                 for optimize, allowances in reference.allowances.items():
-                    run = reference.runs[optimize][0]
-                    floats = {n: a for n, a in allowances.items() if _is_real(run[n])}
+                    values = _samples(reference.runs[optimize])
+                    floats = {n: a for n, a in allowances.items() if _is_real(values[n])}
                     self._respond(reference, stored, optimize, floats, took)
                     allowances.update(floats)
 
@@ -912,15 +939,15 @@ class ParityChecker:
             with staging.Staged(variants.nudged(stored, seed), None) as staged:
                 runs = self._run(staged.model, moved, optimize=optimize)
             for name in allowances:
-                if all(name in run for run in runs):
-                    error = _error(name, reference.truths, runs)
-                    allowances[name] = allowances[name].widened(error)
+                error = _error(name, reference.truths, runs)
+                allowances[name] = allowances[name].widened(error)
 
     def _find_misfusions(self, reference: _Reference) -> None:
         """Name the outputs where the runtime's fusions lose more than half of the digits."""
         found = []
+        values = _samples(reference.runs[False])
         for name, fused in reference.allowances[True].items():
-            value = reference.runs[False][0][name]
+            value = values.get(name)
             if not _is_real(value):
                 continue
             scale = reference.scales[name]
@@ -974,14 +1001,15 @@ class ParityChecker:
     # --- judgement -----------------------------------------------------------------------------
 
     def _judge_twice(
-        self, reference: _Reference, candidate: Path, part: Region | None = None
+        self, reference: _Reference, candidate: Path
     ) -> tuple[list[OutputParity], list[str]]:
         """Judge, and once more where the budget rests on too few of the original's errors."""
-        outputs, notes = self._judge(reference, candidate, part)
+        outputs, notes = self._judge(reference, candidate)
+        samples = _samples(reference.runs[False])
         beyond = any(
             level.error > level.budget or level.error_rms > level.budget_rms
             for output in outputs
-            if _is_real(reference.runs[False][0][output.name])
+            if _is_real(samples[output.name])
             for level in (output.unoptimized, output.optimized)
             if level is not None
         )
@@ -989,13 +1017,14 @@ class ParityChecker:
             reference.respond()
             reference.respond = None
             reference.notes.append(_RESPONSE_NOTE)
-            outputs, notes = self._judge(reference, candidate, part)
+            outputs, notes = self._judge(reference, candidate)
         return outputs, [*notes, *_blind(reference)]
 
     def _judge(
-        self, reference: _Reference, candidate: Path, part: Region | None = None
+        self, reference: _Reference, candidate: Path
     ) -> tuple[list[OutputParity], list[str]]:
         notes: list[str] = []
+        expected = _samples(reference.runs[False])
         with contextlib.ExitStack() as stack:
             if reference.draws:
                 copy = variants.frozen(storage.load(candidate), reference.draws[0])
@@ -1011,25 +1040,23 @@ class ParityChecker:
                     if optimize and True not in reference.runs:
                         continue
                     reason = f"the changed model cannot be run: {error.what}"
-                    levels[optimize] = dict.fromkeys(reference.runs[False][0], _failed(reason))
+                    levels[optimize] = dict.fromkeys(expected, _failed(reason))
                     continue
                 levels[optimize] = {
-                    name: self._level(reference, name, runs, optimize, notes)
-                    for name in reference.runs[False][0]
+                    name: self._level(reference, name, runs, optimize, notes) for name in expected
                 }
-                further = [f"'{name}'" for name in runs[0] if name not in reference.runs[False][0]]
+                further = [f"'{name}'" for name in _samples(runs) if name not in expected]
                 if further:
                     notes.append(f"outputs of the changed model alone: {', '.join(further)}")
-        outputs = []
-        for name, value in reference.runs[False][0].items():
-            outputs.append(
-                OutputParity(
-                    name if part is None else f"{name}",
-                    "none" if value is None else str(value.dtype),
-                    levels[False][name],
-                    levels.get(True, {}).get(name),
-                )
+        outputs = [
+            OutputParity(
+                name,
+                "none" if value is None else str(value.dtype),
+                levels[False][name],
+                levels.get(True, {}).get(name),
             )
+            for name, value in expected.items()
+        ]
         return outputs, list(dict.fromkeys(notes))
 
     def _level(
@@ -1040,10 +1067,20 @@ class ParityChecker:
         reason = self._mismatch(reference, name, runs, baseline, optimize)
         if reason is not None:
             return _failed(reason)
-        sample = baseline[0][name]
+        sample = _samples(baseline).get(name)
         if not _is_real(sample):
             return self._exact_level(reference, name, runs, baseline, notes)
         error = _error(name, reference.truths, runs)
+        unmeasured = sum(
+            _unmeasured(truth.get(name), run.get(name))
+            for truth, run in zip(reference.truths, runs, strict=True)
+        )
+        if unmeasured:
+            are = "element was" if unmeasured == 1 else "elements were"
+            notes.append(
+                f"{unmeasured} {are} not compared in '{name}': finite in both models, and NaN or "
+                "infinite in the truth"
+            )
         allowed = reference.allowances[own][name]
         budget, budget_rms = reference.budget(name, optimize, sample.dtype)
         unit = ulp(reference.scales[name], sample.dtype)
@@ -1083,16 +1120,19 @@ class ParityChecker:
         for index, (truth, run, other) in enumerate(
             zip(reference.truths, runs, baseline, strict=True)
         ):
+            if name not in other:
+                if name in run:
+                    return "the changed model has it on inputs where the original has not"
+                continue
             if name not in run:
                 return "the changed model has no such output"
-            if name not in other:
-                return "the original has it on some inputs only"
             mine, theirs = run[name], other[name]
             if mine is None or theirs is None:
                 if mine is not theirs:
                     return "it is absent in one of the models"
                 continue
-            if mine.dtype.kind not in "OSU" and mine.dtype != theirs.dtype:
+            text = _is_text(mine) and _is_text(theirs)
+            if not text and mine.dtype != theirs.dtype:
                 return f"its dtype is {mine.dtype}, the original's {theirs.dtype}"
             if mine.shape != theirs.shape and name not in reference.decisions:
                 return f"its shape is {list(mine.shape)}, the original's {list(theirs.shape)}"
@@ -1122,7 +1162,7 @@ class ParityChecker:
         tied = True
         allowed = reference.allowances[False].get(name, _Allowance(0.0, 0.0))
         for index, (run, other) in enumerate(zip(runs, baseline, strict=True)):
-            mine, theirs = run[name], other[name]
+            mine, theirs = run.get(name), other.get(name)
             if mine is None or _same(mine, theirs):
                 count += 0 if mine is None else mine.size
                 continue
@@ -1141,9 +1181,12 @@ class ParityChecker:
                 worst, differing = math.inf, differing + 1
             tied = tied and self._tied(reference, decision, index, truth, mine)
         rms = math.sqrt(squares / count) if count else 0.0
+        sample = _samples(runs)[name]
+        integers = sample is not None and sample.dtype.kind in "iu"
+        # between places, as an ArgMax gives them, there is no distance that could be an error
         quantized = (
-            runs[0][name] is not None
-            and runs[0][name].dtype.kind in "iu"
+            integers
+            and name not in reference.places
             and allowed.largest > 0.0
             and worst <= 2.0 * allowed.largest
             and rms <= 2.0 * allowed.rms
@@ -1191,7 +1234,7 @@ class ParityChecker:
                 own.runs[True] = self._run(self._path, feeds, optimize=True)
             took = time.monotonic() - start
             allowances = {}
-            for name in runs[0]:
+            for name in _samples(runs):
                 distance = _error(name, truths, own.runs.get(True, runs))
                 own.scales[name] = distance.scale
                 allowances[name] = _Allowance(distance.largest, distance.rms)
@@ -1264,7 +1307,7 @@ class ParityChecker:
                 self._regions[region] = reference
             changed = variants.extracted(other, region.inputs, region.outputs, types)
             with staging.Staged(changed, None) as staged:
-                found, remarks = self._judge_twice(reference, staged.model, region)
+                found, remarks = self._judge_twice(reference, staged.model)
             outputs += found
             for note in dict.fromkeys((*reference.notes, *remarks)):
                 notes.setdefault(note, []).append(region.site)
@@ -1337,7 +1380,7 @@ def _error(name: str, truths: Outputs, runs: Outputs) -> _Error:
         exact, value = truth.get(name), run.get(name)
         if exact is None or value is None or exact.shape != value.shape:
             continue
-        if value.dtype.kind in "OSU" or exact.dtype.kind in "OSU":
+        if _is_text(value) or _is_text(exact):
             continue
         total.add(exact, value)
     return total
@@ -1350,7 +1393,7 @@ def _operators(number: int) -> str:
 def _blind(reference: _Reference) -> list[str]:
     """Name the outputs that these inputs cannot tell from wrong ones, though they agree."""
     empty, odd, zero, lost = [], [], [], []
-    for name, value in reference.runs[False][0].items():
+    for name, value in _samples(reference.runs[False]).items():
         truths = [truth.get(name) for truth in reference.truths]
         if all(truth is None for truth in truths):
             continue

@@ -241,6 +241,29 @@ def test_another_dtype_or_shape_fails(tmp_path: Path) -> None:
     assert "shape is [1, 4]" in str(result.failure)
 
 
+@pytest.mark.parametrize("text_in_the_candidate", [True, False])
+def test_text_in_place_of_numbers_fails(text_in_the_candidate: bool, tmp_path: Path) -> None:
+    def model(name: str, text: bool) -> Path:
+        to = TensorProto.STRING if text else TensorProto.FLOAT
+        node = helper.make_node("Cast", ["x"], ["y"], to=to)
+        return save(tmp_path, name, [node], [tensor("x", ["N", 4])], ["y"])
+
+    text = text_in_the_candidate
+    assert "dtype" in str(check(model("a", not text), model("b", text)).failure)
+
+
+def test_what_only_the_truth_has_as_infinite_is_said_not_to_be_compared(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Add", ["x", "c"], ["a"]),
+        helper.make_node("Sub", ["a", "c"], ["b"]),
+        helper.make_node("Sub", ["b", "x"], ["d"]),  # 0, and float32's rounding
+        helper.make_node("Reciprocal", ["d"], ["y"]),
+    ]
+    path = save(tmp_path, "a", nodes, [tensor("x", [4])], ["y"], {"c": np.float32(1e4)})
+    notes = check(path, path).notes
+    assert any("not compared in 'y'" in note for note in notes), notes
+
+
 def test_nan_and_infinity_stay_where_they_were(tmp_path: Path) -> None:
     inputs = [tensor("x", ["N", 8])]
     log = [helper.make_node("Log", ["x"], ["y"])]
@@ -333,6 +356,25 @@ def test_argmax_may_differ_only_where_the_truth_is_tied(tmp_path: Path) -> None:
         result = checker.check(wrong)
     assert not result.passed
     assert "no tie" in str(result.failure)
+
+
+def test_places_have_no_distance(tmp_path: Path) -> None:
+    """Where the original's ArgMax is elsewhere than the truth's, no further place is allowed."""
+
+    def model(name: str, table: list[float]) -> Path:
+        nodes = [helper.make_node("Mul", ["x", "zero"], ["z"]),
+                 helper.make_node("Add", ["z", "t"], ["s"]),
+                 helper.make_node("Add", ["s", "large"], ["a"]),
+                 helper.make_node("ArgMax", ["a"], ["y"], axis=-1)]  # fmt: skip
+        weights = {"zero": 0.0, "t": table, "large": float(1 << 24)}
+        arrays = {n: np.asarray(v, np.float32) for n, v in weights.items()}
+        return save(tmp_path, name, nodes, [tensor("x", ["N", 4])], ["y"], arrays)
+
+    original = model("a", [0.25, -900.0, -900.0, 0.5])
+    with ParityChecker(original) as checker:
+        assert checker.check(original).passed
+        assert checker.check(model("b", [-900.0, -900.0, -900.0, 0.5])).passed
+        assert not checker.check(model("c", [-900.0, -900.0, 0.5, -900.0])).passed
 
 
 def decided(folder: Path, name: str, nodes: list[onnx.NodeProto], constant: Any) -> Path:
@@ -488,6 +530,42 @@ def test_sequences_are_compared_element_by_element(tmp_path: Path) -> None:
     assert [output.passed for output in result.outputs] == [True, True, False]
 
 
+def split(folder: Path, name: str, last: float, shape: Sequence[Any], axis: int) -> Path:
+    """The rows (or columns) of x times 1, 1, ..., 1, last, as a sequence."""
+    table = np.ones(16, np.float32)
+    table[2:] = last
+    nodes = [
+        helper.make_node("Shape", ["x"], ["n"], start=axis, end=axis + 1),
+        helper.make_node("Slice", ["t", "zero", "n", "along"], ["c"]),
+        helper.make_node("Mul", ["x", "c"], ["z"]),
+        helper.make_node("SplitToSequence", ["z", "one"], ["y"], axis=axis),
+    ]
+    weights = {
+        "t": table.reshape((-1, 1) if axis == 0 else (1, -1)),
+        "zero": np.array([0]),
+        "along": np.array([axis]),
+        "one": np.array(1),
+    }
+    return save(folder, name, nodes, [tensor("x", shape)], ["y"], weights)
+
+
+def test_a_sequence_that_is_longer_on_a_later_input_is_compared_to_its_end(tmp_path: Path) -> None:
+    original = split(tmp_path, "a", 0.3, ["N", 4], 0)
+    with ParityChecker(original) as checker:
+        assert len(checker.feeds[0].values["x"]) < 3 <= len(checker.feeds[1].values["x"])
+        assert checker.check(original).passed
+        result = checker.check(split(tmp_path, "b", 0.31, ["N", 4], 0))
+    assert [o.name for o in result.outputs if not o.passed] == ["y[2]", "y[3]"]
+
+
+def test_a_sequence_may_be_shorter_on_a_later_input(tmp_path: Path) -> None:
+    original = split(tmp_path, "a", 0.3, [1, "seq"], 1)
+    with ParityChecker(original) as checker:
+        result = checker.check(original)
+        assert result.passed, result.failure
+        assert not checker.check(split(tmp_path, "b", 0.31, [1, "seq"], 1)).passed
+
+
 def test_outputs_that_copy_inputs_and_empty_ones(tmp_path: Path) -> None:
     nodes = [helper.make_node("Identity", ["x"], ["y"]), helper.make_node("Relu", ["e"], ["z"])]
     inputs = [tensor("x", ["N", 4]), tensor("e", [0, 3])]
@@ -601,6 +679,21 @@ def test_a_model_beyond_the_budget_is_checked_by_regions(tmp_path: Path) -> None
         assert not checker.check(layers(tmp_path, "b", 1e-3), [region]).passed
         elsewhere = replace(region, site="first", inputs=("a",), outputs=("b",))
         assert checker.check(layers(tmp_path, "c", 1e-3), [elsewhere]).passed
+
+
+@pytest.mark.parametrize(
+    "region",
+    [
+        pytest.param(Region("second", (), ("d",)), id="without inputs"),
+        pytest.param(Region("second", ("c",), ()), id="without outputs"),
+    ],
+)
+def test_no_region_is_left_out(region: Region, tmp_path: Path) -> None:
+    original = layers(tmp_path, "a")
+    regions = [Region("first", ("a",), ("b",)), region]
+    with ParityChecker(original, memory_bytes=2000) as checker:
+        assert checker.check(original, regions).passed
+        assert not checker.check(layers(tmp_path, "b", 1e-3), regions).passed
 
 
 def test_a_region_beyond_the_memory_is_unproven(tmp_path: Path) -> None:
