@@ -57,6 +57,7 @@ _GIVE_UP: Final = 3.0
 _RESPONSE_NOTE: Final = (
     "budgets include the original's own response to a one-ulp change of its weights and inputs"
 )
+_FORCED: Final = 8  # bodies that no input leads to and that are entered all the same
 _RESPONSES: Final = 3  # runs of the original one ulp away, where roundings flip
 _QUANTIZES: Final = frozenset(
     {
@@ -160,6 +161,16 @@ class OutputParity:
         if self.optimized is not None and not self.optimized.passed:
             return f"with the runtime's optimizations on: {self.optimized.reason}"
         return None
+
+    def within(self, place: str) -> OutputParity:
+        """Return the same with a reason that says where it failed."""
+
+        def placed(level: Level) -> Level:
+            reason = None if level.reason is None else f"in {place}: {level.reason}"
+            return replace(level, reason=reason)
+
+        optimized = None if self.optimized is None else placed(self.optimized)
+        return replace(self, unoptimized=placed(self.unoptimized), optimized=optimized)
 
     def to_json(self) -> dict[str, Any]:
         """Return the report's form: the unoptimized numbers flat, the others under `optimized`."""
@@ -409,8 +420,16 @@ class _Reference:
     places: frozenset[str] = frozenset()  # integer outputs that hold places, or come of some
     real_budgets: dict[str, float] = field(default_factory=dict)
     misfused: frozenset[str] = frozenset()
+    forced: list[tuple[variants.Body, _Reference]] = field(default_factory=list)
     evaluator: Evaluator | None = None
     respond: Callable[[], None] | None = None  # measures more of the original's own errors
+
+    def close(self) -> None:
+        """Free what the truth holds."""
+        if self.evaluator is not None:
+            self.evaluator.close()
+        for _, other in self.forced:
+            other.close()
 
     def budget(self, name: str, optimized: bool, dtype: np.dtype[Any]) -> tuple[float, float]:
         """Return the budgets of an output: maximum and root mean square."""
@@ -496,8 +515,8 @@ class ParityChecker:
     def close(self) -> None:
         """Forget the truth and free what it holds."""
         for reference in (self._reference, *self._regions.values()):
-            if reference is not None and reference.evaluator is not None:
-                reference.evaluator.close()
+            if reference is not None:
+                reference.close()
         self._reference = self._own = None
         self._regions.clear()
 
@@ -661,9 +680,11 @@ class ParityChecker:
                     for feed, draw in zip(taken, draws, strict=True)
                 ]
             known = {} if draws else {id(feed): outputs for feed, outputs in first}
-            return self._measure(
+            reference = self._measure(
                 stored, path, taken, asked, known, deadline, notes, draws, must_fit=must_fit
             )
+            self._force(reference, stored)
+            return reference
 
     def _affordable(
         self, stored: storage.Stored, deadline: float, *, must_fit: bool
@@ -893,6 +914,63 @@ class ParityChecker:
         if reals:
             self._budget_reals(reference, stored, path, exposed, reals)
 
+    def _force(self, reference: _Reference, stored: storage.Stored) -> None:
+        """Measure what stands in bodies that no input leads to, by entering them all the same."""
+        assert reference.evaluator is not None
+        entered = set(reference.evaluator.entered)
+        missed: list[str] = []
+        until = time.monotonic() + self._seconds * _TRUTH_SHARE
+        for body in variants.bodies(stored):  # those within others behind them
+            if (body.node, body.name) in entered:
+                continue
+            copy = variants.forced(stored, body)
+            if copy is not None and len(reference.forced) < _FORCED and time.monotonic() < until:
+                feeds, draws = list(reference.feeds), reference.draws
+                samples = sum(feed.samples for feed in feeds)
+                try:
+                    with staging.Staged(copy, None) as staged:
+                        inner = self._measure(
+                            copy, staged.model, feeds, samples, {}, until, [], draws, must_fit=True
+                        )
+                except (ParityError, RuntimeRejection, _TooLarge):
+                    pass  # what follows may not bear what it computes
+                else:
+                    reference.forced.append((body, inner))
+                    entered |= inner.evaluator.entered if inner.evaluator is not None else set()
+                    continue
+            missed.append(str(body))
+        met = [str(body) for body, _ in reference.forced]
+        if met:
+            it = "it" if len(met) == 1 else "each"
+            reference.notes.append(
+                f"no input leads to {_and_more(met)}: both models were made to enter {it}"
+            )
+        if missed:
+            computes = "it computes" if len(missed) == 1 else "they compute"
+            reference.notes.append(
+                f"no input leads to {_and_more(missed)}: what {computes} was not compared"
+            )
+
+    def _judge_forced(
+        self, reference: _Reference, candidate: Path, outputs: list[OutputParity]
+    ) -> tuple[list[OutputParity], list[str]]:
+        """Judge what no input leads to; an output that fails there takes the place of its own."""
+        judged = {output.name: output for output in outputs}
+        notes: list[str] = []
+        for body, inner in reference.forced:
+            copy = variants.forced(storage.load(candidate), body)
+            if copy is None:
+                notes.append(f"the changed model lacks {body}: what it computes was not compared")
+                continue
+            with staging.Staged(copy, None) as staged:
+                found, remarks = self._judge_twice(inner, staged.model)
+            notes += [f"in {body}: {note}" for note in (*inner.notes, *remarks)]
+            for output in found:
+                known = judged.setdefault(output.name, output)
+                if known.passed and not output.passed:
+                    judged[output.name] = output.within(str(body))
+        return list(judged.values()), notes
+
     def _note_randomness(
         self,
         reference: _Reference,
@@ -947,7 +1025,7 @@ class ParityChecker:
         found = []
         values = _samples(reference.runs[False])
         for name, fused in reference.allowances[True].items():
-            value = values.get(name)
+            value: Any = values.get(name)
             if not _is_real(value):
                 continue
             scale = reference.scales[name]
@@ -1018,6 +1096,9 @@ class ParityChecker:
             reference.respond = None
             reference.notes.append(_RESPONSE_NOTE)
             outputs, notes = self._judge(reference, candidate)
+        if reference.forced and all(output.passed for output in outputs):
+            outputs, further = self._judge_forced(reference, candidate, outputs)
+            notes = [*notes, *further]
         return outputs, [*notes, *_blind(reference)]
 
     def _judge(
@@ -1067,7 +1148,7 @@ class ParityChecker:
         reason = self._mismatch(reference, name, runs, baseline, optimize)
         if reason is not None:
             return _failed(reason)
-        sample = _samples(baseline).get(name)
+        sample: Any = _samples(baseline).get(name)
         if not _is_real(sample):
             return self._exact_level(reference, name, runs, baseline, notes)
         error = _error(name, reference.truths, runs)
@@ -1162,7 +1243,8 @@ class ParityChecker:
         tied = True
         allowed = reference.allowances[False].get(name, _Allowance(0.0, 0.0))
         for index, (run, other) in enumerate(zip(runs, baseline, strict=True)):
-            mine, theirs = run.get(name), other.get(name)
+            mine: Any = run.get(name)
+            theirs: Any = other.get(name)
             if mine is None or _same(mine, theirs):
                 count += 0 if mine is None else mine.size
                 continue
@@ -1342,8 +1424,12 @@ class ParityChecker:
 
 def _said_of(sites: Sequence[str], note: str) -> str:
     """A note with the sites that it is said of, the first by name."""
-    more = f" and {len(sites) - 1} more" if len(sites) > 1 else ""
-    return f"{sites[0]}{more}: {note}"
+    return f"{_and_more(sites)}: {note}"
+
+
+def _and_more(names: Sequence[str]) -> str:
+    """The first of some names, and how many there are beside it."""
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 class _TooLarge(Exception):

@@ -134,6 +134,8 @@ class Evaluator:
 
     Attributes:
         precision: "float64", or what was not: "float64 except 3 nodes in float32: a.B (3)".
+        entered: The bodies of control-flow nodes outside functions that were evaluated so far:
+            the node's first output, and the attribute.
     """
 
     def __init__(
@@ -165,6 +167,8 @@ class Evaluator:
         self._narrow: dict[int, str] = {}
         self._held: list[Any] = []
         self._deadline = math.inf
+        self._main: _Scope | None = None
+        self.entered: set[tuple[str, str]] = set()
 
     def __enter__(self) -> Evaluator:  # noqa: PYI034  (Self needs Python 3.11)
         return self
@@ -217,7 +221,7 @@ class Evaluator:
             Unevaluable: A node cannot be evaluated, here or by onnxruntime.
         """
         self._deadline = deadline
-        scope = _Scope(self._opsets)
+        scope = self._main = _Scope(self._opsets)
         wanted = [output.name for output in self._graph.output]
         for value in self._graph.input:
             if value.name in feeds:
@@ -519,6 +523,11 @@ class Evaluator:
         self, node: onnx.NodeProto, attribute: str, scope: _Scope, inputs: Sequence[Value]
     ) -> list[Value]:
         graph = _graph_attribute(node, attribute)
+        outer = scope
+        while outer.parent is not None:
+            outer = outer.parent
+        if outer is self._main:
+            self.entered.add((next((n for n in node.output if n), ""), attribute))
         first = next((name for name in node.output if name), node.name)
         path = f"{scope.path}{first}/{attribute}/"
         inner = _Scope(scope.opsets, scope, path, scope.attributes)

@@ -4,6 +4,7 @@
 * `frozen`: the outputs of random operators are inputs, so that two models draw the same.
 * `nudged`: every weight is one ulp away, up or down by chance.
 * `extracted`: only what lies between some values.
+* `forced`: an If takes a branch, or a Loop runs, that no input leads to.
 
 Each returns a `Stored` over the payloads of the original, so nothing is copied until it is saved.
 """
@@ -223,6 +224,102 @@ def nudged(stored: storage.Stored, seed: int) -> storage.Stored:
             continue
         room -= size
         tensor.CopyFrom(onnx.numpy_helper.from_array(np.ascontiguousarray(moved), tensor.name))
+    return stored.with_proto(proto)
+
+
+# --- branches that no input takes -------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Body:
+    """A body of a control-flow node.
+
+    Attributes:
+        op_type: If, Loop, Scan or SequenceMap.
+        node: The node's first output.
+        name: The attribute that holds the body: "then_branch", "else_branch" or "body".
+        nested: Whether the node itself stands in a body.
+    """
+
+    op_type: str
+    node: str
+    name: str
+    nested: bool
+
+    def __str__(self) -> str:
+        """Return what it is called in a sentence."""
+        return f"the {self.name.replace('_', ' ')} of {self.op_type} '{self.node}'"
+
+
+def bodies(stored: storage.Stored) -> list[Body]:
+    """Return the bodies that some input might lead to, those in functions left out.
+
+    The branch that a constant condition never takes is none.
+    """
+    graph = stored.proto.graph
+    producers = {name: node for node in graph.node for name in node.output if name}
+    weights = {tensor.name for tensor in graph.initializer}
+    given = {value.name for value in graph.input} - weights
+    found: list[Body] = []
+
+    def varies(name: str) -> bool:
+        pending, seen = [name], set[str]()
+        while pending:
+            name = pending.pop()
+            if name in seen:
+                continue
+            seen.add(name)
+            if name in given:
+                return True
+            if name in producers:
+                if producers[name].op_type in RANDOM:
+                    return True
+                pending += names_read(producers[name])
+        return False
+
+    def walk(nodes: Iterable[onnx.NodeProto], *, nested: bool) -> None:
+        for node in nodes:
+            named = [a for a in node.attribute if a.type == onnx.AttributeProto.GRAPH]
+            fixed = node.op_type == "If" and not nested and not varies(node.input[0])
+            for attribute in named:
+                if not fixed:
+                    found.append(Body(node.op_type, _first(node), attribute.name, nested))
+                    walk(attribute.g.node, nested=True)
+
+    walk(graph.node, nested=False)
+    return found
+
+
+def _first(node: onnx.NodeProto) -> str:
+    return next((name for name in node.output if name), "")
+
+
+def forced(stored: storage.Stored, body: Body) -> storage.Stored | None:
+    """Return the model that enters a body, whatever its inputs are: a Loop's is run once.
+
+    None where there is no such node, or nothing in its inputs that leads there.
+    """
+    if body.nested or body.op_type not in {"If", "Loop"}:
+        return None
+    proto = _copy(stored)
+    for node in proto.graph.node:
+        if node.op_type == body.op_type and _first(node) == body.node:
+            break
+    else:
+        return None
+    if body.op_type == "If":
+        given = [np.array(body.name == "then_branch")]
+    else:
+        given = [np.array(1, dtype=np.int64), np.array(True)]
+    names = [f"{body.node}/{body.name}/{index}" for index in range(len(given))]
+    node.input[:] = [*names, *node.input[len(names) :]]
+    constants = [
+        onnx.helper.make_node("Constant", [], [name], value=onnx.numpy_helper.from_array(value))
+        for name, value in zip(names, given, strict=True)
+    ]
+    kept = [*constants, *(_node_copy(node) for node in proto.graph.node)]
+    del proto.graph.node[:]
+    proto.graph.node.extend(kept)
     return stored.with_proto(proto)
 
 

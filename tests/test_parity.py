@@ -575,6 +575,102 @@ def test_outputs_that_copy_inputs_and_empty_ones(tmp_path: Path) -> None:
     assert [o.unoptimized.error for o in result.outputs] == [0.0, 0.0]
 
 
+# --- bodies that no input leads to -------------------------------------------------------------
+
+
+def branches(folder: Path, name: str, factor: float, bound: float) -> Path:
+    """If(sum x > bound, factor * x, x / 2)."""
+
+    def product(weight: str, out: str) -> onnx.GraphProto:
+        nodes = [helper.make_node("Mul", ["x", weight], [out])]
+        return helper.make_graph(nodes, out, [], [tensor(out, ["N", 4])])
+
+    nodes = [
+        helper.make_node("ReduceSum", ["x"], ["s"], keepdims=0),
+        helper.make_node("Greater", ["s", "bound"], ["q"]),
+        helper.make_node(
+            "If", ["q"], ["y"], then_branch=product("c", "t"), else_branch=product("d", "e")
+        ),
+    ]
+    weights = {"c": np.float32(factor), "d": np.float32(0.5), "bound": np.float32(bound)}
+    return save(folder, name, nodes, [tensor("x", ["N", 4])], ["y"], weights)
+
+
+def test_a_branch_that_no_input_takes_is_compared_too(tmp_path: Path) -> None:
+    original = branches(tmp_path, "a", 1.5, 1e9)
+    with ParityChecker(original) as checker:
+        same = checker.check(original)
+        assert same.passed, same.failure
+        assert "no input leads to the then branch of If 'y': both models were made to enter it" in (
+            same.notes
+        )
+        result = checker.check(branches(tmp_path, "b", 1.51, 1e9))
+    assert "in the then branch of If 'y': " in str(result.failure)
+
+
+def test_a_branch_that_a_constant_never_takes_is_not_compared(tmp_path: Path) -> None:
+    def model(name: str, factor: float) -> Path:
+        proto = onnx.load(branches(tmp_path, name, factor, 1.0))
+        del proto.graph.node[:2]
+        proto.graph.initializer.append(numpy_helper.from_array(np.array(False), "q"))
+        onnx.save(proto, tmp_path / f"{name}.onnx")
+        return tmp_path / f"{name}.onnx"
+
+    result = check(model("a", 1.5), model("b", 1.51))
+    assert result.passed, result.failure
+    assert not result.notes
+
+
+def test_a_loop_that_no_input_starts_is_compared_too(tmp_path: Path) -> None:
+    def model(name: str, factor: float) -> Path:
+        body = helper.make_graph(
+            [helper.make_node("Mul", ["v", "c"], ["w"]), helper.make_node("Not", ["k"], ["l"])],
+            "body",
+            [tensor("i", [], np.int64), tensor("k", [], np.bool_), tensor("v", ["N", 4])],
+            [tensor("l", [], np.bool_), tensor("w", ["N", 4])],
+        )
+        nodes = [
+            helper.make_node("ReduceSum", ["x"], ["s"], keepdims=0),
+            helper.make_node("Greater", ["s", "bound"], ["q"]),
+            helper.make_node("Loop", ["", "q", "x"], ["y"], body=body),
+        ]
+        weights = {"c": np.float32(factor), "bound": np.float32(1e9)}
+        return save(tmp_path, name, nodes, [tensor("x", ["N", 4])], ["y"], weights)
+
+    original = model("a", 1.5)
+    with ParityChecker(original) as checker:
+        same = checker.check(original)
+        assert same.passed, same.failure
+        assert "in the body of Loop 'y': " in str(checker.check(model("b", 1.51)).failure)
+
+
+def test_a_branch_whose_result_nothing_can_take_is_said_not_to_be_compared(tmp_path: Path) -> None:
+    """The branch that no input takes gives another shape, and the product behind needs this one."""
+
+    def branch(name: str, nodes: list[onnx.NodeProto]) -> onnx.GraphProto:
+        return helper.make_graph(nodes, name, [], [tensor(name, None)])
+
+    nodes = [
+        helper.make_node("ReduceSum", ["x"], ["s"], keepdims=0),
+        helper.make_node("Greater", ["s", "bound"], ["q"]),
+        helper.make_node(
+            "If",
+            ["q"],
+            ["m"],
+            then_branch=branch("t", [helper.make_node("Concat", ["x", "x"], ["t"], axis=1)]),
+            else_branch=branch("e", [helper.make_node("Identity", ["x"], ["e"])]),
+        ),
+        helper.make_node("MatMul", ["m", "w"], ["y"]),
+    ]
+    weights = {"bound": np.float32(1e9), "w": np.ones((4, 2), np.float32)}
+    path = save(tmp_path, "a", nodes, [tensor("x", ["N", 4])], ["y"], weights)
+    result = check(path, path)
+    assert result.passed, result.failure
+    assert result.notes == (
+        "no input leads to the then branch of If 'm': what it computes was not compared",
+    )
+
+
 # --- the runtime's own faults ------------------------------------------------------------------
 
 

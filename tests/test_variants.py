@@ -103,3 +103,59 @@ def test_frozen_random_values_are_inputs() -> None:
     assert variants.random_nodes(frozen) == []
     out = Evaluator(frozen).run({"x": X, "r": first})
     np.testing.assert_array_equal(out["y"], X.astype(np.float64) + first)
+
+
+def _in_branches(condition: str) -> storage.Stored:
+    """A model of two levels: If(condition, x + 1, If(condition, x + 2, x + 3))."""
+
+    def shifted(name: str, by: float) -> onnx.GraphProto:
+        value = numpy_helper.from_array(np.array(by, np.float32), "by")
+        nodes = [
+            helper.make_node("Constant", [], [f"{name}_by"], value=value),
+            helper.make_node("Add", ["x", f"{name}_by"], [name]),
+        ]
+        return helper.make_graph(nodes, name, [], [onnx.ValueInfoProto(name=name)])
+
+    inner = helper.make_node(
+        "If", [condition], ["i"], then_branch=shifted("b", 2), else_branch=shifted("c", 3)
+    )
+    other = helper.make_graph([inner], "other", [], [onnx.ValueInfoProto(name="i")])
+    node = helper.make_node(
+        "If", [condition], ["y"], then_branch=shifted("a", 1), else_branch=other
+    )
+    graph = helper.make_graph(
+        [node],
+        "g",
+        [
+            helper.make_tensor_value_info("x", TensorProto.FLOAT, [4]),
+            helper.make_tensor_value_info("q", TensorProto.BOOL, []),
+        ],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [4])],
+        [numpy_helper.from_array(np.array(True), "yes")],
+    )
+    imports = [helper.make_opsetid("", 17)]
+    return storage.from_proto(helper.make_model(graph, opset_imports=imports, ir_version=9))
+
+
+def test_a_body_is_entered_whatever_the_inputs_are() -> None:
+    stored = _in_branches("q")
+    found = variants.bodies(stored)
+    assert {str(body) for body in found} == {
+        f"the {branch} branch of If '{node}'" for branch in ("then", "else") for node in "yi"
+    }
+    assert all(body.nested == (body.node == "i") for body in found)
+    for body in found:
+        copy = variants.forced(stored, body)
+        if body.nested:
+            assert copy is None
+            continue
+        assert copy is not None
+        for q in (False, True):
+            inner = 2 if q else 3
+            expected = X.astype(np.float64) + (1 if body.name == "then_branch" else inner)
+            out = Evaluator(copy).run({"x": X, "q": np.array(q)})
+            np.testing.assert_array_equal(out["y"], expected)
+
+
+def test_the_branch_that_a_constant_never_takes_is_no_body() -> None:
+    assert [body.nested for body in variants.bodies(_in_branches("yes"))] == []
