@@ -392,6 +392,8 @@ def _bit_shift(call: Call) -> list[Value]:
     left = call.attribute("direction") == "LEFT"
     bits = a.dtype.itemsize * 8
     shifted = (np.left_shift if left else np.right_shift)(a, np.minimum(b, bits - 1))
+    if a.dtype.kind == "i" and not left:  # the sign moves in, and is all that is left in the end
+        return [shifted]
     return [np.where(b >= bits, a.dtype.type(0), shifted)]
 
 
@@ -524,8 +526,8 @@ def _clamped(start: int, end: int, step: int, size: int) -> slice:
 def _squeeze(call: Call) -> list[Value]:
     x = call.inputs[0]
     axes = call.attribute("axes") if call.input(1) is None else call.inputs[1].reshape(-1).tolist()
-    if call.op_type == "Squeeze":
-        return [np.squeeze(x, None if axes is None else tuple(int(a) for a in axes))]
+    if call.op_type == "Squeeze":  # onnxruntime takes an empty list of axes for an absent one
+        return [np.squeeze(x, tuple(int(a) for a in axes) if axes else None)]
     return [np.expand_dims(x, tuple(int(a) for a in axes))]
 
 
@@ -655,9 +657,8 @@ def _reduce(call: Call) -> list[Value]:
     x = call.inputs[0]
     axes = call.attribute("axes") if call.input(1) is None else call.inputs[1].reshape(-1).tolist()
     if axes is None or len(axes) == 0:
-        if call.attribute("noop_with_empty_axes", 0):
-            return [x]
-        axes = range(x.ndim)
+        # over no axes, what is not a reduction is done all the same: a square, a logarithm
+        axes = () if call.attribute("noop_with_empty_axes", 0) else range(x.ndim)
     axes = tuple(sorted(int(a) % max(x.ndim, 1) for a in axes)) if x.ndim else ()
     out = _REDUCE[call.op_type](x, axes).astype(x.dtype, copy=False)
     return [out if call.attribute("keepdims", 1) else np.squeeze(out, axes)]
@@ -740,7 +741,9 @@ def _cum_sum(call: Call) -> list[Value]:
     reverse, exclusive = call.attribute("reverse", 0), call.attribute("exclusive", 0)
     x = np.flip(x, axis) if reverse else x
     out = np.cumsum(x, axis=axis, dtype=x.dtype)
-    out = out - x if exclusive else out
+    if exclusive and x.shape[axis]:  # shifted by one: out - x would make NaN of an infinity
+        out = np.roll(out, 1, axis)
+        np.moveaxis(out, axis, 0)[0] = 0
     return [np.flip(out, axis) if reverse else out]
 
 
@@ -925,7 +928,10 @@ def _conv_transpose(call: Call) -> list[Value]:
     ]
     auto, shape = call.attribute("auto_pad", "NOTSET"), call.attribute("output_shape")
     if shape is None and auto in {"SAME_UPPER", "SAME_LOWER"}:
-        shape = [n * s for n, s in zip(spatial, strides, strict=True)]
+        # where the stride leaves gaps, nothing reaches that far, and onnxruntime ends before
+        shape = [
+            min(n * s, f + e) for n, s, f, e in zip(spatial, strides, full, extra, strict=True)
+        ]
     if shape is not None:
         shape = [int(d) for d in shape][-rank:]
         totals = [f + e - n for f, e, n in zip(full, extra, shape, strict=True)]
@@ -1015,6 +1021,18 @@ def _average_pool(call: Call) -> list[Value]:
         y += padded[(slice(None), slice(None), *slices)]
         divisor += counts[slices]
     return [y / divisor]
+
+
+@_implements("LpPool")
+def _lp_pool(call: Call) -> list[Value]:
+    x, (_, window) = call.inputs[0], _pool_window(call, call.inputs[0].shape[2:])
+    p = int(call.attribute("p", 2))
+    out = window.output(x.shape[2:])
+    y = np.zeros((*x.shape[:2], *out))
+    padded = _padded(np.abs(x) ** p, window)
+    for _, slices in window.taps(out):
+        y += padded[(slice(None), slice(None), *slices)]
+    return [y ** (1.0 / p)]
 
 
 @_implements("GlobalAveragePool", "GlobalMaxPool")
