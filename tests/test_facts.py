@@ -193,6 +193,24 @@ SPELLINGS: Final[dict[str, tuple[str, str, NDArray[Any]]]] = {
 }
 
 
+@pytest.mark.parametrize(
+    ("opset", "body", "wanted"),
+    [
+        (
+            9,
+            "a = Unsqueeze <axes = [0, 2]> (w) c = Slice <starts = [0], ends = [1]> (a)",
+            [[1], [2]],
+        ),
+        (11, "a = Unsqueeze <axes = [0, 2]> (w) c = Squeeze <axes = [0]> (a)", [[1], [2]]),
+    ],
+)
+def test_axes_that_are_attributes_are_seen_through(opset: int, body: str, wanted: Any) -> None:
+    model = parse(after("float[2] w = {1, 2}", body))
+    model.opset_import[0].version = opset
+    array = np.array(wanted, np.float32)
+    assert_constant(constant(facts(model), "c"), array[np.newaxis] if opset == 9 else array)
+
+
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_constants_in_every_spelling(spelling: str) -> None:
     inputs, body, wanted = SPELLINGS[spelling]
