@@ -1478,7 +1478,7 @@ def _operators(number: int) -> str:
 
 def _blind(reference: _Reference) -> list[str]:
     """Name the outputs that these inputs cannot tell from wrong ones, though they agree."""
-    empty, odd, zero, lost = [], [], [], []
+    empty, odd, zero, lost, vague = [], [], [], [], []
     for name, value in _samples(reference.runs[False]).items():
         truths = [truth.get(name) for truth in reference.truths]
         if all(truth is None for truth in truths):
@@ -1495,6 +1495,10 @@ def _blind(reference: _Reference) -> list[str]:
                 zero.append(f"'{name}'")
             elif of_zeros.largest <= budget and of_zeros.rms <= budget_rms:
                 lost.append(f"'{name}'")
+            else:
+                own, scale = reference.allowances[False][name].largest, reference.scales[name]
+                if own > math.sqrt(ulp(scale, value.dtype) / scale) * scale:
+                    vague.append(f"'{name}' (off by {own:.2g}, values up to {scale:.2g})")
     notes = []
     if empty:
         notes.append(f"there is nothing to compare in {', '.join(empty)}: no input gave an element")
@@ -1509,6 +1513,11 @@ def _blind(reference: _Reference) -> list[str]:
         notes.append(
             f"the original is so far off by itself in {', '.join(lost)} that zeros would agree as "
             "well: agreement there shows nothing; try your own inputs"
+        )
+    if vague:
+        notes.append(
+            f"the original loses over half of its digits by itself in {', '.join(vague)}: what "
+            "becomes of those does not show"
         )
     return notes
 

@@ -323,6 +323,21 @@ def test_an_agreement_that_shows_little_says_so(
     assert not any("shows" in note for note in check(other, other).notes)
 
 
+def test_an_original_that_is_far_off_by_itself_is_named(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Add", ["x", "large"], ["a"]),
+        helper.make_node("Sub", ["a", "large"], ["y"]),
+    ]
+
+    def notes(large: float) -> str:
+        weights = {"large": np.float32(large)}
+        path = save(tmp_path, "a", nodes, [tensor("x", ["N", 4])], ["y"], weights)
+        return "".join(check(path, path).notes)
+
+    assert "over half of its digits by itself in 'y'" in notes(2.0**17)
+    assert "over half of its digits" not in notes(2.0**9)
+
+
 def test_outputs_that_only_the_candidate_has_are_named(tmp_path: Path) -> None:
     nodes = [helper.make_node("Exp", ["x"], ["y"]), helper.make_node("Abs", ["y"], ["z"])]
     original = save(tmp_path, "a", nodes[:1], [tensor("x", [4])], ["y"])
