@@ -871,7 +871,7 @@ def test_erf_is_correct_to_the_last_bit_but_one() -> None:
 
 
 def test_widening_is_exact_for_every_narrow_float() -> None:
-    for dtype in sorted(float64._WIDE_FLOATS, key=str):
+    for dtype in sorted(float64.call._WIDE_FLOATS, key=str):
         values = np.arange(-4, 5).astype(dtype)
         wide = float64.widen(values)
         assert wide.dtype == np.float64
