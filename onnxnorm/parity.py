@@ -30,22 +30,33 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, TypeAlias
 
-import ml_dtypes
 import numpy as np
 import onnx
 
 from onnxnorm import staging, storage, variants
+from onnxnorm.agreement import Level, OutputParity, ParityResult, failed
 from onnxnorm.decisions import Decision, holds_places, trace
+from onnxnorm.distance import (
+    Allowance,
+    Outputs,
+    distance_of,
+    identical,
+    immeasurable,
+    is_real,
+    is_text,
+    leaves,
+    misplaced,
+    sampled,
+    ulp,
+)
 from onnxnorm.errors import OnnxNormError, ParityError, RuntimeRejection
 from onnxnorm.feeds import Feed, candidates, smaller
-from onnxnorm.float64 import Array, is_float_dtype, widen
+from onnxnorm.float64 import Array, widen
 from onnxnorm.remark import Region
 from onnxnorm.session import Session, open_session
 from onnxnorm.truth import Cost, Evaluator, OutOfTime, Unevaluable, estimate, infer_shapes
 
-_finfo: Final[Callable[[Any], Any]] = ml_dtypes.finfo
 Progress: TypeAlias = Callable[[str, float | None], None]
-Outputs: TypeAlias = list[dict[str, Any]]  # leaves, per feed
 
 DEFAULT_BUDGET_SECONDS: Final = 60.0
 _TRUTH_SHARE: Final = 0.5  # of the time budget; the rest is for the runs in onnxruntime
@@ -78,325 +89,10 @@ _QUANTIZES: Final = frozenset(
 )
 
 
-@dataclass(frozen=True)
-class Level:
-    """One output at one optimization level; errors are in the output's own unit.
-
-    Attributes:
-        error: Largest distance of the candidate from the truth.
-        baseline_error: The same of the original.
-        budget: What `error` may be.
-        error_rms: Root mean square distance of the candidate, and so on.
-        baseline_error_rms: The same of the original.
-        budget_rms: What `error_rms` may be.
-        error_ulp: `error` in ulp of the output's dtype at the largest magnitude of the truth.
-        baseline_error_ulp: The same of the original.
-        cosine: Cosine of the angle between candidate and truth; None for other than floats.
-        argmax_agreement: Share of rows whose largest element is where the truth's is; None for
-            an output that does not look like logits.
-        reason: Why it failed; None when it passed.
-    """
-
-    error: float
-    baseline_error: float
-    budget: float
-    error_rms: float
-    baseline_error_rms: float
-    budget_rms: float
-    error_ulp: float
-    baseline_error_ulp: float
-    cosine: float | None
-    argmax_agreement: float | None
-    reason: str | None
-
-    @property
-    def passed(self) -> bool:
-        """Whether the output agrees at this level."""
-        return self.reason is None
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the numbers; what is not finite becomes null."""
-        names = (
-            "error",
-            "baseline_error",
-            "budget",
-            "error_rms",
-            "baseline_error_rms",
-            "budget_rms",
-            "error_ulp",
-            "baseline_error_ulp",
-            "cosine",
-            "argmax_agreement",
-        )
-        values = {name: _finite(getattr(self, name)) for name in names}
-        return {**values, "passed": self.passed, "reason": self.reason}
-
-
-@dataclass(frozen=True)
-class OutputParity:
-    """One output of the models.
-
-    Attributes:
-        name: Its name; elements of a sequence as name[0], of a map as name[key].
-        dtype: The original's numpy dtype.
-        unoptimized: With the runtime's optimizations off.
-        optimized: With all of them on; None when the original cannot be loaded so.
-    """
-
-    name: str
-    dtype: str
-    unoptimized: Level
-    optimized: Level | None
-
-    @property
-    def passed(self) -> bool:
-        """Whether the output agrees at both levels."""
-        return self.unoptimized.passed and (self.optimized is None or self.optimized.passed)
-
-    @property
-    def reason(self) -> str | None:
-        """Why it failed, at the first level that did."""
-        if not self.unoptimized.passed:
-            return self.unoptimized.reason
-        if self.optimized is not None and not self.optimized.passed:
-            return f"with the runtime's optimizations on: {self.optimized.reason}"
-        return None
-
-    def within(self, place: str) -> OutputParity:
-        """Return the same with a reason that says where it failed."""
-
-        def placed(level: Level) -> Level:
-            reason = None if level.reason is None else f"in {place}: {level.reason}"
-            return replace(level, reason=reason)
-
-        optimized = None if self.optimized is None else placed(self.optimized)
-        return replace(self, unoptimized=placed(self.unoptimized), optimized=optimized)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the report's form: the unoptimized numbers flat, the others under `optimized`."""
-        return {
-            "name": self.name,
-            "dtype": self.dtype,
-            **self.unoptimized.to_json(),
-            "passed": self.passed,
-            "reason": self.reason,
-            "optimized": None if self.optimized is None else self.optimized.to_json(),
-        }
-
-
-@dataclass(frozen=True)
-class ParityResult:
-    """Whether a candidate agrees with the original, and by what numbers.
-
-    Attributes:
-        passed: Every output passed, and nothing is unproven.
-        outputs: One entry per output of the original.
-        truth: Which precision the truth has, and of what part of the model.
-        notes: What the reader should know: fall-backs, mis-fusions, randomness.
-        inputs: One line per run.
-        samples: Samples over all runs; a run with a batch axis has several.
-        seconds: Time that this check took, the truth included when it was computed for it.
-        unproven: Regions that could not be checked in the time or memory there is.
-    """
-
-    passed: bool
-    outputs: tuple[OutputParity, ...]
-    truth: str
-    notes: tuple[str, ...]
-    inputs: tuple[str, ...]
-    samples: int
-    seconds: float
-    unproven: tuple[Region, ...] = ()
-
-    @property
-    def failure(self) -> str | None:
-        """One line about the first output that failed; None when all passed."""
-        for output in self.outputs:
-            if not output.passed:
-                return f"output '{output.name}': {output.reason}"
-        return None
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the report's `parity` object."""
-        return {
-            "passed": self.passed,
-            "truth": self.truth,
-            "notes": list(self.notes),
-            "inputs": list(self.inputs),
-            "samples": self.samples,
-            "seconds": self.seconds,
-            "outputs": [output.to_json() for output in self.outputs],
-        }
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
-
-
-def ulp(scale: float, dtype: np.dtype[Any]) -> float:
-    """Return 2^floor(log2 s) * epsilon(dtype), and the smallest subnormal at and near 0.
-
-    Args:
-        scale: A magnitude, at least 0. Beyond the dtype's largest it counts as the largest.
-        dtype: A floating-point dtype, those of ml_dtypes included.
-    """
-    info: Any = np.finfo(dtype) if dtype.kind == "f" else _finfo(dtype)
-    scale = min(scale, float(info.max))
-    smallest = float(info.smallest_subnormal)
-    if not scale > 0.0:
-        return smallest
-    return max(math.ldexp(float(info.eps), math.frexp(scale)[1] - 1), smallest)
-
-
-# --- errors of one output over all inputs ------------------------------------------------------
-
-
-@dataclass
-class _Error:
-    """Distance from the truth, accumulated over inputs."""
-
-    largest: float = 0.0
-    squares: float = 0.0
-    count: int = 0
-    scale: float = 0.0
-    dot: float = 0.0
-    norm_run: float = 0.0
-    norm_truth: float = 0.0
-    rows: int = 0
-    rows_agree: int = 0
-
-    @property
-    def rms(self) -> float:
-        return math.sqrt(self.squares / self.count) if self.count else 0.0
-
-    @property
-    def cosine(self) -> float:
-        norm = math.sqrt(self.norm_run) * math.sqrt(self.norm_truth)
-        if norm == 0.0:
-            return 1.0 if self.norm_run == self.norm_truth else 0.0
-        return max(-1.0, min(1.0, self.dot / norm))
-
-    @property
-    def argmax_agreement(self) -> float | None:
-        return self.rows_agree / self.rows if self.rows else None
-
-    def add(self, truth: Array, run: Array) -> None:
-        """Take in one run; elements where either is not finite are left to the caller."""
-        t = np.asarray(truth, dtype=np.float64)
-        r = np.asarray(run).astype(np.float64)
-        finite = np.isfinite(t) & np.isfinite(r)
-        if not finite.all():
-            t, r = np.where(finite, t, 0.0), np.where(finite, r, 0.0)
-        if t.size == 0:
-            return
-        distance = np.abs(r - t)
-        self.largest = max(self.largest, float(distance.max()))
-        self.squares += float(np.sum(distance * distance))
-        self.count += int(finite.sum())
-        self.scale = max(self.scale, float(np.abs(t).max()))
-        self.dot += float(np.sum(t * r))
-        self.norm_run += float(np.sum(r * r))
-        self.norm_truth += float(np.sum(t * t))
-        if t.ndim in {2, 3} and t.shape[-1] > 1:  # (batch, [position,] classes)
-            self.rows += t.size // t.shape[-1]
-            self.rows_agree += int(np.sum(t.argmax(-1) == r.argmax(-1)))
-
-
-@dataclass(frozen=True)
-class _Allowance:
-    """The original's error at one level, the largest of all the runs that count for it."""
-
-    largest: float
-    rms: float
-
-    def widest(self, other: _Allowance) -> _Allowance:
-        return _Allowance(max(self.largest, other.largest), max(self.rms, other.rms))
-
-    def widened(self, error: _Error) -> _Allowance:
-        return _Allowance(max(self.largest, error.largest), max(self.rms, error.rms))
-
-
 def _shortfall(taken: Sequence[Feed], planned: int, lack: str) -> list[str]:
     """What to say where fewer samples were tried than planned; nothing where all were."""
     used = sum(feed.samples for feed in taken)
     return [f"{used} of {planned} samples fit into the {lack}"] if used < planned else []
-
-
-def _leaves(outputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arrays of all outputs: sequences and maps element by element."""
-    found: dict[str, Any] = {}
-
-    def add(name: str, value: Any) -> None:
-        if isinstance(value, dict):
-            for key, item in value.items():
-                # the floats of a map are float32, which Python hands over as its own
-                add(f"{name}[{key}]", np.float32(item) if isinstance(item, float) else item)
-        elif isinstance(value, list):
-            found[f"{name}.length"] = np.array(len(value), dtype=np.int64)
-            for index, item in enumerate(value):
-                add(f"{name}[{index}]", item)
-        else:
-            found[name] = None if value is None else np.asarray(value)
-
-    for name, value in outputs.items():
-        add(name, value)
-    return found
-
-
-def _samples(outputs: Outputs) -> dict[str, Any]:
-    """Return every output with one value of it; what is absent in all runs is None.
-
-    A sequence may be longer on a later input, and its elements are outputs like any other.
-    """
-    found: dict[str, Any] = {}
-    for leaves in outputs:
-        for name, value in leaves.items():
-            if found.get(name) is None:
-                found[name] = value
-    return found
-
-
-def _is_text(value: Array) -> bool:
-    return value.dtype.kind in "OSU"
-
-
-def _is_real(value: Any) -> bool:
-    return isinstance(value, np.ndarray) and is_float_dtype(value.dtype)
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Tell whether two values are equal bit for bit, NaN equal to NaN."""
-    if a is None or b is None:
-        return a is b
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    if _is_real(a):
-        return bool(np.array_equal(a.astype(np.float64), b.astype(np.float64), equal_nan=True))
-    return bool(np.array_equal(a, b))
-
-
-def _misplaced(truth: Array, baselines: Sequence[Array], run: Array) -> int:
-    """Count the elements that are NaN or infinite where the original's are not, or the reverse.
-
-    The original may have run more than once, each run overflowing elsewhere; one that did what the
-    candidate does is enough. A finite element where the original overflowed and the truth did not
-    is no fault: it is measured like any other.
-    """
-    r = run.astype(np.float64)
-    wrong = ~(np.isfinite(truth) & np.isfinite(r))
-    wrong &= ~(~np.isfinite(truth) & ((np.isnan(truth) & np.isnan(r)) | (truth == r)))
-    for baseline in baselines:
-        b = baseline.astype(np.float64)
-        odd = ~np.isfinite(b) | ~np.isfinite(r)
-        wrong &= odd & ~((np.isnan(b) & np.isnan(r)) | (b == r))
-    return int(np.sum(wrong))
-
-
-def _unmeasured(truth: Any, run: Any) -> int:
-    """Count the elements that are finite in a run and not in the truth."""
-    if truth is None or run is None or truth.shape != run.shape:
-        return 0
-    return int(np.sum(~np.isfinite(truth) & np.isfinite(run.astype(np.float64))))
 
 
 # --- one model and what its runs are measured against ------------------------------------------
@@ -409,7 +105,7 @@ class _Reference:
     feeds: list[Feed]
     truths: Outputs
     runs: dict[bool, Outputs]
-    allowances: dict[bool, dict[str, _Allowance]]
+    allowances: dict[bool, dict[str, Allowance]]
     scales: dict[str, float]
     precision: str
     notes: list[str]
@@ -622,7 +318,7 @@ class ParityChecker:
                         short = True
                         break
                     try:
-                        runs.append((feed, _leaves(session.run(feed.values))))
+                        runs.append((feed, leaves(session.run(feed.values))))
                     except RuntimeRejection as error:
                         refusal = refusal or error
                         if not runs and position:
@@ -832,7 +528,7 @@ class ParityChecker:
                 continue
             taken.append(feed)
             origins.append(position)
-            truths.append(_leaves({name: values[name] for name in names}))
+            truths.append(leaves({name: values[name] for name in names}))
             decided.append({name: values[name] for name in kept})
         if refused is not None:
             if not taken:
@@ -884,16 +580,16 @@ class ParityChecker:
                 continue
             reference.runs[optimize] = runs
             allowances = {}
-            for name in _samples(runs):
-                distance = _error(name, reference.truths, runs)
+            for name in sampled(runs):
+                distance = distance_of(name, reference.truths, runs)
                 reference.scales.setdefault(name, distance.scale)
-                allowances[name] = _Allowance(distance.largest, distance.rms)
+                allowances[name] = Allowance(distance.largest, distance.rms)
             took = max(time.monotonic() - start, took)
             hidden = variants.hidden_random_nodes(stored)
             if not optimize and (hidden or took < self._seconds * _RUN_SHARE / 4):
                 self._note_randomness(reference, path, allowances)
             responds = responds or any(v is not None and v.dtype == np.float64
-                                       for v in _samples(runs).values())  # fmt: skip
+                                       for v in sampled(runs).values())  # fmt: skip
             if responds:
                 self._respond(reference, stored, optimize, allowances, took)
             reference.allowances[optimize] = allowances
@@ -905,8 +601,8 @@ class ParityChecker:
 
             def respond() -> None:
                 for optimize, allowances in reference.allowances.items():
-                    values = _samples(reference.runs[optimize])
-                    floats = {n: a for n, a in allowances.items() if _is_real(values[n])}
+                    values = sampled(reference.runs[optimize])
+                    floats = {n: a for n, a in allowances.items() if is_real(values[n])}
                     self._respond(reference, stored, optimize, floats, took)
                     allowances.update(floats)
 
@@ -975,11 +671,11 @@ class ParityChecker:
         self,
         reference: _Reference,
         path: Path,
-        allowances: dict[str, _Allowance],
+        allowances: dict[str, Allowance],
     ) -> None:
         # in one session, because a new one starts its random numbers anew
         first, *again = self._run(path, reference.feeds[:1] * 2, optimize=False)
-        differing = [name for name in first if not _same(first[name], again[0].get(name))]
+        differing = [name for name in first if not identical(first[name], again[0].get(name))]
         if not differing:
             return
         reference.notes.append(
@@ -987,7 +683,7 @@ class ParityChecker:
         )
         for name in differing:
             if name in again[0]:
-                error = _error(name, reference.truths[:1], again)
+                error = distance_of(name, reference.truths[:1], again)
                 allowances[name] = allowances[name].widened(error)
 
     def _respond(
@@ -995,7 +691,7 @@ class ParityChecker:
         reference: _Reference,
         stored: storage.Stored,
         optimize: bool,
-        allowances: dict[str, _Allowance],
+        allowances: dict[str, Allowance],
         took: float,
     ) -> None:
         """Widen the allowances by what a one-ulp change does to the original."""
@@ -1017,16 +713,16 @@ class ParityChecker:
             with staging.Staged(variants.nudged(stored, seed), None) as staged:
                 runs = self._run(staged.model, moved, optimize=optimize)
             for name in allowances:
-                error = _error(name, reference.truths, runs)
+                error = distance_of(name, reference.truths, runs)
                 allowances[name] = allowances[name].widened(error)
 
     def _find_misfusions(self, reference: _Reference) -> None:
         """Name the outputs where the runtime's fusions lose more than half of the digits."""
         found = []
-        values = _samples(reference.runs[False])
+        values = sampled(reference.runs[False])
         for name, fused in reference.allowances[True].items():
             value: Any = values.get(name)
-            if not _is_real(value):
+            if not is_real(value):
                 continue
             scale = reference.scales[name]
             unit = ulp(scale, value.dtype)
@@ -1057,9 +753,9 @@ class ParityChecker:
                 path = stack.enter_context(copy).model
             runs = self._run(path, reference.feeds, optimize=False)
         for name in reals:
-            if name not in runs[0] or not _is_real(runs[0][name]):
+            if name not in runs[0] or not is_real(runs[0][name]):
                 continue
-            error = _error(name, [{name: d[name]} for d in reference.decided], runs)
+            error = distance_of(name, [{name: d[name]} for d in reference.decided], runs)
             room = 4.0 * ulp(error.scale, runs[0][name].dtype)
             reference.real_budgets[name] = 2.0 * error.largest + room
 
@@ -1073,7 +769,7 @@ class ParityChecker:
             wanted = {value.name for value in session.inputs}
             for feed in feeds:
                 values = {n: v for n, v in feed.values.items() if n in wanted}
-                outputs.append(_leaves(session.run(values)))
+                outputs.append(leaves(session.run(values)))
         return outputs
 
     # --- judgement -----------------------------------------------------------------------------
@@ -1083,11 +779,11 @@ class ParityChecker:
     ) -> tuple[list[OutputParity], list[str]]:
         """Judge, and once more where the budget rests on too few of the original's errors."""
         outputs, notes = self._judge(reference, candidate)
-        samples = _samples(reference.runs[False])
+        samples = sampled(reference.runs[False])
         beyond = any(
             level.error > level.budget or level.error_rms > level.budget_rms
             for output in outputs
-            if _is_real(samples[output.name])
+            if is_real(samples[output.name])
             for level in (output.unoptimized, output.optimized)
             if level is not None
         )
@@ -1105,7 +801,7 @@ class ParityChecker:
         self, reference: _Reference, candidate: Path
     ) -> tuple[list[OutputParity], list[str]]:
         notes: list[str] = []
-        expected = _samples(reference.runs[False])
+        expected = sampled(reference.runs[False])
         with contextlib.ExitStack() as stack:
             if reference.draws:
                 copy = variants.frozen(storage.load(candidate), reference.draws[0])
@@ -1121,12 +817,12 @@ class ParityChecker:
                     if optimize and True not in reference.runs:
                         continue
                     reason = f"the changed model cannot be run: {error.what}"
-                    levels[optimize] = dict.fromkeys(expected, _failed(reason))
+                    levels[optimize] = dict.fromkeys(expected, failed(reason))
                     continue
                 levels[optimize] = {
                     name: self._level(reference, name, runs, optimize, notes) for name in expected
                 }
-                further = [f"'{name}'" for name in _samples(runs) if name not in expected]
+                further = [f"'{name}'" for name in sampled(runs) if name not in expected]
                 if further:
                     notes.append(f"outputs of the changed model alone: {', '.join(further)}")
         outputs = [
@@ -1147,13 +843,13 @@ class ParityChecker:
         baseline = reference.runs[own]
         reason = self._mismatch(reference, name, runs, baseline, optimize)
         if reason is not None:
-            return _failed(reason)
-        sample: Any = _samples(baseline).get(name)
-        if not _is_real(sample):
+            return failed(reason)
+        sample: Any = sampled(baseline).get(name)
+        if not is_real(sample):
             return self._exact_level(reference, name, runs, baseline, notes)
-        error = _error(name, reference.truths, runs)
+        error = distance_of(name, reference.truths, runs)
         unmeasured = sum(
-            _unmeasured(truth.get(name), run.get(name))
+            immeasurable(truth.get(name), run.get(name))
             for truth, run in zip(reference.truths, runs, strict=True)
         )
         if unmeasured:
@@ -1170,7 +866,7 @@ class ParityChecker:
         elif error.rms > budget_rms:
             reason = f"rms error {error.rms:.3g} exceeds the budget {budget_rms:.3g}"
         if reason is not None and optimize and name in reference.misfused:
-            same = _error(name, reference.runs[True], runs)
+            same = distance_of(name, reference.runs[True], runs)
             if same.largest <= budget and same.rms <= budget_rms:
                 reason = None
                 notes.append(f"the runtime's optimizations change both models alike in '{name}'")
@@ -1212,18 +908,18 @@ class ParityChecker:
                 if mine is not theirs:
                     return "it is absent in one of the models"
                 continue
-            text = _is_text(mine) and _is_text(theirs)
+            text = is_text(mine) and is_text(theirs)
             if not text and mine.dtype != theirs.dtype:
                 return f"its dtype is {mine.dtype}, the original's {theirs.dtype}"
             if mine.shape != theirs.shape and name not in reference.decisions:
                 return f"its shape is {list(mine.shape)}, the original's {list(theirs.shape)}"
-            if _is_real(mine):
+            if is_real(mine):
                 exact = truth.get(name)
                 exact = theirs.astype(np.float64) if exact is None else exact
                 if exact.shape != mine.shape:
                     return f"its shape is {list(mine.shape)}, the truth's {list(exact.shape)}"
                 own = [np.asarray(leaves[index].get(name, mine)) for leaves in every]
-                odd = _misplaced(exact, [v for v in own if v.shape == mine.shape], mine)
+                odd = misplaced(exact, [v for v in own if v.shape == mine.shape], mine)
                 if odd:
                     are = "element is" if odd == 1 else "elements are"
                     return f"{odd} {are} NaN or infinite in one of the models only"
@@ -1241,11 +937,11 @@ class ParityChecker:
         decision = reference.decisions.get(name)
         worst, squares, count, differing = 0.0, 0.0, 0, 0
         tied = True
-        allowed = reference.allowances[False].get(name, _Allowance(0.0, 0.0))
+        allowed = reference.allowances[False].get(name, Allowance(0.0, 0.0))
         for index, (run, other) in enumerate(zip(runs, baseline, strict=True)):
             mine: Any = run.get(name)
             theirs: Any = other.get(name)
-            if mine is None or _same(mine, theirs):
+            if mine is None or identical(mine, theirs):
                 count += 0 if mine is None else mine.size
                 continue
             truth = reference.truths[index].get(name)
@@ -1263,7 +959,7 @@ class ParityChecker:
                 worst, differing = math.inf, differing + 1
             tied = tied and self._tied(reference, decision, index, truth, mine)
         rms = math.sqrt(squares / count) if count else 0.0
-        sample = _samples(runs)[name]
+        sample = sampled(runs)[name]
         integers = sample is not None and sample.dtype.kind in "iu"
         # between places, as an ArgMax gives them, there is no distance that could be an error
         quantized = (
@@ -1316,10 +1012,10 @@ class ParityChecker:
                 own.runs[True] = self._run(self._path, feeds, optimize=True)
             took = time.monotonic() - start
             allowances = {}
-            for name in _samples(runs):
-                distance = _error(name, truths, own.runs.get(True, runs))
+            for name in sampled(runs):
+                distance = distance_of(name, truths, own.runs.get(True, runs))
                 own.scales[name] = distance.scale
-                allowances[name] = _Allowance(distance.largest, distance.rms)
+                allowances[name] = Allowance(distance.largest, distance.rms)
             self._respond(own, stored, False, allowances, took)
             own.allowances = {False: allowances, True: allowances}
             self._own = own
@@ -1454,24 +1150,6 @@ def _result(
     )
 
 
-def _failed(reason: str) -> Level:
-    nan = math.nan
-    return Level(nan, nan, nan, nan, nan, nan, nan, nan, None, None, reason)
-
-
-def _error(name: str, truths: Outputs, runs: Outputs) -> _Error:
-    """Accumulate the distance of an output from the truth over all runs."""
-    total = _Error()
-    for truth, run in zip(truths, runs, strict=True):
-        exact, value = truth.get(name), run.get(name)
-        if exact is None or value is None or exact.shape != value.shape:
-            continue
-        if _is_text(value) or _is_text(exact):
-            continue
-        total.add(exact, value)
-    return total
-
-
 def _operators(number: int) -> str:
     return "1 random operator" if number == 1 else f"{number} random operators"
 
@@ -1479,15 +1157,15 @@ def _operators(number: int) -> str:
 def _blind(reference: _Reference) -> list[str]:
     """Name the outputs that these inputs cannot tell from wrong ones, though they agree."""
     empty, odd, zero, lost, vague = [], [], [], [], []
-    for name, value in _samples(reference.runs[False]).items():
+    for name, value in sampled(reference.runs[False]).items():
         truths = [truth.get(name) for truth in reference.truths]
         if all(truth is None for truth in truths):
             continue
         if not any(np.size(truth) for truth in truths if truth is not None):
             empty.append(f"'{name}'")
-        elif _is_real(value):
+        elif is_real(value):
             zeros = [{} if t is None else {name: np.zeros(t.shape)} for t in truths]
-            of_zeros = _error(name, reference.truths, zeros)
+            of_zeros = distance_of(name, reference.truths, zeros)
             budget, budget_rms = reference.budget(name, False, value.dtype)
             if not of_zeros.count:
                 odd.append(f"'{name}'")

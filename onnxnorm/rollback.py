@@ -23,7 +23,7 @@ from onnxnorm.storage import Stored
 from onnxnorm.workbench import Workbench
 
 if TYPE_CHECKING:
-    from onnxnorm.parity import Level, ParityResult
+    from onnxnorm.agreement import Level, ParityResult
 
 
 _PATIENCE: Final = 4  # time budgets for the search of what breaks agreement

@@ -17,8 +17,10 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxnorm import parity
+from onnxnorm.agreement import ParityResult
+from onnxnorm.distance import Allowance, misplaced, ulp
 from onnxnorm.errors import ParityError
-from onnxnorm.parity import ParityChecker, ParityResult, ulp
+from onnxnorm.parity import ParityChecker
 from onnxnorm.remark import Region
 from onnxnorm.truth import Evaluator, OutOfTime
 
@@ -291,9 +293,9 @@ def test_a_float16_overflow_of_the_original_may_stay_or_go(tmp_path: Path) -> No
 def test_non_finite_where_either_run_of_the_original_has_it_is_no_fault() -> None:
     truth, off, on = np.ones(3), np.array([1.0, np.inf, 1.0]), np.array([np.inf, 1.0, 1.0])
     for run in (off, on):
-        assert parity._misplaced(truth, [off, on], run) == 0
-    assert parity._misplaced(truth, [off], on) == 1
-    assert parity._misplaced(truth, [off, on], np.array([1.0, 1.0, np.nan])) == 1
+        assert misplaced(truth, [off, on], run) == 0
+    assert misplaced(truth, [off], on) == 1
+    assert misplaced(truth, [off, on], np.array([1.0, 1.0, np.nan])) == 1
 
 
 @pytest.mark.parametrize(
@@ -1004,8 +1006,8 @@ def test_a_candidate_that_rounds_otherwise_is_given_a_second_look(tmp_path: Path
 def test_with_optimizations_on_the_larger_error_of_the_original_counts() -> None:
     def budget(off: float, on: float, *, misfused: bool = False) -> float:
         allowances = {
-            False: {"y": parity._Allowance(off, off)},
-            True: {"y": parity._Allowance(on, on)},
+            False: {"y": Allowance(off, off)},
+            True: {"y": Allowance(on, on)},
         }
         reference = parity._Reference(
             [], [], {False: [], True: []}, allowances, {"y": 1.0}, "float64", [], [], ("y",)
@@ -1013,6 +1015,6 @@ def test_with_optimizations_on_the_larger_error_of_the_original_counts() -> None
         reference.misfused = frozenset({"y"} if misfused else ())
         return reference.budget("y", True, np.dtype(np.float32))[0]
 
-    room = 4.0 * parity.ulp(1.0, np.dtype(np.float32))
+    room = 4.0 * ulp(1.0, np.dtype(np.float32))
     assert budget(3.0, 1.0) == budget(1.0, 3.0) == 6.0 + room
     assert budget(1.0, 3.0, misfused=True) == 2.0 + room

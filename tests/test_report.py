@@ -23,10 +23,10 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
 
+from onnxnorm.agreement import Level, OutputParity, ParityResult
 from onnxnorm.analysis import empty
 from onnxnorm.errors import OnnxNormError, OutputError, UsageError
 from onnxnorm.latency import LatencyResult, Timing
-from onnxnorm.parity import Level, OutputParity, ParityResult
 from onnxnorm.report import Report, load_schema, report_form
 from onnxnorm.report_html import render_html
 from onnxnorm.report_markdown import render_markdown
