@@ -136,6 +136,7 @@ class Evaluator:
         precision: "float64", or what was not: "float64 except 3 nodes in float32: a.B (3)".
         entered: The bodies of control-flow nodes outside functions that were evaluated so far:
             the node's first output, and the attribute.
+        rows: Of each floating-point table that a Gather has read rows of: which it has read.
     """
 
     def __init__(
@@ -169,6 +170,7 @@ class Evaluator:
         self._deadline = math.inf
         self._main: _Scope | None = None
         self.entered: set[tuple[str, str]] = set()
+        self.rows: dict[str, Array] = {}
 
     def __enter__(self) -> Evaluator:  # noqa: PYI034  (Self needs Python 3.11)
         return self
@@ -229,6 +231,10 @@ class Evaluator:
         with np.errstate(all="ignore"):
             self._evaluate(self._graph, scope, frozenset(wanted) | set(keep))
             return {name: widen(self._read(scope.lookup(name))) for name in [*wanted, *keep]}
+
+    def weight(self, name: str) -> Array:
+        """Return an initializer of the main graph as it is stored."""
+        return self._stored.array(next(t for t in self._graph.initializer if t.name == name))
 
     def apply(self, node: onnx.NodeProto, inputs: Sequence[Value]) -> Sequence[Value]:
         """Return the outputs of one node of the main graph for other inputs."""
@@ -312,6 +318,8 @@ class Evaluator:
             if domain == "" and node.op_type in _CONTROL:
                 return _CONTROL[node.op_type](self, node, inputs, scope)
             moves = domain == "" and node.op_type in _MOVES
+            if moves and node.op_type == "Gather" and scope is self._main:
+                self._read_rows(node, scope.lookup(node.input[0]), inputs[1])
             inputs = [v if moves and i == 0 else widen(v) for i, v in enumerate(inputs)]
             return self._operator(node, domain, inputs, scope)
         except (OutOfTime, OnnxNormError, MemoryError):
@@ -321,6 +329,14 @@ class Evaluator:
                 f"{_label(node)} cannot be evaluated: {type(error).__name__}: {error}",
                 "Check the shapes and types of the inputs given to the model.",
             ) from error
+
+    def _read_rows(self, node: onnx.NodeProto, table: Value, indices: Any) -> None:
+        along = next((a.i for a in node.attribute if a.name == "axis"), 0)
+        if not isinstance(table, _Weight) or along != 0 or not table.tensor.dims:
+            return
+        if is_float_type(table.tensor.data_type):
+            found = self.rows.setdefault(node.input[0], np.zeros(table.tensor.dims[0], np.bool_))
+            found[indices] = True
 
     def _resolve(self, node: onnx.NodeProto, scope: _Scope) -> onnx.NodeProto:
         """Replace references to the attributes of the function that is being called."""

@@ -592,6 +592,27 @@ def test_outputs_that_copy_inputs_and_empty_ones(tmp_path: Path) -> None:
     assert [o.unoptimized.error for o in result.outputs] == [0.0, 0.0]
 
 
+def test_rows_of_a_changed_table_that_no_input_reads_are_counted(tmp_path: Path) -> None:
+    table = np.random.default_rng(0).standard_normal((5000, 4)).astype(np.float32)
+
+    def model(name: str, table: Any) -> Path:
+        nodes = [helper.make_node("Gather", ["table", "x"], ["y"])]
+        inputs = [tensor("x", ["N", "S"], np.int64)]
+        return save(tmp_path, name, nodes, inputs, ["y"], {"table": table})
+
+    with ParityChecker(model("a", table)) as checker:
+        unread = np.ones(5000, np.bool_)
+        for feed in checker.feeds:
+            unread[feed.values["x"]] = False
+        changed = table.copy()
+        changed[np.flatnonzero(unread)[0]] *= 1.5
+        result = checker.check(model("b", changed))
+        assert result.passed, "no input shows it"
+        read = 5000 - int(unread.sum())
+        assert f"the inputs read {read} of the 5000 rows of 'table'" in result.notes[0]
+        assert not checker.check(model("c", table)).notes
+
+
 # --- bodies that no input leads to -------------------------------------------------------------
 
 
