@@ -31,8 +31,9 @@ from hypothesis import strategies as st
 
 from onnxnorm import latency
 from onnxnorm.errors import ProviderError, RuntimeRejection, UsageError
-from onnxnorm.latency import Estimate, LatencyResult, Timing, Trial, estimate, measure
+from onnxnorm.latency import LatencyResult, Timing, measure
 from onnxnorm.session import open_session
+from onnxnorm.trials import Estimate, Trial, estimate, student_quantile
 from tools.bench_latency import Noise, false_claims, simulate, trial_from_json
 
 NONE = "no measurable difference"
@@ -247,7 +248,7 @@ def test_too_little_is_an_error(trials: list[Trial]) -> None:
     ],
 )
 def test_students_quantiles(degrees: int, confidence: float, quantile: float) -> None:
-    assert latency.student_quantile(degrees, confidence) == pytest.approx(quantile, rel=1e-9)
+    assert student_quantile(degrees, confidence) == pytest.approx(quantile, rel=1e-9)
 
 
 # -- planning ----------------------------------------------------------------------------------

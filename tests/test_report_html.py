@@ -22,6 +22,7 @@ from onnxnorm.report_analysis import MINUS
 from onnxnorm.report_html import operator_parts, parity_rows, render_html, tiles, waterfall_steps
 from onnxnorm.report_markdown import render_markdown
 from onnxnorm.report_text import roles
+from onnxnorm.trials import estimate, student_quantile
 from tests import browser
 from tests.test_report import (
     ELSEWHERE,
@@ -70,7 +71,7 @@ def timed(scale: float) -> dict[str, Any]:
         for i in range(8)
         for levels in [(40.0, 40.0 * (1 + (i - 4) / 900), 40.0 * scale * (1 + (i * 3 % 7) / 700))]
     ]
-    found = latency.estimate([each.trial for each in trials])
+    found = estimate([each.trial for each in trials])
     return {
         **LATENCY,
         "verdict": found.verdict,
@@ -463,7 +464,7 @@ def test_every_number_of_the_tables_is_one_of_the_json() -> None:
 
 def test_the_ratio_can_be_computed_again_from_what_the_report_keeps() -> None:
     data = WHOLE.to_json()["latency"]
-    found = latency.estimate([latency.Turns.from_json(each).trial for each in data["trials"]])
+    found = estimate([latency.Turns.from_json(each).trial for each in data["trials"]])
     assert found.ratio == pytest.approx(data["ratio"])
     assert found.interval == pytest.approx(tuple(data["interval"]))
     assert found.band == pytest.approx(tuple(data["band"]))
@@ -498,12 +499,12 @@ def test_the_guide_defines_ratio_interval_and_band_as_they_are() -> None:
         for pair in zip(d, d2, strict=True)
     ]
     degrees = math.floor(k * n)
-    half = latency.student_quantile(degrees - 1) * statistics.stdev(means) / (k * math.sqrt(n))
+    half = student_quantile(degrees - 1) * statistics.stdev(means) / (k * math.sqrt(n))
     ends = [data["ratio"] * math.exp(-half), data["ratio"] * math.exp(half)]
     assert data["interval"] == pytest.approx(ends)
     sizes = sorted(map(abs, e))
     squares = statistics.fmean(min(x, sizes[degrees - 1]) ** 2 for x in sizes)
-    half = latency.student_quantile(degrees) * math.sqrt(0.75 * squares) / (k * math.sqrt(n))
+    half = student_quantile(degrees) * math.sqrt(0.75 * squares) / (k * math.sqrt(n))
     assert data["band"] == pytest.approx([math.exp(-half), math.exp(half)])
 
 

@@ -23,6 +23,7 @@ import numpy as np
 from onnxnorm import latency
 from onnxnorm.errors import OnnxNormError
 from onnxnorm.session import Session, open_session
+from onnxnorm.trials import Trial, estimate
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def simulate(
     pairs: int = 12,
     turns: int = 3,
     samples: int = 12,
-) -> list[latency.Trial]:
+) -> list[Trial]:
     """Trials as the measurement records them, of a candidate that takes `ratio` times as long."""
     noise = noise or Noise()
     rng = random.Random(seed)
@@ -86,11 +87,11 @@ def simulate(
                         for _ in range(samples)
                     )
                 )
-        trials.append(latency.Trial(index % 2 == 1, *(tuple(times[role]) for role in roles)))
+        trials.append(Trial(index % 2 == 1, *(tuple(times[role]) for role in roles)))
     return trials
 
 
-def false_claims(recorded: Sequence[latency.Trial], seed: int, pairs: int) -> bool:
+def false_claims(recorded: Sequence[Trial], seed: int, pairs: int) -> bool:
     """Whether the estimator claims a difference in A/A trials with their roles and order redrawn.
 
     All three sessions of such a trial are of one model, so which of them plays the candidate is
@@ -101,8 +102,8 @@ def false_claims(recorded: Sequence[latency.Trial], seed: int, pairs: int) -> bo
     for trial in rng.sample(list(recorded), pairs):
         roles = [trial.first, trial.second, trial.candidate]
         rng.shuffle(roles)
-        chosen.append(latency.Trial(trial.fresh, *roles))
-    return latency.estimate(chosen).verdict != "no measurable difference"
+        chosen.append(Trial(trial.fresh, *roles))
+    return estimate(chosen).verdict != "no measurable difference"
 
 
 def random_feeds(session: Session, seed: int = 0) -> dict[str, Any]:
@@ -118,10 +119,10 @@ def random_feeds(session: Session, seed: int = 0) -> dict[str, Any]:
     return feeds
 
 
-def trial_from_json(data: dict[str, Any]) -> latency.Trial:
+def trial_from_json(data: dict[str, Any]) -> Trial:
     """The trial that `asdict` and json wrote."""
     roles = ("first", "second", "candidate")
-    return latency.Trial(
+    return Trial(
         bool(data["fresh"]), *(tuple(tuple(turn) for turn in data[role]) for role in roles)
     )
 
@@ -138,7 +139,7 @@ def _simulations() -> Iterator[str]:
             row = []
             for ratio in ratios:
                 found = (
-                    latency.estimate(simulate(seed, ratio=ratio, noise=noise, pairs=pairs))
+                    estimate(simulate(seed, ratio=ratio, noise=noise, pairs=pairs))
                     for seed in range(count)
                 )
                 claims = sum(each.verdict != "no measurable difference" for each in found)

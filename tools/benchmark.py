@@ -8,7 +8,7 @@ For each model each tool optimizes it with its defaults, in a process of its own
 its wall time, its peak memory, and a crash is a result too. Then each result is judged against the
 original in float64 truth (`onnxnorm.parity`), and all of them are timed under ORT_ENABLE_ALL, in
 one process a trial in which every model takes turns with two sessions of the original, in an order
-that changes; `onnxnorm.latency.estimate` makes ratio, interval and A/A band of it, as
+that changes; `onnxnorm.trials.estimate` makes ratio, interval and A/A band of it, as
 `onnxnorm compare` does for two. With one thread and with two.
 
 What is done is kept in RESULTS, a JSON file a model, and not done again: an interrupted run goes on
@@ -51,7 +51,7 @@ import onnx  # noqa: E402
 
 from models import RECIPES, serialise  # noqa: E402
 from onnxnorm.errors import OnnxNormError  # noqa: E402
-from onnxnorm.latency import Trial, estimate  # noqa: E402
+from onnxnorm.trials import Trial, estimate  # noqa: E402
 from tools.recall import WORKER, all_nodes, attempts, interpreter, setup  # noqa: E402
 
 MEASURED: Final = ROOT / "tools" / "measured.py"
