@@ -20,6 +20,7 @@ from onnxnorm.passes.fold_layout import FoldLayout
 from onnxnorm.passes.fold_modulation import FoldModulation
 from onnxnorm.passes.fold_sizes import FoldSizes
 from onnxnorm.passes.lower_attention import LowerAttention
+from onnxnorm.passes.lower_channel_affine import LowerChannelAffine
 from onnxnorm.passes.lower_channel_norm import LowerChannelNorm
 from onnxnorm.passes.lower_group_norm import LowerGroupNorm
 from onnxnorm.passes.lower_norms import LowerNorms
@@ -70,6 +71,7 @@ def test_selections() -> None:
         EliminateSoftmax(),
         LowerSoftmax(),
         LowerGroupNorm(),
+        LowerChannelAffine(),
         LowerAttention(),
         LowerNorms(),
         LowerSkipNorm(),
