@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from onnxnorm.errors import UsageError
@@ -176,3 +176,33 @@ def test_float64_is_computed_in_float64() -> None:
     made = bodies.node("ChannelRMSNormalization", ["x", "s"], "y", element_type=11, axes=[1])
     assert {a.name: a.i for a in made.attribute}["stash_type"] == TensorProto.DOUBLE
     assert FLOAT64 != FLOAT32
+
+
+@needs_library
+@pytest.mark.parametrize("name", bodies.OPERATORS)
+def test_a_size_that_is_not_known_is_told_as_such(name: str, tmp_path: Path) -> None:
+    """Of a Reshape by a computed target onnxruntime knows the rank alone."""
+    inputs, attributes = example(name)
+    model = model_of(name, inputs, **attributes)
+    graph = model.graph
+    call = graph.node.pop(0)
+    call.input[0], call.output[0] = "reshaped", "called"
+    graph.node.extend(
+        [
+            helper.make_node("Reshape", ["X0", "target"], ["reshaped"]),
+            call,
+            helper.make_node("Slice", ["called", "zero", "one", "zero"], ["first"]),
+            helper.make_node("Add", ["first", "same"], ["Y"]),
+        ]
+    )
+    graph.input.append(helper.make_tensor_value_info("target", TensorProto.INT64, [3]))
+    constants = {
+        "zero": np.array([0]),
+        "one": np.array([1]),
+        "same": np.zeros((1, 6, 5), np.float32),
+    }
+    graph.initializer.extend(numpy_helper.from_array(a, n) for n, a in constants.items())
+    given = [*inputs, np.array([2, 6, 5])]
+    found = run(model, given, tmp_path)
+    assert found.shape == (1, 6, 5)
+    np.testing.assert_allclose(found, run(model, given, tmp_path, kernel=False), atol=1e-5)

@@ -1,4 +1,6 @@
 // What onnxruntime calls: RegisterCustomOps, and the operators' callbacks behind it.
+#include <atomic>
+#include <cstdint>
 #include <cstdio>
 #include <deque>
 #include <exception>
@@ -199,6 +201,17 @@ Known broadcast_known(const Known& a, const Known& b) {
   return out;
 }
 
+// onnxruntime takes an unknown size without a name for the number -1: an Add finds it different
+// from the size that it is, and a Slice behind it ends the process. So each has a name of its own.
+Known named(Known known) {
+  static std::atomic<std::uint64_t> count{0};
+  for (std::size_t i = 0; i < known.sizes.size(); ++i) {
+    if (known.sizes[i] >= 0 || !known.names[i].empty()) continue;
+    known.names[i] = "onnxnorm_unknown_" + std::to_string(count++);
+  }
+  return known;
+}
+
 void infer(const Registered& me, ort::ShapeInferContext* context) {
   const ort::Api* api = me.api;
   const auto info_of = [&](std::size_t index) {
@@ -211,15 +224,15 @@ void infer(const Registered& me, ort::ShapeInferContext* context) {
   check(api->GetDimensionsCount(first, &rank));
   // Rank 0 stands for an unknown rank too, and no operator here takes a scalar.
   if (rank == 0) return;
-  if (me.op->shape_of_first) {
-    check(api->ShapeInferContext_SetOutputTypeShape(context, 0, first));
-    return;
+  Known out = known_shape(api, first);
+  if (!me.op->shape_of_first) {
+    // A scalar, or a mask of unknown rank, which may make the output larger than the first input: a
+    // wrong shape here would let onnxruntime lay the output into memory that is too small.
+    const Known mask = known_shape(api, info_of(2));
+    if (mask.sizes.empty()) return;
+    out = broadcast_known(out, mask);
   }
-  // A scalar, or a mask of unknown rank, which may make the output larger than the first input: a
-  // wrong shape here would let onnxruntime lay the output into memory that is too small.
-  const Known mask = known_shape(api, info_of(2));
-  if (mask.sizes.empty()) return;
-  const Known out = broadcast_known(known_shape(api, first), mask);
+  out = named(std::move(out));
   ort::TensorInfo* raw = nullptr;
   check(api->CreateTensorTypeAndShapeInfo(&raw));
   const Info info(raw, {api});
