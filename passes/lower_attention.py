@@ -39,8 +39,6 @@ _TO_HEADS: Final = (0, 2, 1, 3)  # (batch, sequence, heads, size) and back
 _TO_KEYS: Final = (0, 2, 3, 1)
 _UNPACKED: Final = (2, 0, 3, 1, 4)  # (batch, sequence, 3, heads, size) to what is cut in three
 _FLIPPED: Final = (0, 1, 3, 2)
-
-
 _RANK: Final = 4  # of scores
 _OPERAND: Final = "an operand of its products"
 

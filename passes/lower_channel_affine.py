@@ -165,15 +165,12 @@ class _Blocks:
 
     def go_on(self, value: AnyValue) -> bool:
         """Whether a value is read in blocks, by some reader, also behind an activation."""
-        for use in self._facts.uses(value):
-            node = use.node
-            if node.domain == "" and node.op in _KEEPING:
-                value = node.outputs[0]
-                if any(self._reads(u.node) for u in self._facts.uses(value)):
-                    return True
-            elif self._reads(node):
-                return True
-        return False
+        readers = self._readers(value)
+        behind = [n.outputs[0] for n in readers if n.op in _KEEPING and not n.domain]
+        return any(self._reads(n) for v in (value, *behind) for n in self._readers(v))
+
+    def _readers(self, value: AnyValue) -> list[Node]:
+        return [use.node for use in self._facts.uses(value)]
 
     def _reads(self, node: Node) -> bool:
         if node.domain:
