@@ -75,8 +75,9 @@ def _changes(report: Json) -> str:
         targets = [
             row.get("into") for row in found if (row["kind"], row["action"]) == (kind, action)
         ]
-        if None not in targets:
-            part += f" into {listed(sorted({_target(into) for into in targets if into}))}"
+        named = sorted({_target(into) for into in targets if into})
+        if named and None not in targets:
+            part += f" into {listed(named)}"
         if refused[kind]:
             part += f" and {refused.pop(kind):,} refused"
         parts.append(part)
