@@ -138,6 +138,8 @@ class Pipeline:
             for i, rule in enumerate(self.passes):
                 if settled.get(i) == current.state:
                     continue  # the graph is as it left it
+                if rule.closing and committed:
+                    continue  # its turn comes in a round in which nobody else had one
                 started = time.perf_counter()
                 done, rest = self._fixed_point(rule, current, verifier, deny, allow)
                 applied += done

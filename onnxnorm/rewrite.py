@@ -94,12 +94,15 @@ class Pass(ABC):
         equation: What becomes what.
         approximate: Whether it changes the function over the reals; such a pass is never on
             unless it is asked for.
+        closing: Whether it waits until no other pass has anything left to do, since what it does
+            would stand in their way.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     equation: ClassVar[str]
     approximate: ClassVar[bool] = False
+    closing: ClassVar[bool] = False
 
     @abstractmethod
     def plan(self, facts: Facts) -> Iterable[Plan | Refusal]:

@@ -40,6 +40,7 @@ PASSES: Final[dict[str, str]] = {
     "lower-norms": "onnxnorm.passes.lower_norms:LowerNorms",
     "lower-skip-norm": "onnxnorm.passes.lower_skip_norm:LowerSkipNorm",
     "lower-residual-sum": "onnxnorm.passes.lower_residual_sum:LowerResidualSum",
+    "merge-constants": "onnxnorm.passes.merge_constants:MergeConstants",
 }
 
 # What `optimize` runs when it is not told otherwise: passes that are equal over the reals.
@@ -66,4 +67,5 @@ DEFAULT: Final[tuple[str, ...]] = (
     "lower-norms",
     "lower-skip-norm",
     "lower-residual-sum",
+    "merge-constants",
 )

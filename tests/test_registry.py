@@ -27,6 +27,7 @@ from onnxnorm.passes.lower_norms import LowerNorms
 from onnxnorm.passes.lower_residual_sum import LowerResidualSum
 from onnxnorm.passes.lower_skip_norm import LowerSkipNorm
 from onnxnorm.passes.lower_softmax import LowerSoftmax
+from onnxnorm.passes.merge_constants import MergeConstants
 from onnxnorm.passes.merge_factors import MergeFactors
 from onnxnorm.passes.merge_parallel_convolutions import MergeParallelConvolutions
 from onnxnorm.passes.merge_parallel_norms import MergeParallelNorms
@@ -76,6 +77,7 @@ def test_selections() -> None:
         LowerNorms(),
         LowerSkipNorm(),
         LowerResidualSum(),
+        MergeConstants(),
     ]
     assert select("default") == select(None)
     assert select("none") == select("") == []
