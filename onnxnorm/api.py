@@ -17,13 +17,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import onnx
 
-from onnxnorm import staging, verifier
+from onnxnorm import staging
 from onnxnorm.copying import HeadStart
 from onnxnorm.errors import (
     ParityError,
     RuntimeRejection,
     UsageError,
-    VerificationError,
     writing,
 )
 from onnxnorm.inspection import environment, told_of_target
@@ -43,6 +42,7 @@ from onnxnorm.rows import file_rows, model_facts, norm_rows, site_rows
 from onnxnorm.staging import Staged
 from onnxnorm.storage import Stored
 from onnxnorm.stream_rows import Outline, outlines, stream_rows
+from onnxnorm.verifier import checker_complaint
 from onnxnorm.workbench import Progress, Shapes, Workbench
 
 if TYPE_CHECKING:
@@ -221,7 +221,12 @@ def optimize(
             )
         pipeline.before = None  # the search for what fails runs it again
         changed = bool(run.applied) or source is not stored
-        _check_valid(stored, run, changed=changed)
+        complaint = checker_complaint(run.stored) if changed else None
+        if complaint is not None and checker_complaint(stored) is None:
+            from onnxnorm.rollback import made_valid
+
+            run, back = made_valid(pipeline, source, run, complaint)
+            changed = bool(run.applied) or source is not stored
         candidate: Staged | None = None
         if dry_run:
             told.parity_skipped = told.latency_skipped = "it was a dry run"
@@ -588,16 +593,6 @@ def _in_opset(
     converted = convert(stored, opset, target, parsed(runtime or OLDEST_RUNTIME))
     told.notes.append(converted.note)
     return converted.stored
-
-
-def _check_valid(before: Stored, run: Run, *, changed: bool) -> None:
-    """onnx.checker must not find in the output what it did not find in the input."""
-    complaint = verifier.checker_complaint(run.stored) if changed else None
-    if complaint is not None and verifier.checker_complaint(before) is None:
-        raise VerificationError(
-            f"onnx.checker rejects the result: {complaint}",
-            "Unless onnxruntime cannot run the model as it is, this is a defect; please report it.",
-        )
 
 
 def _heard(progress: Progress | None) -> Progress:

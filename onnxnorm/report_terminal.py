@@ -62,6 +62,7 @@ from onnxnorm.report_text import (
     told_of_stream,
     verdict,
     warnings_of,
+    why_taken_back,
     worst_first,
 )
 
@@ -360,7 +361,7 @@ def _print_reasons(page: _Page, report: Json, *, verbose: bool) -> None:
             page.groups(groups, everything=verbose)
     taken_back = sites_taken_back(report)
     if taken_back:
-        page.heading("Taken back, because the outputs disagreed")
+        page.heading(f"Taken back{why_taken_back(report, ', ')}")
         for site, effect in taken_back:
             page.prose(f"{site}: {effect}", lead="  ", hang=4)
 

@@ -104,8 +104,14 @@ def _changes(report: Json) -> str:
         parts.append(f"{counted(sum(places.values()), 'place')} {would}changed by {by}")
     taken_back = sum(site["action"] == "rolled_back" for site in sites)
     if taken_back:
-        parts.append(f"{counted(taken_back, 'change')} taken back because the outputs disagreed")
+        parts.append(f"{counted(taken_back, 'change')} taken back{why_taken_back(report, ' ')}")
     return ", ".join(parts)
+
+
+def why_taken_back(report: Json, lead: str) -> str:
+    """Return why changes were taken back, behind `lead`; "" where they differ in that."""
+    errors = [site["error"] for site in report["sites"] if site["action"] == "rolled_back"]
+    return "" if None in errors else f"{lead}because the outputs disagreed"
 
 
 def places_by_pass(report: Json) -> dict[str, int]:

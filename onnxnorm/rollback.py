@@ -15,11 +15,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from onnxnorm.errors import ParityError
+from onnxnorm.errors import ParityError, VerificationError
 from onnxnorm.pipeline import Pipeline, Run
 from onnxnorm.remark import Region, Remark
 from onnxnorm.staging import Staged
 from onnxnorm.storage import Stored
+from onnxnorm.verifier import checker_complaint
 from onnxnorm.workbench import Workbench
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 
 _PATIENCE: Final = 4  # time budgets for the search of what breaks agreement
+_COMPLAINTS: Final = 8  # sites that are left out one by one for what onnx.checker says
 _MORE: Final = "--time-budget gives more"
 
 
@@ -115,6 +117,51 @@ def prove(
                     )
                 denied.update((r.site, _taken_back(r, reason, error)) for r in guilty)
         run = quiet.run(source, deny=tuple(denied), check_sites=False)
+
+
+def made_valid(
+    pipeline: Pipeline, source: Stored, run: Run, complaint: str | None
+) -> tuple[Run, tuple[Remark, ...]]:
+    """A run in whose result onnx.checker finds nothing, as it found nothing in the input.
+
+    A file may state a shape that is not so where no tool can see it, and a site can bring it to
+    light. The first site with which the checker complains is left out, by replay, and the next.
+
+    Args:
+        pipeline: What made the run.
+        source: What the run started from: the model as given, or that in another opset.
+        run: The run.
+        complaint: What the checker says of its result.
+
+    Returns:
+        What is left of the run, and the sites that were left out.
+
+    Raises:
+        VerificationError: The checker complains without any site, or with too many of them.
+    """
+    quiet, denied = replace(pipeline, after_pass=None), dict[str, Remark]()
+    while complaint is not None:
+        sites = [remark.site for remark in run.applied]
+        if not sites or len(denied) == _COMPLAINTS:
+            raise VerificationError(
+                f"onnx.checker rejects the result: {complaint}",
+                "Unless onnxruntime cannot run the model as it is, this is a defect; please"
+                " report it.",
+            )
+        good, bad = 0, len(sites)
+        while bad - good > 1:
+            middle = (good + bad) // 2
+            allowed = sites[:middle]
+            part = quiet.run(source, deny=tuple(denied), allow=allowed, check_sites=False)
+            found = checker_complaint(part.stored)
+            good, bad = (middle, bad) if found is None else (good, middle)
+            complaint = found or complaint
+        guilty = run.applied[bad - 1]
+        reason = f"with it onnx.checker rejects the model: {complaint}"
+        denied[guilty.site] = _taken_back(guilty, reason)
+        run = quiet.run(source, deny=tuple(denied), check_sites=False)
+        complaint = checker_complaint(run.stored)
+    return _with_denied(run, denied), tuple(denied.values())
 
 
 def _suspects(

@@ -10,7 +10,9 @@ from typing import Any
 import onnx
 import pytest
 
+import onnxnorm
 from onnxnorm import rollback, storage
+from onnxnorm.errors import VerificationError
 from onnxnorm.passes.fold_affine import FoldAffine
 from onnxnorm.passes.fold_batchnorm import FoldBatchnorm
 from onnxnorm.pipeline import Pipeline
@@ -118,3 +120,39 @@ def test_constants_that_the_graph_computes_are_no_ends_of_a_part() -> None:
     done = run(text, FoldAffine())
     assert done.applied
     assert [(r.inputs, r.outputs) for r in rollback._parts(done)] == [(("r",), ("y",))]
+
+
+UNTRUE = """
+<ir_version: 8, opset_import: ["" : 11]>
+main (float[N,2,3] x) => (float[N,6] y, float[N,3,2] z)
+<int64 i = {0}, int64[2] t = {3, 2}>
+{
+    s = Shape (x)
+    m = Gather <axis: int = 0> (s, i)
+    n = Unsqueeze <axes = [0]> (m)
+    k = Concat <axis: int = 0> (n, t)
+    y = Reshape (x, k)
+    z = Reshape (x, k)
+}
+"""
+
+
+def test_what_brings_an_untrue_shape_to_light_is_taken_back() -> None:
+    """The file states two axes for y, which has three: a checker sees it once k is a constant."""
+    model = onnx.parser.parse_model(UNTRUE)
+    onnx.checker.check_model(model, full_check=True)
+    done = onnxnorm.optimize(model, passes="fold-sizes", latency=False)
+    onnx.checker.check_model(done.model, full_check=True)
+    told = {site["site"]: (site["action"], site["reason"]) for site in done.report.sites}
+    assert told["fold-sizes:z"][0] == "applied"
+    action, reason = told["fold-sizes:y"]
+    assert action == "rolled_back"
+    assert reason.startswith("with it onnx.checker rejects the model: [ShapeInferenceError]")
+    assert "1 change taken back; outputs agree" in " ".join(done.report.to_markdown().split())
+
+
+def test_without_a_site_to_leave_out_the_checker_has_the_last_word() -> None:
+    stored = storage.from_proto(onnx.parser.parse_model(UNTRUE))
+    nothing = Pipeline([]).run(stored)
+    with pytest.raises(VerificationError, match="the result: it says no"):
+        rollback.made_valid(Pipeline([]), stored, nothing, "it says no")
