@@ -536,7 +536,7 @@ class Facts:
         model = self.module.small()
         _show_constants(model.graph, self.module.main, self._untyped)
         _restore_shapes(model.graph)
-        _show_runtime_operators(model.graph, self.module.main.opsets[""])
+        _show_runtime_operators(model.graph, self.module.main.opsets.get("", 1))
         _show_own_operators(model.graph)
         _show_ranks(model)
         return model

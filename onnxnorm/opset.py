@@ -89,7 +89,12 @@ def convert(stored: Stored, opset: int, target: str, runtime: Version) -> Conver
             f"Use {newest_opset(runtime)} or less, or give a newer --runtime-version.",
         )
     module = Module(stored)
-    before = module.main.opsets[""]
+    before = module.main.opsets.get("")
+    if before is None:
+        raise UsageError(
+            "--opset was given for a model that imports no operators of ai.onnx",
+            "Leave it out: there is nothing to convert.",
+        )
     facts = Facts(module)
     work = _Work(module, facts, opset)
     # All is decided before anything is changed: facts are those of the model as given.
@@ -277,6 +282,8 @@ class _Work:
                 if attribute.ref_attr_name:
                     raise _cannot(node, self.opset, "the converter refers to an attribute")
         self._retype_limits(node, nodes, constants)
+        if node.op == "GroupNormalization" and old < self.opset:
+            constants += self._per_channel(node, nodes)
         return self._checked(node, old, nodes, constants)
 
     def _retype_limits(
@@ -295,6 +302,30 @@ class _Work:
             with np.errstate(over="ignore"):  # the largest float32 is no limit for float16
                 array = array.astype(helper.tensor_dtype_to_np_dtype(known.element))
             tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
+
+    def _per_channel(self, node: Node, nodes: Sequence[onnx.NodeProto]) -> list[onnx.TensorProto]:
+        """Give a group norm of opset 21 on its scale and bias, which the converter leaves.
+
+        They have a number for each channel there, and for each group before; and float64 is
+        computed in float32 unless the node says otherwise.
+        """
+        groups, known = node.attrs["num_groups"], self.facts.type(node.inputs[0])
+        channels = known.shape[1] if known is not None and known.shape else None
+        if known is None or not isinstance(channels, int):
+            raise _cannot(node, self.opset, "the number of its channels is not known")
+        made = []
+        for role, value in zip(("scale", "bias"), node.inputs[1:], strict=True):
+            constant = self.facts.constant(value)
+            if constant is None:
+                raise _cannot(node, self.opset, f"its {role} is not constant")
+            array = np.repeat(constant.array(), channels // groups)
+            made.append(onnx.numpy_helper.from_array(array, f"{role}_of_channels"))
+        for each in nodes:
+            if each.op_type == node.op:
+                each.input[1:] = [tensor.name for tensor in made]
+                if known.element == onnx.TensorProto.DOUBLE:
+                    each.attribute.append(helper.make_attribute("stash_type", known.element))
+        return made
 
     def _checked(
         self,

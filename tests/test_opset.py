@@ -130,6 +130,47 @@ def test_refusals(text: str, version: int, target: str, reason: str) -> None:
         convert(storage.from_proto(made), version, target, (1, 23))
 
 
+GROUPED: Final = """
+<ir_version: 10, opset_import: ["" : 18]>
+main ({kind}[N,{channels},3,5] x, {kind}[2] h) => ({kind}[N,{channels},3,5] y)
+<{kind}[2] g = {{0.5, 2.0}}, {kind}[2] b = {{0.25, -1.0}}>
+{{ y = GroupNormalization <num_groups = 2> (x, g, {bias}) }}
+"""
+
+
+@pytest.mark.parametrize("kind", ["float", "double"])
+@pytest.mark.parametrize("channels", [2, 6])
+def test_a_group_norm_has_a_scale_for_each_channel(kind: str, channels: int) -> None:
+    """From opset 21 on; and float64 is computed in float32 there unless the node says otherwise."""
+    model = parser.parse_model(GROUPED.format(kind=kind, channels=channels, bias="b"))
+    done = convert(storage.from_proto(model), 21, "onnx", (1, 31)).stored.complete()
+    assert_parity(model, done)
+
+
+@pytest.mark.parametrize(
+    ("channels", "bias", "reason"),
+    [("C", "b", "the number of its channels is not known"), ("4", "h", "its bias is not constant")],
+)
+def test_a_group_norm_that_has_to_stay(channels: str, bias: str, reason: str) -> None:
+    model = parser.parse_model(GROUPED.format(kind="float", channels=channels, bias=bias))
+    with pytest.raises(UsageError, match=reason):
+        convert(storage.from_proto(model), 21, "onnx", (1, 31))
+
+
+def test_a_model_of_another_domain_alone() -> None:
+    """ai.onnx.ml by itself, as scikit-learn's converter writes a linear model."""
+    text = """
+    <ir_version: 8, opset_import: ["ai.onnx.ml" : 1]>
+    main (float[N,2] x) => (float[N,2] y) {
+        y = ai.onnx.ml.Scaler <offset = [0.0, 0.5], scale = [2.0, 1.0]> (x)
+    }
+    """
+    model = onnx.parser.parse_model(text)
+    assert onnxnorm.optimize(model, latency=False).model == model
+    with pytest.raises(UsageError, match="imports no operators"):
+        onnxnorm.optimize(model, latency=False, opset=18)
+
+
 def test_a_parameter_of_a_function_is_refused() -> None:
     made = parser.parse_model(
         """
