@@ -18,10 +18,12 @@ from onnxnorm import opset as opset_module
 from onnxnorm import storage, verifier
 from onnxnorm.errors import ParityError, UsageError
 from onnxnorm.opset import Converted, convert
+from onnxnorm.session import runtime_version
 from onnxnorm.testing import assert_parity
 from tests.networks import transformer
 
 NEW: Final = (1, 31)
+RUNTIME: Final = tuple(map(int, runtime_version().split(".")[:2]))
 TEXT: Final = """
 <ir_version: 8, opset_import: ["" : 13, "local" : 1], producer_name: "maker",
  metadata_props: ["who" : "me"]>
@@ -254,10 +256,16 @@ def test_spellings_agree_in_every_opset_that_they_can_have() -> None:
             return
         if verifier.checker_complaint(storage.from_proto(case.model)) is None:
             assert verifier.checker_complaint(done.stored) is None
+        if "float16" in case.name and version >= 17 and RUNTIME < (1, 30):
+            return  # where onnxruntime loses the epsilon of what it fuses, see docs/targets.md
         try:
             assert_parity(case.model, done.stored.complete())
         except ParityError:  # onnxruntime cannot run the original: most of bfloat16
             return
+        except AssertionError as error:
+            if "Could not find an implementation for" in str(error):
+                return  # nor run the other, of an operator that the opset has: Clip(11) of float64
+            raise
         compared += 1
 
     agree()
