@@ -32,6 +32,7 @@ _TELLING: Final = frozenset({"Reshape", "Split"})  # whose rules say more than t
 _SAME: Final = "same"
 _KEPT: Final = "kept"
 _FRESH: Final = "?"  # begins the names of sizes that nobody named
+_INVENTED: Final = (_FRESH, "unk__")  # the latter begins those of onnx's own inference
 _UNSURE: Final = "?!"  # and of integers that may be negative, as a -1 in the target of a Reshape
 
 
@@ -150,8 +151,7 @@ class Sizes:
         left = list((Counter(names) - Counter(others)).elements())
         right = list((Counter(others) - Counter(names)).elements())
         if number == other and len(left) == len(right) == 1:
-            invented = (_FRESH, "unk__")
-            kept, given_up = sorted((left[0], right[0]), key=lambda n: n.startswith(invented))
+            kept, given_up = sorted((left[0], right[0]), key=lambda n: n.startswith(_INVENTED))
             self._same[given_up] = kept
             self._renames.clear()
 
@@ -300,6 +300,13 @@ class Sizes:
 def is_size(dim: Dim) -> bool:
     """Whether a number or a name is known to stand for a size, which is never negative."""
     return dim >= 0 if isinstance(dim, int) else _UNSURE not in dim
+
+
+def told(dim: Dim) -> str:
+    """How a sentence names a size: as the file does, in brackets; "" where no one named it."""
+    # Names of our own and of onnx's inference are in nobody's file; sizes may be products of some.
+    named = isinstance(dim, str) and not any(mark in dim for mark in _INVENTED)
+    return f" ('{dim}')" if named else ""
 
 
 def factors(dims: Iterable[Dim]) -> tuple[int, list[str]]:

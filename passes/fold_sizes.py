@@ -27,7 +27,7 @@ from onnxnorm.facts import Facts
 from onnxnorm.layout import Dim, Dims
 from onnxnorm.module import Node
 from onnxnorm.rewrite import Pass, Plan, Refusal, Rewriter
-from onnxnorm.sizes import derived_sizes, factors, find_sizes
+from onnxnorm.sizes import derived_sizes, factors, find_sizes, told
 
 _SHAPE: Final = {"ConstantOfShape": 0, "Expand": 1, "Reshape": 1}  # the input that is the shape
 
@@ -67,7 +67,7 @@ class FoldSizes(Pass):
             else:
                 continue  # ConstantOfShape finds no size by itself
             if isinstance(found, str):
-                yield Refusal(found, node.label, node=node)
+                yield Refusal(found, node.label, _advice(entries, before), node=node)
                 continue
             # What is cut out to be run by itself has to fit together, from the first Shape on.
             origin = find_constants(facts).origin(asked)
@@ -88,6 +88,15 @@ def _reads_a_computed_shape(node: Node, facts: Facts) -> bool:
         and len(node.inputs) == _SHAPE[node.op] + 1
         and facts.constant(node.inputs[_SHAPE[node.op]]) is None
     )
+
+
+def _advice(wanted: Dims, before: Dims | None) -> str:
+    """What the user could do: give sizes that the file names their numbers."""
+    _, names = factors([*wanted, *(before or ())])
+    named = [f"'{name}'" for name in dict.fromkeys(names) if told(name)]
+    if not named:
+        return ""
+    return f"Where {' or '.join(named)} never varies, give the model's inputs the number."
 
 
 def _reshaped(
@@ -118,10 +127,17 @@ def _reshaped(
             shape.append(-1)
             open_places.append((at, dim))
     if len(open_places) > 1:
-        told = ", ".join("what is left over" if d == -1 else f"'{d}'" for _, d in open_places)
-        return f"{told} are not known, and only one size can be left open"
+        *first, last = (f"{at}{told(dim)}" for at, dim in open_places)
+        return (
+            f"sizes {', '.join(first)} and {last} of its shape are not known before the model"
+            " runs, and a Reshape finds only one"
+        )
     if open_places and open_places[0][1] != -1 and (copied or 0 in shape):
-        return f"'{open_places[0][1]}' would have to be found beside a size that may be 0"
+        at, dim = open_places[0]
+        return (
+            f"size {at}{told(dim)} of its shape is not known before the model runs, and a Reshape"
+            f" finds none beside a size that may be 0"
+        )
     return np.asarray(shape, np.int64)
 
 
@@ -133,6 +149,6 @@ def _expanded(wanted: Dims, before: Dims | None) -> NDArray[np.int64] | str:
     shape: list[int] = []
     for at, dim in enumerate(wanted, first):
         if isinstance(dim, str) and (at < 0 or before[at] != dim):
-            return f"'{dim}' is not known to be the size that is there"
+            return f"size {at - first}{told(dim)} of its shape is not known before the model runs"
         shape.append(dim if isinstance(dim, int) else 1)
     return np.asarray(shape, np.int64)

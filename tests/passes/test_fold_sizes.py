@@ -94,21 +94,21 @@ def test_an_expand() -> None:
     ("entries", "use", "sizes", "reason"),
     [
         (("lu", "bu", "two", "four"), "y = Reshape (x, t)", {"y": "L,N,2,4"},
-         "'L', 'N' are not known, and only one size can be left open"),
+         "sizes 0 ('L') and 1 ('N') of its shape are not known before the model runs, and a"),
         (("lu", "left", "four"), "y = Reshape (x, t)", {"y": "L,a,4"},
-         "'L', what is left over are not known"),
+         "sizes 0 ('L') and 1 of its shape are not known"),
         (("bu", "two", "lu", "four"), "y = Reshape (x, t)", {"y": "N,2,L,4"},
-         "'L' would have to be found beside a size that may be 0"),
+         "size 2 ('L') of its shape is not known before the model runs, and a Reshape finds none"),
         (("bu", "nothing", "two", "four"), "y = Reshape <allowzero = 1> (x, t)", {"y": "N,a,2,4"},
          "a size is 0"),
         (("bu", "lu", "two", "four"), "y = Reshape <allowzero = 1> (x, t)", {},
-         "'N', 'L' are not known"),
+         "sizes 0 ('N') and 1 ('L') of its shape are not known"),
         (("bu", "lu", "two", "two"), "y = Reshape (x, t)", {"y": "N,L,2,2"},
          "what it reads has another number of elements"),
         (("lu", "lu", "four"), "y = Expand (x, t)", {"x": "N,L,1", "y": "a,L,4"},
-         "'L' is not known to be the size that is there"),
+         "size 0 ('L') of its shape is not known before the model runs"),
         (("bu", "lu", "two", "four"), "r = ReduceMax <keepdims = 0> (x)\n y = Expand (r, t)", {},
-         "'N' is not known to be the size that is there"),
+         "size 0 ('N') of its shape is not known before the model runs"),
     ],
 )  # fmt: skip
 def test_refuses(entries: tuple[str, ...], use: str, sizes: dict[str, str], reason: str) -> None:
@@ -270,3 +270,24 @@ def keeps(model: onnx.ModelProto, rule: FoldSizes) -> bool:
         return agree(model, run(model, rule).stored.complete())
     except OnnxNormError:
         return False
+
+
+def test_a_reason_names_no_size_that_the_file_does_not_name() -> None:
+    """How many entries are not zero is a size for which the file has no name."""
+    done = assert_refuses(
+        """<ir_version: 8, opset_import: ["" : 17]>
+        main (float[N,4] x, float[a,b] z) => (float[c,d,e] y) <int64[1] left = {-1}>
+        {
+           found = NonZero (x)
+           turned = Transpose <perm = [1, 0]> (found)
+           many = Shape <start = 0, end = 1> (turned)
+           first = Shape <start = 0, end = 1> (z)
+           t = Concat <axis = 0> (many, first, left)
+           y = Reshape (z, t)
+        }
+        """,
+        RULE,
+        "sizes 0, 1 ('a') and 2 of its shape are not known before the model runs",
+    )
+    (remark,) = done.remarks
+    assert remark.advice == "Where 'a' or 'b' never varies, give the model's inputs the number."
