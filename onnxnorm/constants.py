@@ -33,6 +33,7 @@ from onnxnorm.storage import Array
 Values = NDArray[Any]
 
 LIMIT: Final = 256 << 20  # bytes that an operator may make of less
+_SHAPE: Final = 1 << 10  # bytes that shapes, pads and the like stay below
 _QUANTIZED: Final = frozenset(
     {
         "ConvInteger",
@@ -105,7 +106,8 @@ class Constants:
     def __init__(self, facts: Facts) -> None:
         self.facts = facts
         self._computed: set[AnyValue] = set()
-        self._static: dict[AnyValue, Array] = {}  # sizes, and casts to the type of another value
+        # Sizes, shapes that are moved into place, and casts to the type of another value.
+        self._static: dict[AnyValue, Array] = {}
         self._refused: dict[Node, str] = {}
         self._kept: dict[AnyValue, onnx.TensorProto] = {}  # what was computed once
         self._agreed: set[Node] = set()  # decisions that no rounding changes
@@ -126,6 +128,8 @@ class Constants:
                 self._static[outputs[0]] = np.asarray(moved.array())
             return
         if all(self.facts.constant(v) is not None for v in outputs):
+            if (arranged := self._arranged(outputs[0])) is not None:
+                self._static[outputs[0]] = arranged
             return
         if (entries := self._entries(node)) is not None:
             self._static[outputs[0]] = entries
@@ -138,6 +142,20 @@ class Constants:
             self._computed.update(outputs)
         elif any(self.facts.constant(v) is not None for v in given):
             self._refused[node] = reason
+
+    def _arranged(self, value: AnyValue) -> NDArray[np.int64] | None:
+        """A shape, pads or indices that nodes put together by moving constants.
+
+        Moved weights stay as they are: all passes read through the moves, and to store them anew
+        would gain nothing.
+        """
+        constant = self.facts.constant(value)
+        if constant is None or constant.dtype != np.int64 or constant.nbytes > _SHAPE:
+            return None
+        made = self.facts.producer(constant.source)
+        if made is None or made.op == "Constant" or self.facts.pinned(value) is not None:
+            return None
+        return np.asarray(constant.array())
 
     def _reads_for_its_type(self, node: Node) -> bool:
         """Whether a CastLike stands as a reader of a value that it needs the type of alone."""

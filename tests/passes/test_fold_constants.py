@@ -56,6 +56,35 @@ def test_a_shape_whose_entries_the_graph_knows() -> None:
     assert_rewrites(before, after, RULE)
 
 
+PADS = (
+    "z = ConstantOfShape <value = int64[1] {0}> (four)\n c = Concat <axis = 0> (before, z)"
+    "\n r = Reshape (c, pairs)"
+    "\n t = Transpose <perm = [1, 0]> (r)\n p = Reshape (t, flat)\n y = Pad (x, p)"
+)
+PAD_CONSTANTS = "int64[1] flat = {-1}, int64[2] pairs = {-1, 2}"
+
+
+def test_pads_that_are_moved_into_place() -> None:
+    """torch.onnx.export writes pads, last axis first, as a Concat that is turned."""
+    constants_of_pads = f"{PAD_CONSTANTS}, int64[1] four = {{2}}, int64[2] before = {{1, 0}}"
+    after = graph("y = Pad (x, p_value)", "int64[4] p_value = {1, 0, 0, 0}")
+    done = assert_rewrites(graph(PADS, constants_of_pads), after, RULE)
+    assert [r.site for r in done.applied] == ["fold-constants:p"]
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        graph("b = Transpose <perm = [1, 0]> (w)\n y = MatMul (x, b)", W),
+        graph("i = Identity (flat)\n y = Reshape (x, i)", "int64[2] flat = {-1, 2}"),
+        graph("i = Constant <value = int64[2] {-1, 2}> ()\n y = Reshape (x, i)"),
+    ],
+    ids=["weight", "copy", "constant"],
+)
+def test_what_stores_the_same_again_stays(model: str) -> None:
+    assert not run(model, RULE).applied
+
+
 def test_a_cast_to_the_type_of_another_value_does_not_read_it() -> None:
     before = graph("c = CastLike (d, x)\n y = Mul (x, c)", "double d = {0.5}")
     done = assert_rewrites(before, graph("y = Mul (x, c_value)", "float c_value = {0.5}"), RULE)
