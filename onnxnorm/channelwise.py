@@ -37,9 +37,13 @@ _JOINS: Final = frozenset({"Add", "Concat", "Max", "Min", "Mul", "Sub", "Sum", "
 _PLACES: Final = frozenset(
     {"Add", "AveragePool", "Concat", "GlobalAveragePool", "MaxPool", "Relu"}
 )  # behind which batch normalizations stand, besides linear operators
+_BENDS: Final = frozenset({"Abs", "Max", "Min", "Relu"})
+# What an activation in pieces is written with, besides those.
+_STRAIGHT: Final = frozenset({"Add", "Div", "Mul", "Neg", "Sub"})
 _PLAIN: Final = frozenset({"Einsum", "MatMul"})  # linear operators without a place for a bias
 _QUANTIZED: Final = frozenset({"ConvInteger", "MatMulInteger"})
 _HOPS: Final = 4  # layout operators between an affine and its linear neighbour
+_PIECES: Final = 8  # operators of one branch of an activation
 
 
 @dataclass(frozen=True)
@@ -172,6 +176,8 @@ class Channelwise:
             told = not scope.is_function if made is None else made.op in _PLACES
             whole = told or self._follows(chain.base, products=False)
         if not whole:
+            if self._is_slope(chain):
+                return None
             near = self._follows(chain.base) or self._feeds(chain.nodes[-1].outputs[0])
             if not near:
                 return None
@@ -283,6 +289,45 @@ class Channelwise:
                 if len(dynamic) == len(node.inputs) or node.op in ("Add", "Concat", "Max", "Min"):
                     pending += [(v, hops + 1) for v in dynamic]
         return False
+
+    def _is_slope(self, chain: _Chain) -> bool:
+        """Whether a scale is the slope of an activation in pieces, which no map flows through.
+
+        PReLU is written so where a runtime lacks it: Relu(x) - a Relu(-x), Max(x, 0) + a Min(x, 0),
+        Relu(x) + a (x - Abs(x)) / 2. All branches are made of one x, and it bends.
+        """
+        after = self._facts.uses(chain.nodes[-1].outputs[0])
+        if chain.shift.any() or len(after) != 1 or after[0].node.op not in ("Add", "Sub", "Sum"):
+            return False
+        scaled, bends = self._pieces(chain.base)
+        inputs = after[0].node.inputs
+        others = [self._pieces(v) for at, v in enumerate(inputs) if at != after[0].index]
+        if after[0].node.domain or not others or not scaled:
+            return False
+        return all(of == scaled for of, _ in others) and (bends or any(b for _, b in others))
+
+    def _pieces(self, value: AnyValue) -> tuple[frozenset[AnyValue], bool]:
+        """What a value is in pieces a linear function of, without constants, and whether it bends.
+
+        Empty where that is more than an activation is made of.
+        """
+        leaves, seen, bends = set[AnyValue](), set[Node](), False
+        pending = [value]
+        while pending:
+            at = self._moments.source(pending.pop())
+            node = self._facts.producer(at)
+            if self._facts.constant(at) is not None:
+                continue
+            inside = node is not None and not node.domain and node.op in _BENDS | _STRAIGHT
+            if node is None or not inside:
+                leaves.add(at)
+            elif node not in seen:
+                seen.add(node)
+                bends = bends or node.op in _BENDS
+                pending += node.inputs
+            if len(seen) > _PIECES:
+                return frozenset(), False
+        return frozenset(leaves), bends
 
     def _feeds(self, value: AnyValue) -> bool:
         """Whether a linear operator or a norm reads a value, up to layout."""

@@ -158,3 +158,29 @@ def test_without_a_rank_there_are_no_axes() -> None:
                         " int64[1] s = {-1}, float half")  # fmt: skip
     (norm,) = find_norms(Facts(Module(storage.from_proto(parser.parse_model(text)))))
     assert (norm.kind, norm.axes) == ("channel_affine", None)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "p = Relu (c) n = Neg (c) q = Relu (n) s = Mul (q, g) y = Sub (p, s)",
+        "p = Relu (c) a = Abs (c) n = Sub (c, a) s = Mul (n, g) h = Mul (s, half) y = Add (p, h)",
+        "o = Sub (one, one) p = Max (c, o) n = Min (c, o) s = Mul (g, n) y = Add (s, p)",
+    ],
+)
+def test_the_slope_of_an_activation_is_no_row(body: str) -> None:
+    """PReLU with a slope per channel, as TensorFlow's converters write it."""
+    assert not norms(CONV + body)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "p = Relu (c) s = Mul (p, g) e = Conv (u, w) y = Add (s, e)",  # of two tensors
+        "n = Neg (c) s = Mul (n, g) y = Sub (c, s)",  # it does not bend
+        "p = Relu (c) s = Mul (p, g) t = Add (s, b) y = Add (t, c)",  # a shift as well
+    ],
+    ids=["two", "straight", "shift"],
+)
+def test_what_is_no_slope_is_a_row(body: str) -> None:
+    assert len(norms(CONV + body)) == 1
