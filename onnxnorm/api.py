@@ -188,6 +188,11 @@ def optimize(
     chosen = aimed(
         select(passes), target, ops=ops, cuda_kernels=cuda_kernels, runtime=runtime_version
     )
+    if only and set(only) <= set(skip):
+        raise UsageError(
+            f"the only sites, {', '.join(only)}, are all to be skipped",
+            "Leave --skip or --only out.",
+        )
     forms = _forms(choices, tune=tune, dry_run=dry_run)
     if tune or forms is not None:
         from onnxnorm import tuning
@@ -378,6 +383,8 @@ def compare(
     from onnxnorm.analysis import analyse, empty, measured, provider_row
 
     names = [name.strip() for name in provider.split(",")]
+    if len(set(names)) < len(names):
+        raise UsageError(f"a provider is named twice: {provider}", "Name each once.")
     _check_compare(latency, against, max_regression, batch, sequence, sizes)
     earlier = None if against is None else _earlier(against)
     with ExitStack() as stack:

@@ -16,7 +16,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
@@ -92,6 +92,8 @@ def _shapes(_: click.Context, __: click.Parameter, values: Sequence[str]) -> dic
             name = ""
         if not colon or not name or any(d < 0 for d in shapes.get(name, ())):
             raise click.BadParameter(f"'{value}' is not name:1,3,224,224")
+    if len(shapes) < len(values):
+        raise click.BadParameter("an input is named twice")
     return shapes
 
 
@@ -116,7 +118,87 @@ def _named_sizes(
         if not equals or not name:
             raise click.BadParameter(f"'{value}' is not name=1,8,32")
         named[name] = _sizes(context, parameter, sizes)
+    if len(named) < len(values):
+        raise click.BadParameter("an axis is named twice")
     return named
+
+
+# Options that do nothing beside others: which, when that is so, why, and what to do. A dry run is
+# asked for with the options of the run that it is for, and says itself that nothing is run.
+_IDLE: Final[tuple[tuple[frozenset[str], Callable[[Mapping[str, Any]], bool], str, str], ...]] = (
+    (
+        frozenset({"inputs", "input_shapes", "seed", "time_budget"}),
+        lambda g: _runs_nothing(g),
+        "no model is run",
+        "Leave out --no-parity or --no-latency",
+    ),
+    (
+        frozenset({"provider"}),  # "cpu" and "auto" promise nothing that is not so
+        lambda g: _runs_nothing(g) and "cuda" in g["provider"],
+        "no model is run",
+        "Leave out --no-parity or --no-latency",
+    ),
+    (
+        frozenset({"keep_slower", "threads"}),
+        lambda g: bool(g.get("no_latency")) and not (g.get("tune") or g.get("dry_run")),
+        "no latency is measured",
+        "Leave out --no-latency",
+    ),
+    (
+        frozenset({"provider"}),
+        lambda g: g.get("runtime") is False,
+        "inspect runs nothing without --runtime",
+        "Add --runtime",
+    ),
+    (
+        frozenset({"input_shapes"}),
+        lambda g: bool(g.get("inputs")) and not any(map(g.get, ("batch", "sequence", "sizes"))),
+        "those of --inputs have their shapes",
+        "Leave out --inputs",
+    ),
+    (
+        frozenset({"max_regression"}),
+        lambda g: g.get("against") is None,
+        "there is no earlier report to hold the latency against",
+        "Add --against",
+    ),
+    (
+        frozenset({"time_passes", "verbose"}),
+        lambda g: bool(g.get("quiet")),
+        "nothing is printed",
+        "Leave out --quiet",
+    ),
+    (
+        frozenset({"cuda_kernels"}),
+        lambda g: g.get("path") is False,
+        "no path is printed",
+        "Add --path",
+    ),
+)
+
+
+def _runs_nothing(given: Mapping[str, Any]) -> bool:
+    nothing = given.get("no_parity") and given.get("no_latency")
+    return bool(nothing) and not (given.get("tune") or given.get("dry_run"))
+
+
+def _check_idle() -> None:
+    """Refuse an option that would do nothing beside the others.
+
+    Raises:
+        UsageError: There is one.
+    """
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        if context.get_parameter_source(name) is not click.core.ParameterSource.COMMANDLINE:
+            continue
+        for names, idle, why, hint in _IDLE:
+            if name in names and idle(context.params):
+                option = max(parameter.opts, key=len) if name != "provider" else "--provider"
+                raise UsageError(
+                    f"{option} was given, and {why}", f"{hint}, or leave out {option}."
+                )
 
 
 _PROVIDER = click.option(
@@ -263,6 +345,7 @@ def optimize(
     **given: Any,
 ) -> None:
     """Rewrite the normalizations of IN.onnx and write OUT.onnx, if its outputs agree."""
+    _check_idle()
     if output is None and not (given["in_place"] or given["dry_run"]):
         raise UsageError(
             "there is no OUT.onnx to write", "Name it, or give --in-place or --dry-run."
@@ -278,9 +361,10 @@ def optimize(
         if no_parity and output is not None and not given["dry_run"]:
             given["ahead"] = stack.enter_context(head_start(source, output))
         _check_reports(reports, source, output)
-        _check_pass(print_after)
+        if print_after is not None and print_after != "all":
+            _check_runs("--print-after", [print_after], given["passes"], "'all' prints after each")
         measured = not (no_latency or given["dry_run"])
-        given["ablation"] = _ablation(ablation, reports, latency=measured)
+        given["ablation"] = _ablation(ablation, reports, given["passes"], latency=measured)
         with _imported():
             from onnxnorm import api, registry
 
@@ -324,6 +408,7 @@ def inspect(
     **given: Any,
 ) -> None:
     """List every normalization of MODEL.onnx, what would be done, and what is in the way."""
+    _check_idle()
     with _uncollected():
         from onnxnorm import inspection
 
@@ -396,6 +481,7 @@ def compare(
 
     Exits with 1 when the outputs do not agree, or the gain is less than --against allows.
     """
+    _check_idle()
     from onnxnorm import api
     from onnxnorm.report_text import disappoints
 
@@ -426,6 +512,7 @@ def render(
     quiet: bool,
 ) -> None:
     """Print REPORT.json, or write it in another form with --report."""
+    _check_idle()
     from onnxnorm.report import Report
 
     _check_reports(reports, source)
@@ -473,6 +560,7 @@ def passes(*, as_json: bool) -> None:
 @click.option("--cuda-kernels", is_flag=True, help="With --path: the one with CUDA kernels.")
 def ops(*, path: bool, cuda_kernels: bool) -> None:
     """Show the operator library: kernels, instruction set in use, and what is missing."""
+    _check_idle()
     from onnxnorm.ops import library
 
     if path:
@@ -494,32 +582,32 @@ def _progress(*, quiet: bool) -> Iterator[Progress | None]:
         yield progress
 
 
-def _check_pass(print_after: str | None) -> None:
-    if print_after in (None, "all"):
-        return
-    from onnxnorm.registry import catalogue
+def _check_runs(option: str, names: Iterable[str], passes: str | None, every: str) -> None:
+    """Refuse the name of a pass that is none, or that is not among those that run."""
+    from onnxnorm.registry import catalogue, select
 
-    if print_after not in catalogue():
-        raise UsageError(
-            f"--print-after names '{print_after}', which is no pass",
-            "`onnxnorm passes` lists them; 'all' prints after each.",
-        )
+    for name in names:
+        if name not in catalogue():
+            raise UsageError(
+                f"{option} names '{name}', which is no pass",
+                f"`onnxnorm passes` lists them; {every}.",
+            )
+        if all(each.name != name for each in select(passes)):
+            raise UsageError(
+                f"{option} names '{name}', which does not run",
+                "Add it to --passes, or name another.",
+            )
 
 
-def _ablation(wanted: str, reports: Sequence[Path], *, latency: bool) -> bool | tuple[str, ...]:
+def _ablation(
+    wanted: str, reports: Sequence[Path], passes: str | None, *, latency: bool
+) -> bool | tuple[str, ...]:
     """The passes to leave out, one after another: all, none, or those that are named."""
     if wanted == "auto":
         return any(path.suffix.lower() in {".html", ".htm"} for path in reports)
-    from onnxnorm.registry import catalogue
-
     every = wanted in ("all", "none")
     names = () if every else tuple(name.strip() for name in wanted.split(","))
-    unknown = next((name for name in names if name not in catalogue()), None)
-    if unknown is not None:
-        raise UsageError(
-            f"--ablation names '{unknown}', which is no pass",
-            "`onnxnorm passes` lists them; 'all' leaves out each, 'none' none.",
-        )
+    _check_runs("--ablation", names, passes, "'all' leaves out each, 'none' none")
     if wanted != "none" and not latency:
         raise UsageError(
             f"--ablation {wanted} was given, and no latency is measured",

@@ -52,7 +52,8 @@ def inspect(
 
     Raises:
         ModelError: The model cannot be read or is broken.
-        UsageError: `passes` names what does not exist, or `ops` is for another target.
+        UsageError: `passes` names what does not exist, or `ops` or `runtime_version` is for another
+            target.
         ProviderError: With `runtime`, the provider is not usable.
         RuntimeRejection: With `runtime`, onnxruntime cannot load a model.
     """

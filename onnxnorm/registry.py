@@ -77,6 +77,11 @@ def aimed(
         raise UsageError(
             f"'{runtime}' is not a version of onnxruntime", "Write it as --runtime-version 1.23."
         )
+    if runtime is not None and target == "onnx":
+        raise UsageError(
+            f"--runtime-version {runtime} was given for the target onnx, which is any runtime",
+            "Add --target ort-cpu or ort-cuda, or leave it out.",
+        )
     if cuda_kernels and not (ops and target == "ort-cuda"):
         raise UsageError(
             "--cuda-kernels was given without --target ort-cuda --ops",
@@ -125,7 +130,11 @@ def _parse(text: str) -> list[Pass]:
         name, given = item[1], item[2] or ""
         if name == "default":
             chosen += select(None)
-        elif name != "none":
+        elif name == "none":
+            raise UsageError(
+                f"'none' stands beside other passes in '{text}'", "Give it alone, or leave it out."
+            )
+        else:
             chosen.append(_make(name, given))
         at = item.end()
     return chosen

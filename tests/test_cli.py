@@ -301,6 +301,27 @@ def test_inspect_verbose_lists_the_sites(command: Command, model: Path) -> None:
             ("optimize", "MODEL", "OUT", "--choices", "MISSING"),
             "cannot be read as choices: No such",
         ),
+        (
+            ("optimize", "MODEL", "OUT", "--input-shape", "x:1", "--input-shape", "x:2"),
+            "Invalid value for '--input-shape': an input is named twice",
+        ),
+        (
+            ("compare", "MODEL", "MODEL", "--sweep", "N=1", "--sweep", "N=2"),
+            "Invalid value for '--sweep': an axis is named twice",
+        ),
+        (("compare", "MODEL", "MODEL", "--provider", "cpu,cpu"), "a provider is named twice"),
+        (
+            ("optimize", "MODEL", "OUT", "--only", "a:b", "--skip", "a:b"),
+            "the only sites, a:b, are all",
+        ),
+        (
+            ("optimize", "MODEL", "OUT", "--runtime-version", "1.20"),
+            "--runtime-version 1.20 was given for the target onnx",
+        ),
+        (
+            ("inspect", "MODEL", "--runtime-version", "1.20"),
+            "--runtime-version 1.20 was given for the target onnx",
+        ),
     ],
 )
 def test_what_cannot_be_meant_is_refused(
@@ -312,6 +333,39 @@ def test_what_cannot_be_meant_is_refused(
     assert len(done.err.splitlines()) == 2
     assert what in done.err
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        *((("optimize", "MODEL", "OUT", *BLIND, *each), each[0])
+          for each in (("--inputs", "MISSING"), ("--input-shape", "x:1,2,3,3"), ("--seed", "1"),
+                       ("--provider", "cuda"), ("--time-budget", "1"), ("--threads", "1"))),
+        (("optimize", "MODEL", "OUT", "--no-latency", "--keep-slower"), "--keep-slower"),
+        (("optimize", "MODEL", "OUT", "--inputs", "MISSING", "--input-shape", "x:1,2,3,3"),
+         "--input-shape"),
+        (("optimize", "MODEL", "OUT", "-q", "--time-passes"), "--time-passes"),
+        (("inspect", "MODEL", "-q", "-v"), "--verbose"),
+        (("inspect", "MODEL", "--provider", "cpu"), "--provider"),
+        (("compare", "MODEL", "MODEL", "--max-regression", "0.1"), "--max-regression"),
+        (("ops", "--cuda-kernels"), "--cuda-kernels"),
+    ],
+)  # fmt: skip
+def test_an_option_that_does_nothing_is_refused(
+    command: Command, model: Path, out: Path, arguments: Sequence[str], option: str
+) -> None:
+    named = {"MODEL": str(model), "OUT": str(out), "MISSING": str(out.with_name("no.npz"))}
+    done = command(*(named.get(each, each) for each in arguments))
+    assert done.code == 2
+    what, hint = done.err.splitlines()
+    assert what.startswith(f"error: {option} was given, and ")
+    assert hint.endswith(f", or leave out {option}.")
+    assert not out.exists()
+
+
+def test_a_dry_run_takes_the_options_of_the_run(command: Command, model: Path) -> None:
+    done = command("optimize", str(model), "--dry-run", *BLIND, "--seed", "1", "--threads", "1")
+    assert done.code == 0
 
 
 def test_the_help_says_what_the_exit_status_means(command: Command) -> None:
