@@ -281,6 +281,10 @@ def optimize(
                 if not ablation:
                     told.analysis["skipped"]["ablation"] = "it was not asked for (--ablation all)"
             told.notes += _told_of_operators(bench, run.stored, cuda_kernels=cuda_kernels)
+        if bench.provider == "cpu":
+            from onnxnorm.denormals import told_of_denormals
+
+            told.notes += told_of_denormals(run.stored)
         files: tuple[Path, ...] = ()
         if place is not None and not dry_run:
             say("writing", None)
@@ -405,6 +409,10 @@ def compare(
         path = bench.on_disk(second)
         for each in (second, first):
             told.notes = told.notes or _told_of_operators(bench, each, cuda_kernels=cuda_kernels)
+        if "cpu" in {each.provider for each in (bench, *further)}:
+            from onnxnorm.denormals import told_of_denormals
+
+            told.notes += told_of_denormals(second)
         if parity:
             told.parity = bench.checker().check(path).to_json()
         if latency:
