@@ -300,10 +300,8 @@ Registered registered(const Operator& op, Type type, const ort::Api* api, std::u
   };
   made.GetStartVersion = [](const ort::CustomOp*) { return 1; };
   made.GetEndVersion = [](const ort::CustomOp*) { return 1; };
-  if (op.in_place) {
-    made.GetMayInplace = first_in_place;
-    made.ReleaseMayInplace = [](int*, int*) {};  // they are not of the heap
-  }
+  made.GetMayInplace = first_in_place;
+  made.ReleaseMayInplace = [](int*, int*) {};  // they are not of the heap
   return made;
 }
 

@@ -133,14 +133,14 @@ void group_norm(const Invocation& it, const Engine& engine) {
 const std::vector<Operator>& operators() {
   // Never destroyed: library.cc says why.
   static const auto& table = *new std::vector<Operator>{
-      {"TwoPassSoftmax", 1, read_softmax, first_shape, softmax<false>, true, true},
-      {"TwoPassLogSoftmax", 1, read_softmax, first_shape, softmax<true>, true, true},
-      {"TwoPassMaskedSoftmax", 3, read_softmax, masked_shape, masked_softmax<false>, false, true},
-      {"TwoPassMaskedLogSoftmax", 3, read_softmax, masked_shape, masked_softmax<true>, false, true},
-      {"ChannelLayerNormalization", 3, read_axes, first_shape, channel_layer_norm, true, true},
-      {"ChannelRMSNormalization", 2, read_axes, first_shape, channel_rms_norm, true, true},
-      {"GroupNormalization", 3, read_groups, first_shape, group_norm<false>, true, true},
-      {"GroupNormalizationSilu", 3, read_groups, first_shape, group_norm<true>, true, true},
+      {"TwoPassSoftmax", 1, read_softmax, first_shape, softmax<false>, true},
+      {"TwoPassLogSoftmax", 1, read_softmax, first_shape, softmax<true>, true},
+      {"TwoPassMaskedSoftmax", 3, read_softmax, masked_shape, masked_softmax<false>, false},
+      {"TwoPassMaskedLogSoftmax", 3, read_softmax, masked_shape, masked_softmax<true>, false},
+      {"ChannelLayerNormalization", 3, read_axes, first_shape, channel_layer_norm, true},
+      {"ChannelRMSNormalization", 2, read_axes, first_shape, channel_rms_norm, true},
+      {"GroupNormalization", 3, read_groups, first_shape, group_norm<false>, true},
+      {"GroupNormalizationSilu", 3, read_groups, first_shape, group_norm<true>, true},
   };
   return table;
 }

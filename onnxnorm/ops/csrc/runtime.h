@@ -60,13 +60,12 @@ struct Operator {
   Attributes (*read)(const AttributeReader& reader, Type type);
   // The output's shape, given those of the inputs.
   Shape (*shape)(const Attributes& attributes, const std::vector<Tensor>& inputs);
+  // The output may have the memory of the first input, where both have one shape: every value is
+  // read for the last time, by whatever thread, before what takes its place is written.
   void (*compute)(const Invocation& invocation, const Engine& engine);
   // Does the output take its shape from the first input alone? Else all inputs but the second, a
   // scalar, broadcast.
   bool shape_of_first;
-  // May the output take the memory of the first input, where both have one shape? Only if every
-  // value is read for the last time, by whatever thread, before what takes its place is written.
-  bool in_place;
 };
 
 const std::vector<Operator>& operators();
