@@ -391,11 +391,24 @@ class Algebra:
             return None
         if self.rank(form.base) is None:
             reason = f"rank unknown at '{form.base.name}', which a factor of shape {{}} needs"
+        elif self._reordered(factor, form.base):
+            reason = (
+                f"a factor of shape {{}} has its axes in another order than '{form.base.name}',"
+                " of which the statistics are"
+            )
         else:
             reason = f"a factor of shape {{}} would expand '{form.base.name}'"
         stage = "norm" if form.full else "rooted"
         reason = reason.format(list(factor.shape))
         return Miss(form.kind, form.base, form.statistic, reason, node, stage)
+
+    def _reordered(self, factor: Coefficient, base: AnyValue) -> bool:
+        """Whether a constant would fit a base if its axes stood in another order."""
+        shape = self.statics.shape_of(base)
+        left = [dim for dim in shape or () if isinstance(dim, int)]
+        sizes = [size for size in factor.shape if size > 1]
+        alike = shape is not None and factor.ndim == len(shape)
+        return alike and all(sizes.count(size) <= left.count(size) for size in sizes)
 
     def times(self, form: Form, factor: Coefficient, node: Node) -> Reading | None:
         """A form times a constant; a vector times what has no moments yet is never averaged."""

@@ -235,6 +235,24 @@ def test_a_factor_that_expands_stays_outside() -> None:
     assert (norm.kind, norm.input.name, norm.output.name) == ("layer_norm", "x", "q")
 
 
+@pytest.mark.parametrize(
+    ("dims", "reason"),
+    [
+        ("2,4,3", "a factor of shape [1, 1, 4] has its axes in another order than 'x'"),
+        ("2,5,3", "a factor of shape [1, 1, 4] would expand 'x'"),
+    ],
+)
+def test_factors_behind_a_transpose_of_the_value(dims: str, reason: str) -> None:
+    """Keras by tf2onnx: statistics of NCHW, factors of NHWC."""
+    body = ROOT.replace("[-1]", "[1, 2]") + (
+        "h = Unsqueeze <axes = [0, 1]> (g) i = Reciprocal (s) k = Mul (i, h) c = Neg (m)"
+        " q = Mul (c, k) t = Transpose <perm = [0, 2, 1]> (x) r = Mul (t, k) y = Add (r, q)"
+    )
+    (miss,) = (n for n in norms(body, dims=dims)[0] if not n.recognised)
+    assert (miss.kind, miss.input.name) == ("layer_norm", "x")
+    assert miss.reason.startswith(reason)
+
+
 def test_integers_have_no_mean() -> None:
     body = (
         "m = ReduceMean <axes = [-1]> (x) d = Sub (x, m) p = Mul (d, d)"
