@@ -32,7 +32,7 @@ from onnxnorm.facts import AnyValue, Constant, Facts
 from onnxnorm.layout import Dim
 from onnxnorm.module import Node, Scope
 from onnxnorm.moment_rules import Moments
-from onnxnorm.moments import Form, Miss, Normal
+from onnxnorm.moments import Form, M, Miss, Normal, X
 from onnxnorm.norm_operators import Axes, norm_operator
 from onnxnorm.region import Escape, Region, slice_back
 from onnxnorm.runtime_fusions import misfused
@@ -712,6 +712,8 @@ class _Recogniser:
             notes += self._in_front(norm.input)
         if norm.kind in ("instance_norm", "batch_norm") and self._is_split(norm):
             notes.append("half of an IBN split")
+        if norm.kind == "rms_norm" and (centred := self._centred(norm)) is not None:
+            notes.append(f"'{centred.name}' is centred in front of a Transpose: a layer norm of it")
         guard = misfused(norm.nodes, self.facts)
         warning = guard.reason if guard is not None else ""
         return replace(
@@ -721,6 +723,29 @@ class _Recogniser:
             warning=warning,
             meant=self._meant(norm),
         )
+
+    def _centred(self, norm: Norm) -> AnyValue | None:
+        """What an RMS norm is a layer norm of, where a Transpose stands between its two halves.
+
+        onnxruntime writes it so into the models that it saves: it takes a Transpose in front of a
+        decomposed layer norm through x - E[x], where it reads one value instead of two.
+        """
+        made = self.facts.producer(self.moments.source(norm.input))
+        if made is None or made.op != "Transpose" or made.domain or made.parameter("perm"):
+            return None
+        order = made.attrs.get("perm")
+        if order is None or norm.axes is None:
+            return None
+        wanted = {axis % len(order) for axis in norm.axes}
+        for form in self.moments.readings(made.inputs[0]):
+            if not isinstance(form, Form) or form.statistic is None or form.statistic.groups:
+                continue
+            if form.layout is not None or form.root or form.terms.keys() != {X, M}:
+                continue
+            over = {order.index(axis % len(order)) for axis in form.statistic.axes}
+            if over == wanted and np.array_equal(form.terms[X], -form.terms[M]):
+                return form.base
+        return None
 
     def _is_gated(self, value: AnyValue) -> bool:
         """Whether x * sigmoid(x) follows."""

@@ -230,6 +230,26 @@ def test_a_part_that_is_a_norm_is_raised_as_what_it_is() -> None:
     assert confirm(norm, facts) is None
 
 
+@pytest.mark.parametrize(
+    ("perm", "axis", "told"), [("0, 2, 1", 1, True), ("0, 2, 1", 2, False), ("0, 1, 2", 2, False)]
+)
+def test_what_is_centred_in_front_of_a_transpose(perm: str, axis: int, told: bool) -> None:
+    """So onnxruntime saves a layer norm behind a Transpose. As an RMS norm of d it is exact."""
+    body = (
+        f"m = ReduceMean <axes = [{axis}]> (x) c = Sub (x, m) d = Transpose <perm = [{perm}]> (c)"
+        " p = Mul (d, d) v = ReduceMean <axes = [-1]> (p) a = Add (v, e) s = Sqrt (a)"
+        " y = Div (d, s)"
+    )
+    found, facts = norms(body)
+    norm = found[-1]
+    straight = perm == "0, 1, 2"
+    assert norm.kind == ("layer_norm" if straight else "rms_norm")
+    assert [n for n in norm.notes if "centred" in n] == (
+        ["'x' is centred in front of a Transpose: a layer norm of it"] if told else []
+    )
+    assert confirm(norm, facts) is None
+
+
 def test_a_factor_that_expands_stays_outside() -> None:
     (norm, *_), _ = norms(ROOT + "q = Div (d, s) y = Mul (q, g)", dims="2,3,1")
     assert (norm.kind, norm.input.name, norm.output.name) == ("layer_norm", "x", "q")
