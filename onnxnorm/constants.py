@@ -388,7 +388,7 @@ def why_not(node: Node, facts: Facts) -> str | None:
             return f"{node.op} is a function of the model"
         return f"{node.op} is an operator of the domain {node.domain}"
     if node.bodies:
-        return f"{node.op} has bodies"
+        return f"{node.op} runs graphs of its own, which are left to the model"
     if node.op in RANDOM:
         return f"{node.op} draws other numbers in every run"
     if node.op in _QUANTIZED:

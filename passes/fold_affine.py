@@ -191,7 +191,9 @@ class FoldAffine(Pass):
         self, norm: Norm, affine: Affine, transfer: Transfer, whole: Affine | None = None
     ) -> Fold | Refusal:
         if not transfer.facts.uses(norm.output):
-            return Refusal("nothing reads it", norm.node.label, node=norm.node)
+            pinned = transfer.facts.pinned(norm.output)
+            unread = "nothing reads it" if pinned is None else f"'{norm.output.name}' is {pinned}"
+            return Refusal(unread, norm.node.label, node=norm.node)
         flow = flow_forth(norm.output, affine, transfer)
         if isinstance(flow, Stop):
             return flow.refusal(norm.node)

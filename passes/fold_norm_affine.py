@@ -71,7 +71,9 @@ class FoldNormAffine(Pass):
         if scaled is None:
             return Refusal("its scale and its bias are written out", at, node=norm.node)
         if not facts.uses(norm.output):
-            return Refusal("nothing reads it", at, node=norm.node)
+            pinned = facts.pinned(norm.output)
+            unread = "nothing reads it" if pinned is None else f"'{norm.output.name}' is {pinned}"
+            return Refusal(unread, at, node=norm.node)
         gamma = np.ones(()) if norm.gamma is None else norm.gamma
         own = np.zeros(()) if norm.beta is None else norm.beta
         value, beta = norm.output, own

@@ -371,6 +371,12 @@ def test_refuses_a_result_that_is_an_output() -> None:
     assert_refuses(before, RULE, "'c' is a graph output")
 
 
+def test_a_result_that_is_an_output_is_told_as_such() -> None:
+    """Nothing reads it in the graph, but somebody outside does."""
+    before = graph("c = Sigmoid (x)\n y = BatchNormalization (c, g, h, m, v)", BN)
+    assert_refuses(before, RULE, "nor into what reads it: 'y' is a graph output")
+
+
 def test_refuses_a_value_that_the_map_widens() -> None:
     # Each of two features comes from one column: the map makes two of it.
     before = graph("c = MatMul (x, w)\n y = Mul (c, s)", f"float[2,1] w = {{1.0, 2.0}}, {AFFINE}")

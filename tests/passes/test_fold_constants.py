@@ -349,7 +349,7 @@ BRANCHES = (
             "r = Dropout (w, half, yes)\n y = MatMul (x, r)",
             "Dropout in training mode draws other numbers in every run",
         ),
-        (BRANCHES, "If has bodies"),
+        (BRANCHES, "If runs graphs of its own"),
         ("r = other.Double (w)\n y = MatMul (x, r)", "Double is an operator of the domain other"),
         ("r = DequantizeLinear (q, half)\n y = MatMul (x, r)", "the form that a quantizer wrote"),
         ("r = Neg (w)\n y = Identity (r)", "is a graph output"),
