@@ -86,6 +86,8 @@ def read_map(node: Node, layout: Layout, transfer: Transfer) -> Map | str | None
             continue
         if not transfer.covers(node.inputs[of], layout):
             continue
+        if len(constant.shape) > (transfer.rank(node.inputs[of]) or 0):
+            continue  # its result has another shape, so what reads it is given another
         numbers = _numbers(constant, layout)
         if numbers is None:
             continue

@@ -141,6 +141,18 @@ def test_what_broadcasts_is_another_image() -> None:
     assert_refuses(net.model(net.op("Add", whole, same)), RULE, "none lies inside the other")
 
 
+@pytest.mark.parametrize("operator", ["Mul", "Add"])
+@pytest.mark.parametrize("identity", [False, True])
+def test_a_number_of_more_axes_than_the_image_is_no_map(operator: str, identity: bool) -> None:
+    # The Mul or Add makes (1, batch, 4, 3, 3) of (batch, 4, 3, 3), which a convolution cannot.
+    net = Net()
+    x = net.input("x", ["batch", 4, 3, 3])
+    branch = x if identity else net.op("Conv", x, net.matrix(4, 4, 1, 1))
+    mapped = net.op(operator, branch, net.keep(np.full((1, 1, 1, 1, 1), 2.0)))
+    model = net.model(net.op("Add", net.op("Conv", x, net.matrix(4, 4, 1, 1)), mapped))
+    assert not run(model, RULE).applied
+
+
 def rep_block(
     *,
     kernel: tuple[int, int] = (3, 3),
