@@ -169,5 +169,7 @@ def _dtype(scaled: Node, facts: Facts) -> np.dtype[Any]:
 def _has_affine(norm: GivenNorm, facts: Facts) -> bool:
     if norm.kind not in ("layer_norm", "rms_norm") or norm.gamma is None:
         return False
-    scaled = bool((norm.gamma != 1.0).any())
-    return scaled or (norm.beta is not None and bool(norm.beta.any())) or bool(_added(norm, facts))
+    if bool((norm.gamma != 1.0).any()) or (norm.beta is not None and bool(norm.beta.any())):
+        return True
+    # An Add of zeros stays: lower-norms writes one, for the runtimes that fuse the whole chain.
+    return any(_bias(added, facts).any() for added in _added(norm, facts))

@@ -9,6 +9,7 @@ import onnx
 import pytest
 
 from onnxnorm.passes.fold_norm_affine import FoldNormAffine
+from onnxnorm.passes.lower_norms import LowerNorms
 from onnxnorm.passes.stream_fold_mean import StreamFoldMean
 from onnxnorm.pipeline import Run
 from onnxnorm.testing import assert_parity, assert_rewrites, assert_sound, run
@@ -207,6 +208,14 @@ def test_gamma_goes_alone_where_beta_has_no_place() -> None:
     done = folded(model)
     ops = [n.op_type for n in done.stored.proto.graph.node]
     assert ops[-3:] == ["MatMul", "Add", "Relu"]
+
+
+def test_zeros_that_a_written_out_norm_ends_in_stay() -> None:
+    # lower-norms writes them for the runtimes that fuse the whole chain: both settle.
+    net = Net(opset=15)
+    model = net.model(net.linear(_chain(net, net.input("x", ["n", 5, 6])), 6, 3))
+    done = folded(model, RULE, LowerNorms())
+    assert [r.rule for r in done.applied] == ["fold-norm-affine", "lower-norms"]
 
 
 @pytest.mark.parametrize("opset", [17, 23])
