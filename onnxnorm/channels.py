@@ -636,6 +636,8 @@ class Kept:
             step = read_map(node, track.layout, self.transfer)
             return self._mapped(step) if isinstance(step, Map) else None
         if node.op == "InstanceNormalization":
+            if any(self.facts.constant(node.inputs[i]) is None for i in (1, 2)):
+                return None  # it is blocked
             gamma, beta = (self._array(node, i) for i in (1, 2))
             flat = np.isfinite(self.of(node.inputs[0])) | (gamma == 0.0)
             return np.where(flat, beta, np.nan)

@@ -285,7 +285,7 @@ def _operands(add: Node, total: tuple[Any, ...], sizes: Sizes) -> tuple[AnyValue
     """The operands, the one that has the shape of the sum first."""
     for first, skip in (tuple(add.inputs), tuple(reversed(add.inputs))):
         dims, other = sizes.of(first), sizes.of(skip)
-        if dims is None or other is None or dims != total or dims[-1] != other[-1]:
+        if dims is None or other is None or dims != total or dims[-1:] != other[-1:]:
             continue
         if other == dims:
             return first, skip

@@ -156,6 +156,7 @@ def _spelled(text: str, before: str) -> onnx.ModelProto:
         (graph(f"s = Add (a, b) {LN}", b="M,3,2", outs="float[?,3,2] y"), "the same sizes"),
         (graph(f"s = Add (a, b) {LN}", b="N,1,2"), "the same sizes"),
         (graph(f"s = Add (a, b) {LN}", b="2"), "the same sizes"),
+        (graph(f"s = Add (a, b) {LN}", b="").replace("float[] b", "float b"), "the same sizes"),
         (
             graph(
                 "s = Add (a, b) y, n = LayerNormalization <epsilon = 0.25> (s, g, c)",

@@ -310,6 +310,12 @@ def test_a_linear_layer_without_a_bias_takes_no_constant() -> None:
     assert_refuses(before, RULE, "has no bias that could take it")
 
 
+def test_parameters_of_an_instance_norm_that_the_caller_may_replace() -> None:
+    norm = f"{FIRST} d = InstanceNormalization (a, p, b)\n y = Conv (d, v)\n"
+    text = graph(norm, CONSTANTS).replace("[N,2,4,4] x", "[N,2,4,4] x, float[3] p")
+    assert_refuses(text, RULE, "has parameters that are computed")
+
+
 def test_an_average_that_counts_its_padding() -> None:
     body = (
         "{f} d = AveragePool <kernel_shape = [3, 3], pads = [1, 1, 1, 1]{c}> (a)\n y = Conv (d, v)"
