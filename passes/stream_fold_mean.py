@@ -140,6 +140,8 @@ class Survey:
         self.betas: dict[GivenNorm, Sinks | str] = {}
         self.gains: dict[GivenNorm, float] = {}
         self.misfits: dict[AnyValue, Stop] = {}
+        norms = [n for n in self.streams.inputs if n.kind == "layer_norm"]
+        self._converted = {node for norm in norms for node in norm.nodes}  # or may be
         for norm in self.streams.inputs:
             if norm.kind == "layer_norm" and norm.recognised and self._one_type(norm):
                 self.betas[norm] = self._beta(norm)
@@ -190,7 +192,11 @@ class Survey:
         """Where beta goes: into these biases, or why it cannot."""
         if norm.beta is None or not norm.beta.any():
             return Sinks()
-        return sinks(norm.output, self.streams.inputs[norm].basis.layout, self.streams.transfer)
+        found = sinks(norm.output, self.streams.inputs[norm].basis.layout, self.streams.transfer)
+        for place in found.places if isinstance(found, Sinks) else ():
+            if place.node in self._converted:
+                return f"{described(place.node)} has the bias of another norm, which goes itself"
+        return found
 
     def _choose(self) -> Choice:
         while True:

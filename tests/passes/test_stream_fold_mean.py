@@ -101,6 +101,19 @@ def named(text: set[str], *parts: str) -> bool:
 # ** the rewrite itself **
 
 
+def test_the_biases_of_two_norms_that_are_added_do_not_take_each_other() -> None:
+    net = Net()
+    stream = net.linear(net.input("x", ["batch", 3, 8]), 8, 8)
+    normed = []
+    for _ in range(2):  # written out, so that each ends in the Add of a bias
+        off = net.op("Sub", stream, net.op("ReduceMean", stream, axes=[-1]))
+        variance = net.op("ReduceMean", net.op("Mul", off, off), axes=[-1])
+        root = net.op("Sqrt", net.op("Add", variance, net.scalar(0.01)))
+        scaled = net.op("Mul", net.op("Div", off, root), net.vector(8, 1.0))
+        normed.append(net.op("Add", scaled, net.vector(8, 0.3)))
+    assert converted(folded(net.model(net.op("Add", *normed)))) == 2
+
+
 def test_weight_and_bias_are_centered_and_beta_goes_into_the_next_bias() -> None:
     done = assert_rewrites(BEFORE, AFTER, RULE)
     (remark,) = done.applied
