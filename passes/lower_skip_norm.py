@@ -242,9 +242,13 @@ def _placed(op: str, norm: Node, add: Node, reshape: Node | None, facts: Facts) 
             return ordered
         if reshape is not None and not _is_alone(reshape, norm, facts):
             return "the Reshape in front of it has other readers, so another one would be needed"
-        bias = _bias(op, ordered[0], add, total, facts)
-        first = ordered[0] if bias is None else _other(bias, facts)
-        return _Fusion(op, norm, add, reshape, (first, ordered[1]), bias=bias)
+        first, skip = ordered
+        bias = _bias(op, first, add, total, facts)
+        if bias is None and sizes.of(skip) == total:  # x + f(x) and f(x) + x are the same sum
+            bias = _bias(op, skip, add, total, facts)
+            first, skip = ordered if bias is None else (skip, first)
+        first = first if bias is None else _other(bias, facts)
+        return _Fusion(op, norm, add, reshape, (first, skip), bias=bias)
     if reshape is None or len(normed) not in _RANKS:
         return (
             f"the sum has {len(total)} dims and the operator takes 2 or 3: the Reshapes around it"

@@ -84,7 +84,7 @@ GOLDENS: Final[dict[str, tuple[str, str]]] = {
     ),
     "the bias of a linear operator": (
         graph(f"m = MatMul (a, w) n = Add (v, m) s = Add (b, n) {LN}", outs="float[N,3,2] y"),
-        graph(f"m = MatMul (a, w) n = Add (v, m) y = {SKIP} (b, n, g, c)", imports=MS),
+        graph(f"m = MatMul (a, w) y = {SKIP} (m, b, g, c, v)", imports=MS),
     ),
     "the bias of the first operand": (
         graph(f"m = MatMul (a, w) n = Add (m, v) s = Add (n, b) {LN}", outs="float[N,3,2] y"),
