@@ -8,7 +8,8 @@ Norms of channels are written for images, so around one on tokens exporters put 
 Reshape on both sides. Where the norm went into its neighbours these are left, with nothing between.
 That they undo each other is proven on the factors of the axes, with the sizes that follow from the
 graph's inputs and weights; what a file states of values in between does not count. A Gather whose
-indices count up, as exporters write a view with strides, is a Reshape. Exact. Source: the
+indices count up, as exporters write a view with strides, is a Reshape, and an Identity in between
+is nothing at all. Exact. Source: the
 definitions of these operators in the ONNX operator specification.
 """
 
@@ -42,6 +43,8 @@ class FoldLayout(Pass):
         for node in facts.module.nodes():
             if node.op == "Slice":
                 yield from _cut(node, facts)
+            if node.op == "Identity":
+                yield from _same(node, facts)
             if not _moves(node, facts):
                 continue
             found = _shorter(node, facts, find_sizes(facts))
@@ -88,6 +91,20 @@ def _gone(found: _Run, node: Node, claimed: tuple[Node, ...], facts: Facts) -> P
     readers = dict.fromkeys(u.node for u in facts.uses(node.outputs[0]))
     results = dict.fromkeys(v for n in readers for v in n.outputs if v.name)
     return Plan(node, claimed, found, inside=tuple(readers), outputs=tuple(results), into="nothing")
+
+
+def _same(node: Node, facts: Facts) -> Iterator[Plan]:
+    """An Identity, which hides from others what makes a value, and who reads it."""
+    if node.domain or node.parametric or len(node.inputs) != 1:
+        return
+    source, result = node.inputs[0], node.outputs[0]
+    if source.scope is not node.scope or facts.constant(result) is not None:
+        return
+    if not facts.uses(result) or facts.pinned(result) is not None:
+        return
+    made = facts.producer(source)
+    claimed = (node,) if made is None else (node, made)
+    yield _gone(_Run(source, (node,), ()), node, claimed, facts)
 
 
 def _cut(node: Node, facts: Facts) -> Iterator[Plan]:

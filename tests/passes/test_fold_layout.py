@@ -13,10 +13,12 @@ from onnx import TensorProto, helper, numpy_helper, parser
 
 from onnxnorm import rearrange
 from onnxnorm.errors import VerificationError
+from onnxnorm.passes.fold_affine import FoldAffine
 from onnxnorm.passes.fold_layout import FoldLayout
 from onnxnorm.testing import assert_parity, assert_rewrites, assert_sound, run
 from tests import texts
 from tests.mutants import mutated
+from tests.networks import Net
 
 RULE = FoldLayout()
 
@@ -66,6 +68,42 @@ def test_a_transpose_that_is_there_already_is_read() -> None:
     )
     after = "a = Transpose <perm = [0, 2, 1]> (x)\n r = Relu (a)\n y = Add (r, a)"
     assert_rewrites(graph(body, SHAPES, y="N,8,6"), graph(after, y="N,8,6"), RULE)
+
+
+@pytest.mark.parametrize("opset", [7, 17])
+def test_an_identity_in_between_hides_nothing(opset: int) -> None:
+    moves = IMAGE.replace("= Reshape (b, tokens)", "= Reshape (i, tokens)")
+    body = moves.replace("\n c =", "\n i = Identity (b)\n c =")
+    assert_rewrites(
+        graph(body, SHAPES).replace(": 17]", f": {opset}]"),
+        graph("y = Relu (x)").replace(": 17]", f": {opset}]"),
+        RULE,
+    )
+    # A scale goes into the convolution in front of an Identity.
+    net = Net()
+    conv = net.op("Conv", net.input("x", ["batch", 4, 3, 3]), net.matrix(4, 4, 1, 1))
+    scaled = net.op("Mul", net.op("Identity", conv), net.keep(np.full((4, 1, 1), 2.0)))
+    done = run(net.model(net.op("Relu", scaled)), FoldAffine(), RULE)
+    assert [n.op_type for n in done.stored.proto.graph.node] == ["Conv", "Relu"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "a = Relu (x)\n y = Identity (a)",  # an output keeps its name
+        "y = Identity (x)",
+        "a = Identity (w)\n y = Add (x, a)",  # of a weight: it is a constant to all
+    ],
+)
+def test_identities_that_stay(body: str) -> None:
+    assert not run(graph(body, "float[8] w = {1, 2, 3, 4, 5, 6, 7, 8}"), RULE).applied
+
+
+def test_an_identity_of_another_scope_stays() -> None:
+    inner = "g () => (float[N,6,8] {0}) {{ {0}i = Identity (x)\n {0} = Relu ({0}i) }}"
+    then, other = inner.format("p"), inner.format("q")
+    body = f"y = If (c) <then_branch = {then}, else_branch = {other}>"
+    assert not run(graph(body, "bool c = {1}"), RULE).applied
 
 
 def test_what_others_read_stays_and_the_rest_goes() -> None:
