@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from onnxnorm import passes, registry
 from onnxnorm.errors import UsageError
+from onnxnorm.passes.eliminate_guard import EliminateGuard
 from onnxnorm.passes.eliminate_softmax import EliminateSoftmax
 from onnxnorm.passes.fold_affine import FoldAffine
 from onnxnorm.passes.fold_batchnorm import FoldBatchnorm
@@ -70,6 +71,7 @@ def test_selections() -> None:
         LowerChannelNorm(),
         StreamFoldMean(),
         EliminateSoftmax(),
+        EliminateGuard(),
         LowerSoftmax(),
         LowerGroupNorm(),
         LowerChannelAffine(),
