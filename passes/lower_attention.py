@@ -10,8 +10,9 @@ the operator's as it is. The same function over the reals, with the
 same products; only for the target `ort-cpu`, where it was measured (`onnxnorm.lowering.ATTENTION`),
 and in float32, which is what its kernel takes there. The operator adds m as the nodes do, and a row
 of -inf alone gives NaN in both; but m must have a number for each query and key, of one or all
-heads and examples. What makes zeros of such rows afterwards keeps its nodes, and so does
-cross-attention: the operator projects one x.
+heads and examples. What makes zeros of such rows in the scores keeps its nodes, and so does
+cross-attention: the operator projects one x. A factor for each query, to which `eliminate-guard`
+brings those zeros, is multiplied with y.
 
 Source: A. Vaswani et al., Attention Is All You Need, 2017; contributed operators of onnxruntime.
 """
@@ -40,6 +41,7 @@ _TO_KEYS: Final = (0, 2, 3, 1)
 _UNPACKED: Final = (2, 0, 3, 1, 4)  # (batch, sequence, 3, heads, size) to what is cut in three
 _FLIPPED: Final = (0, 1, 3, 2)
 _RANK: Final = 4  # of scores
+_AXES_AS_INPUT: Final = 13  # the opset from which on Squeeze reads its axes
 _OPERAND: Final = "an operand of its products"
 
 
@@ -94,12 +96,15 @@ class _Attention:
         parts: What makes queries, keys and values; one for all three where they are packed.
         scale: What the scores are multiplied by.
         added: What is added to them then; None for nothing.
+        factor: What the product with values is multiplied by, of (batch or 1, 1, sequence or 1, 1);
+            None for nothing.
         nodes: All nodes, the last one first.
     """
 
     parts: tuple[_Projection, ...]
     scale: float
     added: AnyValue | None
+    factor: AnyValue | None
     nodes: tuple[Node, ...]
 
 
@@ -175,10 +180,18 @@ class LowerAttention(Pass):
             added = rw.constant("added", array.reshape((1,) * (_RANK - array.ndim) + array.shape))
         inputs = [products[0].source, matrix, vector, None, None, added]
         attrs = {"num_heads": found.parts[0].heads, "scale": found.scale}
+        made = root.outputs[0] if found.factor is None else rw.fresh("attention", at=root)
         rw.merge(
-            "Attention", inputs, [root.outputs[0]], [], at=root, name=root.name, domain=DOMAIN,
-            attrs=attrs,
+            "Attention", inputs, [made], [], at=root, name=root.name, domain=DOMAIN, attrs=attrs
         )  # fmt: skip
+        if found.factor is None:
+            return
+        if root.scope.opsets[""] < _AXES_AS_INPUT:
+            factor = rw.add("Squeeze", [found.factor], "factor", attrs={"axes": [1]})
+        else:
+            axes = rw.constant("axes", np.asarray([1], np.int64))
+            factor = rw.add("Squeeze", [found.factor, axes], "factor")
+        rw.replace("Mul", [made, factor])
 
 
 def _is_between_products(softmax: Node, facts: Facts) -> bool:
@@ -214,7 +227,8 @@ def _found(softmax: Node, facts: Facts, sizes: Sizes) -> _Attention:
     if softmax.attrs.get("axis", default) not in (-1, 3) or softmax.parametric:
         raise _Misfit("it is not over the keys")
     mixed = facts.uses(softmax.outputs[0])[0].node
-    spread = _only_reader(mixed, facts, "Transpose", "what it is multiplied with")
+    scaled, factor = _factor(mixed, facts)
+    spread = _only_reader(scaled, facts, "Transpose", "what it is multiplied with")
     if tuple(spread.attrs.get("perm", ())) != _TO_HEADS:
         raise _Misfit("its heads are not put side by side again")
     joined = _only_reader(spread, facts, "Reshape", "the Transpose behind it")
@@ -226,13 +240,34 @@ def _found(softmax: Node, facts: Facts, sizes: Sizes) -> _Attention:
         raise _Misfit("its result is not known to have the heads side by side")
     if added is not None:
         _check_added(added, given, first.heads, facts, sizes)
-    inner = (spread, mixed, softmax, *between, scores, *(n for p in parts for n in p.nodes))
+    if factor is not None:
+        _check_factor(factor, given, sizes)
+    inner = (spread, scaled, mixed, softmax, *between, scores, *(n for p in parts for n in p.nodes))
     nodes = (joined, *dict.fromkeys(inner))
     for value in (v for node in nodes[1:] for v in node.outputs if v.name):
         read = value is added or any(use.node not in nodes for use in facts.uses(value))
         if read or facts.pinned(value) is not None:
             raise _Misfit(f"'{value.name}' is needed by others too")
-    return _Attention(parts, scale, added, nodes)
+    return _Attention(parts, scale, added, factor, nodes)
+
+
+def _factor(mixed: Node, facts: Facts) -> tuple[Node, AnyValue | None]:
+    """The Mul that alone reads a product with values, and by what; the product itself and None."""
+    uses = facts.uses(mixed.outputs[0])
+    if len(uses) != 1 or uses[0].node.op != "Mul" or uses[0].node.domain:
+        return mixed, None
+    factor: AnyValue = uses[0].node.inputs[1 - uses[0].index]
+    return uses[0].node, factor
+
+
+def _check_factor(factor: AnyValue, given: Dims, sizes: Sizes) -> None:
+    """A factor for each query of an example can be multiplied with all heads side by side."""
+    batch, length, _ = given
+    dims = sizes.of(factor)
+    if dims is None or len(dims) != _RANK or dims[1] != 1 or dims[3] != 1:
+        raise _Misfit("what its result is multiplied by is not known to be the same for all heads")
+    if dims[0] not in (1, batch) or dims[2] not in (1, length):
+        raise _Misfit("what its result is multiplied by is not known to be one for each query")
 
 
 def _check_added(added: AnyValue, given: Dims, heads: int, facts: Facts, sizes: Sizes) -> None:
