@@ -71,6 +71,7 @@ class Sizes:
         self._computed: dict[tuple[Dim, ...], Dim] = {}
         self._same: dict[str, str] = {}  # a name -> another name of the same size
         self._renames: dict[str, Dim] = {}  # what that makes of a size
+        self._cut: dict[str, Dim] = {}  # the smaller of a number and a size -> that size
         self._numbers = itertools.count()
         for scope in facts.module.scopes:
             for node in facts.in_order(scope):
@@ -261,6 +262,8 @@ class Sizes:
         dims: list[Dim] = []
         for axis in range(-max(map(len, known), default=0), 0):
             here = {g[axis] for g in known if len(g) >= -axis} - {1}
+            # What fits to a size and is no larger is that size, or 1.
+            here -= {d for d in here if isinstance(d, str) and self._cut.get(d) in here}
             sizes = [d for d in here if isinstance(d, int)]
             if sizes or len(here) <= 1:
                 dims.append(sizes[0] if sizes else next(iter(here), 1))
@@ -283,6 +286,13 @@ class Sizes:
     def some(self, count: int) -> Dims:
         """Sizes of which nothing is known."""
         return tuple(self._fresh() for _ in range(count))
+
+    def cut(self, number: int, size: str) -> str:
+        """The smaller of a positive number and a size."""
+        name = self._fresh()
+        if number > 0:
+            self._cut[name] = size
+        return name
 
     def unsure(self) -> str:
         """An integer of which nothing is known, not even that it is a size."""
@@ -520,9 +530,26 @@ def _slice(s: Sizes, node: Node) -> Dims | None:
             continue
         if isinstance(size, int) and start is not None and end is not None:
             found[axis] = len(range(size)[slice(start, end, step)])
+        elif isinstance(size, int) and start == 0 and step == 1 and (last := _end(s, node, at)):
+            found[axis] = s.cut(size, last)
         else:
             found[axis] = s.some(1)[0]
     return tuple(found)
+
+
+def _end(s: Sizes, node: Node, at: int) -> str:
+    """The size at which a Slice ends; "" where it is a number or may be negative."""
+    known = s.entries(node.inputs[2]) if len(node.inputs) > 2 else None
+    last = None if known is None else known.reshape(-1).tolist()[at]
+    return last if isinstance(last, str) and is_size(last) else ""
+
+
+def _gather_nd(s: Sizes, node: Node) -> Dims | None:
+    data, index = s.given(node, 0), s.given(node, 1)
+    batch = int(node.attrs.get("batch_dims", 0))
+    if data is None or not index or not isinstance(index[-1], int):
+        return None
+    return (*index[:-1], *data[batch + index[-1] :])
 
 
 def _concat(s: Sizes, node: Node) -> Dims | None:
@@ -696,6 +723,8 @@ _DIMS: Final[dict[str, _Dims]] = {
     "Squeeze": _squeeze,
     "Unsqueeze": _unsqueeze,
     "Gather": _gather,
+    "GatherElements": lambda s, node: s.given(node, 1),
+    "GatherND": _gather_nd,
     "Slice": _slice,
     "Concat": _concat,
     "Split": _split,

@@ -231,3 +231,36 @@ def test_a_pool_that_rounds_up_makes_sizes_of_which_nothing_is_known() -> None:
     derived, _ = _windows("MaxPool", (6, 7), {"strides": [2, 2], "ceil_mode": 1})
     assert derived[:2] == ("batch", 6)
     assert not any(isinstance(d, int) for d in derived[2:])
+
+
+def _cut(net: Net, end: str, rows: int, start: int = 0) -> str:
+    """The first rows of a table, as many as an input has tokens."""
+    table = net.keep(np.zeros((1, rows, 12), np.float32))
+    return net.op("Slice", table, net.ints(start), end, net.ints(1))
+
+
+def test_a_table_that_is_cut_and_fits_has_the_size_at_which_it_is_cut() -> None:
+    net = Net()
+    x = net.input("x", ["batch", "tokens", 12])
+    y = net.input("y", ["batch", "others", 12])
+    fits = net.op("Add", x, _cut(net, _dim(net, x, 1), 8))
+    assert sizes_of(net, fits) == ("batch", "tokens", 12)
+    assert sizes_of(net, net.op("Add", _cut(net, _dim(net, x, 1), 8), x))[1] == "tokens"
+    # It may be 1, of another size, or longer than what it is added to.
+    assert sizes_of(net, net.op("Add", x, _cut(net, _dim(net, y, 1), 8)))[1] != "tokens"
+    assert sizes_of(net, net.op("Add", x, _cut(net, _dim(net, x, 1), 8, start=1)))[1] != "tokens"
+    minus = net.op("Sub", _dim(net, x, 1), net.ints(1))
+    assert sizes_of(net, net.op("Add", x, _cut(net, minus, 8)))[1] != "tokens"
+    assert sizes_of(net, net.op("Add", x, _cut(net, _dim(net, x, 1), 0)))[1] != "tokens"
+
+
+def test_what_is_gathered_has_the_shape_of_the_indices() -> None:
+    net = Net()
+    x = net.input("x", ["batch", "tokens"])
+    index = net.input("i", ["batch", 1, "some", 2], onnx.TensorProto.INT64)
+    assert sizes_of(net, net.op("GatherND", x, index)) == ("batch", 1, "some")
+    one = net.input("j", ["batch", 1], onnx.TensorProto.INT64)
+    assert sizes_of(net, net.op("GatherND", x, one)) == ("batch", "tokens")
+    assert sizes_of(net, net.op("GatherND", x, one, batch_dims=1)) == ("batch",)
+    same = net.input("k", ["batch", "some"], onnx.TensorProto.INT64)
+    assert sizes_of(net, net.op("GatherElements", x, same, axis=1)) == ("batch", "some")
