@@ -144,7 +144,7 @@ class EliminateGuard(Pass):
                     guard.nodes,
                     guard,
                     anchors=(probabilities,),
-                    action="converted",
+                    action="lowered",
                     into="Softmax",
                 )
                 continue
@@ -156,7 +156,7 @@ class EliminateGuard(Pass):
                 moved,
                 anchors=(probabilities,),
                 inside=(softmax,),
-                action="converted",
+                action="lowered",
                 into="Softmax and one factor for each query",
             )
 

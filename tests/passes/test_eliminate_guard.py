@@ -77,7 +77,7 @@ ZERO: Final = {"z_zero": np.float32(0)}
 def test_a_mask_that_may_be_empty_gives_a_factor() -> None:
     done = assert_rewrites(model(), model(FACTOR, constants=ZERO), RULE)
     assert [(r.action, r.into) for r in done.applied] == [
-        ("converted", "Softmax and one factor for each query")
+        ("lowered", "Softmax and one factor for each query")
     ]
 
 
@@ -176,7 +176,7 @@ GOES: Final[dict[str, onnx.ModelProto]] = {
 def test_goes(name: str) -> None:
     before = GOES[name]
     done = run(before, RULE)
-    assert [(r.action, r.into) for r in done.applied] == [("converted", "Softmax")]
+    assert [(r.action, r.into) for r in done.applied] == [("lowered", "Softmax")]
     wanted = [n for n in before.graph.node if n.op_type != "IsNaN" and "g" not in n.output]
     made = done.stored.proto.graph.node
     assert [(n.op_type, list(n.output)) for n in made] == [

@@ -13,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnxnorm import storage
 from onnxnorm.passes import lower_attention
+from onnxnorm.passes.eliminate_guard import EliminateGuard
 from onnxnorm.passes.lower_attention import LowerAttention
 from onnxnorm.session import open_session
 from onnxnorm.staging import Staged
@@ -201,6 +202,73 @@ def test_masked_rows_are_what_the_nodes_make_of_them(low: float) -> None:
     assert errors[1] <= 2 * errors[0] + room
 
 
+SCALED: Final = (
+    ("s = Mul (s0, c)", "s1 = Mul (s0, c) s = Add (s1, mask)"),
+    ("m = MatMul (p, v)", "m0 = MatMul (p, v) m = Mul (m0, f)"),
+)
+FACTOR: Final = ", float[N,1,L,L] mask, float[N,1,L,1] f"
+
+
+@pytest.mark.parametrize("order", ["m0, f", "f, m0"])
+@pytest.mark.parametrize("opset", [12, 17])
+def test_a_factor_for_each_query_is_multiplied_with_the_result(order: str, opset: int) -> None:
+    before = (
+        edited(*SCALED, more=FACTOR).replace("m0, f", order).replace('"" : 17', f'"" : {opset}')
+    )
+    axes = "(f, y_axes)" if opset == 17 else "<axes: ints = [1]> (f)"
+    weights = JOINED + (" int64[1] y_axes = {1}, " if opset == 17 else "") + BIASES
+    body = f"""
+        y_attention = {ADDED} (x, y_weights, y_biases, , , mask)
+        [y_factor] y_factor = Squeeze {axes}  y = Mul (y_attention, y_factor)
+    """
+    wanted = graph(body, weights, more=FACTOR, ms=', "com.microsoft" : 1')
+    assert_rewrites(before, wanted.replace('"" : 17', f'"" : {opset}'), CPU)
+
+
+@pytest.mark.parametrize("shape", ["N,1,1,1", "1,1,L,1", "1,1,1,1"])
+def test_a_factor_for_examples_or_queries(shape: str) -> None:
+    more = FACTOR.replace("float[N,1,L,1] f", f"float[{shape}] f")
+    before = edited(*SCALED, more=more)
+    done = run(before, CPU)
+    assert [n.op_type for n in done.stored.proto.graph.node] == ["Attention", "Squeeze", "Mul"]
+    assert_parity(before, done.stored.complete())
+
+
+@settings(deadline=None, max_examples=10)
+@given(st.integers(1, 3), st.integers(1, 5), st.booleans(), st.integers(0, 9))
+def test_rows_that_are_masked_throughout(batch: int, length: int, causal: bool, seed: int) -> None:
+    """What torch's exporter writes, through both passes: zeros in those rows, and the numbers."""
+    rows = "L" if causal else "1"
+    text = edited(
+        ("s = Mul (s0, c)", "s1 = Mul (s0, c) a0 = Where (c0, zero, low) s = Add (s1, a)"),
+        ("m = MatMul (p, v)", "n = IsNaN (p) g = Where (n, zero, p) m = MatMul (g, v)"),
+        ("float c = {0.5}", "float c = {0.5}, float zero = {0}, int64[4] all = {1, 1, 1, 1}"),
+        more=f", bool[N,1,{rows},L] mask",
+    )
+    whole = "c0 = Identity (mask)" if causal else "q9 = Shape (x) i9 = Gather (q9, ones)"
+    text = text.replace("a0 = Where (c0, zero, low)", f"{whole} EXPANDED a = Where (c0, zero, low)")
+    spread = "e9 = Concat <axis = 0> (ones, i9, ones) c0 = Expand (mask, e9)"
+    text = text.replace("EXPANDED", "" if causal else spread)
+    text = text.replace("int64[4] all = {1, 1, 1, 1}", "int64[1] ones = {1}")
+    before = onnx.parser.parse_model(text)
+    before.graph.initializer.append(numpy_helper.from_array(np.asarray(-np.inf, np.float32), "low"))
+    done = run(before, EliminateGuard(), CPU)
+    assert "Attention" in [n.op_type for n in done.stored.proto.graph.node]
+    rng = np.random.default_rng(seed)
+    mask = rng.random((batch, 1, length if causal else 1, length)) < 0.5
+    mask[0] = False
+    feeds = {"x": rng.normal(size=(batch, length, 4)).astype(np.float32), "mask": mask}
+    first = storage.from_proto(before)
+    (truth,) = Evaluator(first).run(feeds).values()
+    errors = []
+    for stored in (first, done.stored):
+        with Staged(stored, None) as staged, open_session(staged.model) as session:
+            (found,) = session.run(feeds).values()
+        errors.append(np.max(np.abs(found - truth)))
+    assert not truth[0].any()
+    assert errors[1] <= 2 * errors[0] + 4 * np.spacing(np.float32(np.max(np.abs(truth))))
+
+
 @pytest.mark.parametrize("target", ["onnx", "ort-cuda"])
 def test_other_targets_stay(target: str) -> None:
     assert not run(graph(NODES), LowerAttention(target)).remarks
@@ -343,6 +411,26 @@ REFUSALS: Final[dict[str, tuple[str, str]]] = {
     "a norm of the queries": (
         packed(("q = Gather (a, i0)", "q4 = Gather (a, i0) q = Softplus (q4)")),
         "an operand of its products is not a projection that is brought into heads",
+    ),
+    "a factor for each head": (
+        edited(*SCALED, more=FACTOR.replace("float[N,1,L,1] f", "float[N,2,L,1] f")),
+        "what its result is multiplied by is not known to be the same for all heads",
+    ),
+    "a factor for each feature": (
+        edited(*SCALED, more=FACTOR.replace("float[N,1,L,1] f", "float[N,1,L,2] f")),
+        "what its result is multiplied by is not known to be the same for all heads",
+    ),
+    "one number for all": (
+        edited(*SCALED, more=FACTOR.replace("float[N,1,L,1] f", "float f")),
+        "what its result is multiplied by is not known to be the same for all heads",
+    ),
+    "a factor of other queries": (
+        edited(*SCALED, more=FACTOR.replace("float[N,1,L,1] f", "float[N,1,M,1] f")),
+        "what its result is multiplied by is not known to be one for each query",
+    ),
+    "a factor that is the product": (
+        edited(*SCALED, more=FACTOR).replace("Mul (m0, f)", "Mul (m0, m0)"),
+        "what it is multiplied with is not read by one Transpose",
     ),
     "a bias that is no constant": (
         edited(("Add (k0, bk)", "Add (k0, z)"), more=", float[4] z"),
