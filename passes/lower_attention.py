@@ -180,10 +180,11 @@ class LowerAttention(Pass):
             added = rw.constant("added", array.reshape((1,) * (_RANK - array.ndim) + array.shape))
         inputs = [products[0].source, matrix, vector, None, None, added]
         attrs = {"num_heads": found.parts[0].heads, "scale": found.scale}
-        made = root.outputs[0] if found.factor is None else rw.fresh("attention", at=root)
-        rw.merge(
-            "Attention", inputs, [made], [], at=root, name=root.name, domain=DOMAIN, attrs=attrs
-        )  # fmt: skip
+        made, name = root.outputs[0], root.name
+        if found.factor is not None:  # the root's name is that of the Mul
+            made = rw.fresh("attention", at=root)
+            name = made.name
+        rw.merge("Attention", inputs, [made], [], at=root, name=name, domain=DOMAIN, attrs=attrs)
         if found.factor is None:
             return
         if root.scope.opsets[""] < _AXES_AS_INPUT:

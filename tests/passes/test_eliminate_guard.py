@@ -391,6 +391,8 @@ def masked(draw: Any) -> tuple[onnx.ModelProto, dict[str, Any]]:
     shown = rng.random(shape) < 0.6
     shown.reshape(-1, keys)[0] = False
     made = edited(*changes, inputs=inputs, outs=outs, opset=draw(st.sampled_from([11, 13, 17, 21])))
+    for node in made.graph.node:
+        node.name = f"node_{node.output[0]}"  # onnxruntime loads no two nodes of one name
     return made, {n: a.astype(np.float32) for n, a in feeds.items()} | {"c": shown == shows}
 
 
