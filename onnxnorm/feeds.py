@@ -222,6 +222,7 @@ def candidates(
         # What the user's shapes say of the other axes of these inputs is bound already.
         varied = {i.name for places in map(_symbols(inputs).get, sizes) for i, _ in places or ()}
         shapes = {name: shape for name, shape in (shapes or {}).items() if name not in varied}
+    bound = {s: n for s, n in _windows(inputs, proto).items() if s not in bound} | bound
     inputs = [i if i.name in (shapes or {}) else _fitting(i, proto) for i in inputs]
     limits = {i.name: _limits(proto, i) for i in inputs if not is_float_type(i.elem_type)}
     previous: list[Any] = []
@@ -312,6 +313,14 @@ _KEEPS_SIZES: Final = frozenset({"Add", "Cast", "Div", "Identity", "Mul", "Sub"}
 def _fitting(entry: _Input, proto: onnx.ModelProto) -> _Input:
     """Return the input with the channels, and the rank, that the weights behind it ask for."""
     sizes = _table_sizes(proto)
+    for node in proto.graph.node:
+        if entry.name in node.input and entry.dims is not None and len(entry.dims) == 4:
+            heads = _cache_heads(node, list(node.input).index(entry.name), sizes, proto)
+            sizes_of = {axis: n for axis, n in zip((1, 3), heads, strict=True) if n}
+            fitting = [
+                sizes_of.get(a, d) if isinstance(d, str) else d for a, d in enumerate(entry.dims)
+            ]
+            entry = replace(entry, dims=tuple(fitting))
     frontier, seen = [entry.name], set()
     while frontier:
         name = frontier.pop()
@@ -344,6 +353,72 @@ def _fitting(entry: _Input, proto: onnx.ModelProto) -> _Input:
                 return replace(entry, dims=tuple(settled))
             return replace(entry, dims=dims)
     return entry
+
+
+# Attention operators: where the cache of keys is, that of values behind it, and the attributes
+# that count the heads of queries and those of keys. A cache is [batch, heads, past, head size].
+_CACHES: Final = {
+    ("com.microsoft", "GroupQueryAttention"): (3, "num_heads", "kv_num_heads"),
+    ("com.microsoft", "MultiHeadAttention"): (6, "num_heads", "num_heads"),
+    ("", "Attention"): (4, "q_num_heads", "kv_num_heads"),
+}
+
+
+def _cache_heads(
+    node: onnx.NodeProto,
+    position: int,
+    sizes: Mapping[str, tuple[int, ...]],
+    proto: onnx.ModelProto,
+) -> tuple[int, int]:
+    """Return heads and head size of the cache that an operator reads there; 0 is not known.
+
+    Microsoft's operators take queries, keys and values as [batch, length, heads * head size], or
+    the three of them side by side where the keys are left out.
+    """
+    past, queries, keys = _CACHES.get((node.domain, node.op_type), (-1, "", ""))
+    if past < 0 or position not in {past, past + 1}:
+        return 0, 0
+    values = {a.name: a.i for a in node.attribute}
+    heads, shared = values.get(queries, 0), values.get(keys, 0)
+    given = node.input[position - past + 1]  # the keys, or the values
+    rank = len(sizes.get(given or node.input[0], (0, 0, 0)))
+    if rank == 4:
+        shape = sizes[given or node.input[0]]
+        return shape[1], shape[3]
+    if rank != 3 or not heads or not shared:
+        return shared, 0
+    parts = shared if given else heads + 2 * shared
+    return shared, _width(given or node.input[0], sizes, proto) // parts
+
+
+def _windows(inputs: Sequence[_Input], proto: onnx.ModelProto) -> Sizes:
+    """Return the sizes of axes that are the length of a ring buffer: it holds a window whole."""
+    by_name = {i.name: i.dims for i in inputs if i.dims is not None and len(i.dims) == 4}
+    found: Sizes = {}
+    for node in proto.graph.node:
+        values = {a.name: a.i for a in node.attribute}
+        if values.get("sliding_window_cache"):
+            for name in node.input:
+                past = by_name.get(name, (0, 0, 0, 0))[2]
+                if isinstance(past, str):
+                    found[past] = max(found.get(past, 1), values.get("local_window_size", 1))
+    return found
+
+
+def _width(name: str, sizes: Mapping[str, tuple[int, ...]], proto: onnx.ModelProto) -> int:
+    """Return the size of a value's last axis, by its shape or by the weights behind it; or 0."""
+    if sizes.get(name) and sizes[name][-1]:
+        return sizes[name][-1]
+    node = next((n for n in proto.graph.node if name in n.output), None)
+    if node is None:
+        return 0
+    if node.op_type == "MatMulNBits":
+        return next((int(a.i) for a in node.attribute if a.name == "N"), 0)
+    if node.op_type == "MatMul":
+        return _width(node.input[1], sizes, proto)
+    if node.op_type == "Add":
+        return max(_width(operand, sizes, proto) for operand in node.input)
+    return 0
 
 
 def _elements(inputs: Sequence[_Input], layout: Sequence[tuple[Sizes, int]]) -> int:
@@ -475,7 +550,8 @@ def _total(sizes: Sizes) -> None:
     new = [s for s in sizes if s in {"sequence_length", "seq_len", "seq_length", "sequence"}]
     for symbol in sizes:
         if symbol.startswith("total") and past and new:
-            sizes[symbol] = sizes[past[0]] + sizes[new[0]]
+            own = symbol.replace("total", "past", 1)  # a sliding window has another length
+            sizes[symbol] = sizes[own if own in past else past[0]] + sizes[new[0]]
 
 
 def _concrete(entry: _Input, sizes: Sizes, given: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:

@@ -283,6 +283,68 @@ def test_channels_are_those_of_the_weight(shape: Sequence[Any] | None) -> None:
     assert given.values["x"].shape == (1, 3, 8, 8)
 
 
+def cache_shapes(node: onnx.NodeProto, *producers: onnx.NodeProto, **kinds: Any) -> set[Any]:
+    """Return the shapes that two caches 'k' and 'v' of an attention operator are given."""
+    names = ("batch_size", "kv_heads", "past_sequence_length", "kv_cache_dim")
+    inputs = [info(n, TensorProto.FLOAT, s) for n, s in kinds.pop("inputs", {}).items()]
+    inputs += [info(name, TensorProto.FLOAT, names) for name in ("k", "v")]
+    (first, *_) = make_feeds(model(inputs, [*producers, node], kinds))
+    return {first.values[name].shape[1::2] for name in ("k", "v")}
+
+
+def test_caches_have_the_heads_of_the_attention_that_reads_them() -> None:
+    # GroupQueryAttention of packed projections: 4 heads of queries and 2 of keys and of values
+    grouped: dict[str, Any] = {"domain": "com.microsoft", "num_heads": 4, "kv_num_heads": 2}
+    packed = ["qkv", "", "", "k", "v", "lengths", "total"]
+    node = helper.make_node("GroupQueryAttention", packed, ["y", "", ""], **grouped)
+    project = helper.make_node("MatMul", ["x", "w"], ["p"])
+    biased = helper.make_node("Add", ["p", "b"], ["qkv"])
+    x, w, b = {"x": [1, 5, 6]}, np.zeros((6, 80), np.float32), np.zeros(80, np.float32)
+    assert cache_shapes(node, project, biased, inputs=x, w=w, b=b) == {(2, 10)}
+    quantized: dict[str, Any] = {"domain": "com.microsoft", "N": 80, "K": 6}
+    project = helper.make_node("MatMulNBits", ["x", "w", "s"], ["qkv"], **quantized)
+    assert cache_shapes(node, project, inputs=x, w=w, s=b) == {(2, 10)}
+
+    apart = ["q", "key", "value", "k", "v", "lengths", "total"]
+    node = helper.make_node("GroupQueryAttention", apart, ["y", "", ""], **grouped)
+    shapes = {"q": [1, 5, 40], "key": [1, 5, 20], "value": [1, 5, 20]}
+    assert cache_shapes(node, inputs=shapes) == {(2, 10)}
+
+    each = ["q", "key", "value", "", "", "", "k", "v"]
+    heads: dict[str, Any] = {"domain": "com.microsoft", "num_heads": 4}
+    node = helper.make_node("MultiHeadAttention", each, ["y", "", ""], **heads)
+    assert cache_shapes(node, inputs={n: [1, 5, 40] for n in shapes}) == {(4, 10)}
+
+    standard = ["q", "key", "value", "", "k", "v"]
+    node = helper.make_node("Attention", standard, ["y"], q_num_heads=4, kv_num_heads=2)
+    assert cache_shapes(node, inputs=shapes) == {(2, 10)}
+    node = helper.make_node("Attention", standard, ["y"])
+    ranked = {"q": [1, 4, 5, 10], "key": [1, 2, 5, 10], "value": [1, 2, 5, 12]}
+    assert cache_shapes(node, inputs=ranked) == {(2, 10), (2, 12)}
+
+
+def test_a_sliding_cache_holds_its_window_and_counts_for_no_total() -> None:
+    window: dict[str, Any] = {"sliding_window_cache": 1, "local_window_size": 7}
+    inputs = [
+        info("ids", TensorProto.INT64, ["batch_size", "sequence_length"]),
+        info("mask", TensorProto.INT64, ["batch_size", "total_sequence_length"]),
+        info("k0", TensorProto.FLOAT, ["batch_size", 2, "past_sliding_length", 4]),
+        info("k1", TensorProto.FLOAT, ["batch_size", 2, "past_sequence_length", 4]),
+    ]
+    heads: dict[str, Any] = {"domain": "com.microsoft", "num_heads": 4, "kv_num_heads": 2}
+    nodes = [
+        helper.make_node("GroupQueryAttention", ["q", "", "", "k0"], ["y0"], **heads, **window),
+        helper.make_node("GroupQueryAttention", ["q", "", "", "k1"], ["y1"], **heads),
+    ]
+    for feed in make_feeds(model(inputs, nodes)):
+        shapes = {name: value.shape for name, value in feed.values.items()}
+        assert shapes["k0"][2] == 7
+        assert shapes["k1"][2] in {3, 6}
+        assert shapes["mask"][1] == shapes["k1"][2] + shapes["ids"][1]
+    (feed, *_) = make_feeds(model(inputs, nodes), shapes={"k0": (1, 2, 9, 4)})
+    assert feed.values["k0"].shape == (1, 2, 9, 4)
+
+
 def test_no_choice_of_sizes_fills_the_memory() -> None:
     proto = model([info("x", TensorProto.FLOAT, ["N", "C", "H", "W"])])
     assert max(sum(f.values["x"].size for f in feeds) for feeds in candidates(proto)) <= 1 << 26
