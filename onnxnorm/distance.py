@@ -35,6 +35,12 @@ def ulp(scale: float, dtype: np.dtype[Any]) -> float:
     return max(math.ldexp(float(info.eps), math.frexp(scale)[1] - 1), smallest)
 
 
+def in_float64(value: Any) -> Array:
+    """Return an array in float64; a signalling NaN, as unwritten memory holds, is one like any."""
+    with np.errstate(invalid="ignore"):
+        return np.asarray(value).astype(np.float64)
+
+
 @dataclass
 class Distance:
     """Distance from the truth, accumulated over inputs."""
@@ -70,7 +76,7 @@ class Distance:
     def add(self, truth: Array, run: Array) -> None:
         """Take in one run; elements where either is not finite are left to the caller."""
         t = np.asarray(truth, dtype=np.float64)
-        r = np.asarray(run).astype(np.float64)
+        r = in_float64(run)
         finite = np.isfinite(t) & np.isfinite(r)
         if not finite.all():
             t, r = np.where(finite, t, 0.0), np.where(finite, r, 0.0)
@@ -156,7 +162,7 @@ def identical(a: Any, b: Any) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     if is_real(a):
-        return bool(np.array_equal(a.astype(np.float64), b.astype(np.float64), equal_nan=True))
+        return bool(np.array_equal(in_float64(a), in_float64(b), equal_nan=True))
     return bool(np.array_equal(a, b))
 
 
@@ -167,11 +173,11 @@ def misplaced(truth: Array, baselines: Sequence[Array], run: Array) -> int:
     candidate does is enough. A finite element where the original overflowed and the truth did not
     is no fault: it is measured like any other.
     """
-    r = run.astype(np.float64)
+    r = in_float64(run)
     wrong = ~(np.isfinite(truth) & np.isfinite(r))
     wrong &= ~(~np.isfinite(truth) & ((np.isnan(truth) & np.isnan(r)) | (truth == r)))
     for baseline in baselines:
-        b = baseline.astype(np.float64)
+        b = in_float64(baseline)
         odd = ~np.isfinite(b) | ~np.isfinite(r)
         wrong &= odd & ~((np.isnan(b) & np.isnan(r)) | (b == r))
     return int(np.sum(wrong))
@@ -181,7 +187,7 @@ def immeasurable(truth: Any, run: Any) -> int:
     """Count the elements that are finite in a run and not in the truth."""
     if truth is None or run is None or truth.shape != run.shape:
         return 0
-    return int(np.sum(~np.isfinite(truth) & np.isfinite(run.astype(np.float64))))
+    return int(np.sum(~np.isfinite(truth) & np.isfinite(in_float64(run))))
 
 
 def distance_of(name: str, truths: Outputs, runs: Outputs) -> Distance:

@@ -42,6 +42,7 @@ from onnxnorm.distance import (
     distance_of,
     identical,
     immeasurable,
+    in_float64,
     is_real,
     is_text,
     leaves,
@@ -916,7 +917,7 @@ class ParityChecker:
                 return f"its shape is {list(mine.shape)}, the original's {list(theirs.shape)}"
             if is_real(mine):
                 exact = truth.get(name)
-                exact = theirs.astype(np.float64) if exact is None else exact
+                exact = in_float64(theirs) if exact is None else exact
                 if exact.shape != mine.shape:
                     return f"its shape is {list(mine.shape)}, the truth's {list(exact.shape)}"
                 own = [np.asarray(leaves[index].get(name, mine)) for leaves in every]
