@@ -664,6 +664,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit."""
     if _COMPLETION in os.environ:
         cli.main(prog_name=_NAME)
+    _open_standard_streams()
     given = list(sys.argv[1:] if arguments is None else arguments)
     before = signal.signal(signal.SIGTERM, _terminate)
     code = 0
@@ -732,6 +733,19 @@ def _imported() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+def _open_standard_streams() -> None:
+    """Put nothing where the caller closed standard input, output or errors.
+
+    The next file that is opened would get the number, and what the runtime's libraries print on
+    standard errors would go into it.
+    """
+    number = os.open(os.devnull, os.O_RDWR)  # takes the lowest that is free
+    while number < 3:
+        os.set_inheritable(number, True)
+        number = os.open(os.devnull, os.O_RDWR)
+    os.close(number)
 
 
 def _leave_stdout() -> None:

@@ -397,11 +397,12 @@ def open_session(
     if libraries is None:
         own = describe().path if optimize and chosen == "cpu" else None
         libraries = [own] if own is not None else []
+    place = _utf8(path)
     with _quiet(), rejections(path, "load"):
         for library in libraries:
-            options.register_custom_ops_library(os.fspath(library))
+            options.register_custom_ops_library(_utf8(library))
         # Without the switch onnxruntime prints and retries on the CPU.
-        native = ort.InferenceSession(os.fspath(path), options, providers=names, enable_fallback=0)
+        native = ort.InferenceSession(place, options, providers=names, enable_fallback=0)
     active = list(native.get_providers())
     if not active or active[0] != names[0]:
         raise ProviderError(
@@ -415,6 +416,23 @@ def open_session(
             "Use the cpu provider: a figure for this model would not be one of the device.",
         )
     return session
+
+
+def _utf8(path: Path) -> str:
+    """Return a path as onnxruntime takes it: UTF-8, whatever Python reads file names by.
+
+    In the locale C, or where a name is in another encoding, Python keeps the bytes that it cannot
+    read as surrogates, and onnxruntime's constructor says that its arguments are of wrong types.
+    """
+    if os.name == "nt":
+        return os.fspath(path)
+    try:
+        return os.fsencode(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ModelError(
+            f"{path}: onnxruntime opens files with names in UTF-8 only, and this is none",
+            "Rename the file, or the folder it is in.",
+        ) from error
 
 
 def optimized_graph(path: str | Path, *, provider: str = "cpu") -> onnx.ModelProto:
@@ -559,7 +577,8 @@ _COLOUR: Final = re.compile(rb"\x1b\[[0-9;]*m")
 @contextlib.contextmanager
 def _without_log_lines() -> Iterator[None]:
     """Hold back file descriptor 2, and afterwards pass on all but onnxruntime's log records."""
-    sys.stderr.flush()
+    flush = sys.stderr.flush if sys.stderr is not None else lambda: None
+    flush()
     try:
         saved = os.dup(2)
     except OSError:  # closed: there is no terminal to protect
@@ -570,7 +589,7 @@ def _without_log_lines() -> Iterator[None]:
         try:
             yield
         finally:
-            sys.stderr.flush()
+            flush()
             os.dup2(saved, 2)
             os.close(saved)
             held.seek(0)

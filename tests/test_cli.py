@@ -714,10 +714,36 @@ def test_a_reader_that_has_seen_enough(model: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_standard_output_that_is_closed(model: Path) -> None:
-    line = f'exec "{sys.executable}" -m onnxnorm inspect "{model}" >&-'
+@pytest.mark.skipif(os.name == "nt", reason="streams are closed otherwise there")
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_standard_streams_that_are_closed(closed: str, model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.onnx"
+    line = f'exec "{sys.executable}" -m onnxnorm optimize "{model}" "{out}" --no-latency {closed}'
     done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+    onnx.checker.check_model(out)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="file names are UTF-16 there")
+def test_names_in_utf8_where_the_locale_is_not(model: Path, tmp_path: Path) -> None:
+    given, out = tmp_path / "mödel ü.onnx", tmp_path / "öut.onnx"
+    given.write_bytes(model.read_bytes())
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    line = [sys.executable, "-m", "onnxnorm", "optimize", str(given), str(out), "--no-latency"]
+    done = subprocess.run(line, capture_output=True, env=os.environ | plain, check=False)
+    assert done.returncode == 0, done.stderr
+    assert out.exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names have to be UTF-8")
+def test_a_name_that_is_not_utf8_is_refused_in_words(model: Path, tmp_path: Path) -> None:
+    given = tmp_path / os.fsdecode(b"m\xf6del.onnx")
+    given.write_bytes(model.read_bytes())
+    line = [sys.executable, "-m", "onnxnorm", "optimize", str(given), str(tmp_path / "out.onnx")]
+    done = subprocess.run(line, capture_output=True, check=False)
+    assert done.returncode == 2
+    assert b"names in UTF-8 only" in done.stderr
+    assert b"Rename the file" in done.stderr
 
 
 def test_main_leaves_the_callers_signals_alone(command: Command) -> None:
