@@ -499,12 +499,17 @@ def _open_external(stored: Stored, tensor: onnx.TensorProto, folder: Path) -> No
             "Export the model again.",
         )
     if location not in stored.files:
+        homes = [folder]
+        if stored.path is not None and stored.path.is_symlink():
+            # As in the cache of a download, where model and data are links to files that stand
+            # beside each other: onnxruntime looks there too.
+            homes.append(stored.path.resolve().parent)
         try:
-            inside = folder.resolve()
+            inside = [home.resolve() for home in homes]
             target = _resolved(folder / location)
         except (OSError, RuntimeError):  # a circle of links
-            inside, target = folder, Path("/")
-        if Path(location).is_absolute() or not target.is_relative_to(inside):
+            inside, target = homes, Path("/")
+        if Path(location).is_absolute() or not any(map(target.is_relative_to, inside)):
             raise ModelError(
                 f"tensor '{tensor.name}' keeps its data outside the model's folder: {location}",
                 "Copy the data file into the model's folder and refer to it by its name.",

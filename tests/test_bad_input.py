@@ -362,6 +362,25 @@ def test_external_data_outside_the_folder(place: Bench, data: Split, way: str) -
     place.refuses(place.write(model), "outside the model's folder")
 
 
+def test_external_data_beside_the_file_that_a_link_leads_to(place: Bench, data: Split) -> None:
+    # a download cache: names are links into a folder of contents
+    model, payload = data
+    blobs = place.root / "blobs"
+    blobs.mkdir()
+    place.write(model).rename(blobs / "0a")
+    (blobs / "1b").write_bytes(payload)
+    link = place.models / "model.onnx"
+    link.symlink_to(blobs / "0a")
+    (place.models / "w.bin").symlink_to(blobs / "1b")
+    done = place.command("optimize", link, place.out, *CPU)
+    assert (done.code, done.err) == (0, "")
+    assert sorted(path.name for path in blobs.iterdir()) == ["0a", "1b"]
+    (place.models / "w.bin").unlink()
+    (place.models / "w.bin").symlink_to(place.root / "w.bin")
+    (place.root / "w.bin").write_bytes(payload)
+    place.refuses(link, "outside the model's folder")
+
+
 def test_external_data_of_a_tensor_in_an_attribute(place: Bench) -> None:
     model = parser.parse_model(
         f"{HEAD} main (float[2] x) => (float[2] y)"
