@@ -28,7 +28,7 @@ from onnx.reference import ops as standard_ops
 from onnx.reference.ops import aionnxml as ml_ops
 
 from onnxnorm import staging, storage
-from onnxnorm.errors import ModelError, OnnxNormError
+from onnxnorm.errors import ModelError, OnnxNormError, RuntimeRejection
 from onnxnorm.float64 import (
     OPERATORS,
     Array,
@@ -116,6 +116,20 @@ def names_read(node: onnx.NodeProto) -> set[str]:
             found |= names_read(inner)
         found |= {output.name for output in graph.output}
     return found
+
+
+def _told_its_type(node: onnx.NodeProto, inputs: Sequence[Value]) -> onnx.NodeProto:
+    """A QuantizeLinear that says which narrow float it makes: widened, its zero point does not."""
+    zero = inputs[2] if len(inputs) > 2 else None
+    if not isinstance(zero, np.ndarray) or not is_float_dtype(zero.dtype):
+        return node
+    copy = onnx.NodeProto()
+    copy.CopyFrom(node)
+    kept = [a for a in node.attribute if a.name != "output_dtype"]
+    del copy.attribute[:]
+    told = onnx.helper.np_dtype_to_tensor_dtype(zero.dtype)
+    copy.attribute.extend([*kept, onnx.helper.make_attribute("output_dtype", told)])
+    return copy
 
 
 def _in_order(nodes: Sequence[onnx.NodeProto]) -> tuple[onnx.NodeProto, ...]:
@@ -320,6 +334,8 @@ class Evaluator:
             moves = domain == "" and node.op_type in _MOVES
             if moves and node.op_type == "Gather" and scope is self._main:
                 self._read_rows(node, scope.lookup(node.input[0]), inputs[1])
+            if node.op_type == "QuantizeLinear":
+                node = _told_its_type(node, inputs)
             inputs = [v if moves and i == 0 else widen(v) for i, v in enumerate(inputs)]
             return self._operator(node, domain, inputs, scope)
         except (OutOfTime, OnnxNormError, MemoryError):
@@ -496,10 +512,17 @@ class Evaluator:
                 given[f"x{position}"] = value
         types = [f"{v.dtype}{v.ndim}" if isinstance(v, np.ndarray) else "" for v in given.values()]
         key = (str(id(node)), *given, *types)
-        if key not in self._sessions:
-            self._sessions[key] = self._one_node(node, given, scope)
-            self._held.append(node)
-        outputs = self._sessions[key][1].run(given)
+        try:
+            if key not in self._sessions:
+                self._sessions[key] = self._one_node(node, given, scope)
+                self._held.append(node)
+            outputs = self._sessions[key][1].run(given)
+        except RuntimeRejection as error:  # which names a file of ours
+            why = error.what.partition("onnxruntime ")[2] or error.what
+            raise Unevaluable(
+                f"{_label(node)} cannot be evaluated by itself: onnxruntime {why}",
+                "Check the shapes and types of the inputs given to the model.",
+            ) from error
         self._record(node)
         return [widen(outputs[f"y{i}"]) if name else None for i, name in enumerate(node.output)]
 

@@ -241,6 +241,40 @@ def test_what_nobody_else_knows_runs_in_float32_and_says_so(tmp_path: Path) -> N
         assert evaluator.precision == narrow
 
 
+def test_what_the_runtime_rejects_is_named_by_its_node() -> None:
+    given = {"x": np.zeros((2, 3), np.float32), "w": np.zeros((4, 3), np.float32)}
+    broken = stored(CONTRIB.replace("CDist <", "CDist <unknown: int = 1, "))
+    with pytest.raises(Unevaluable, match=r"CDist 'd' .* onnxruntime cannot load it"):
+        Evaluator(broken).run(given)
+
+
+@pytest.mark.parametrize("saturate", [1, 0])
+@pytest.mark.parametrize("kind", ["e4m3fn", "e4m3fnuz", "e5m2", "e5m2fnuz"])
+def test_quantization_to_8_bit_floats(kind: str, saturate: int, tmp_path: Path) -> None:
+    narrow = getattr(ml_dtypes, f"float8_{kind}")
+    elem_type = helper.np_dtype_to_tensor_dtype(np.dtype(narrow))
+    zero = helper.make_tensor("z", elem_type, [], np.zeros((), narrow).tobytes(), raw=True)
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"], saturate=saturate),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["y"]),
+    ]
+    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, [None]) for n in "xy")
+    scale = numpy_helper.from_array(np.array(0.25, np.float32), "s")
+    graph = helper.make_graph(nodes, "g", [x], [y], [scale, zero])
+    opset = helper.make_opsetid("", 19)
+    path = tmp_path / "m.onnx"
+    onnx.save(helper.make_model(graph, ir_version=9, opset_imports=[opset]), path)
+    finfo: Any = ml_dtypes.finfo
+    largest = float(finfo(narrow).max) * 0.25
+    values = np.concatenate([np.linspace(-3, 3, 4001), [largest, -largest, 8 * largest, 0.0]])
+    with open_session(path, optimize=False) as session:
+        want = session.run({"x": values.astype(np.float32)})["y"]
+    with Evaluator(storage.load(path)) as evaluator:
+        found = evaluator.run({"x": values.astype(np.float32)})["y"]
+        assert evaluator.precision == "float64"
+    np.testing.assert_array_equal(found, want)
+
+
 @pytest.mark.parametrize(
     "call",
     [

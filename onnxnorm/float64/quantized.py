@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Final
 
+import ml_dtypes
 import numpy as np
 import onnx
 
@@ -22,6 +23,8 @@ from onnxnorm.float64.call import (
 )
 from onnxnorm.float64.elementwise import sigmoid
 from onnxnorm.float64.windows import convolve
+
+_finfo: Final[Callable[[Any], Any]] = ml_dtypes.finfo
 
 
 def _along(parameter: Array, x: Array, axis: int, block: int) -> Array:
@@ -56,6 +59,19 @@ def quantize(x: Array, scale: Array, zero: Array, dtype: np.dtype[Any]) -> Array
     return np.asarray(np.clip(rounded, low, high).astype(np.int64).astype(dtype))
 
 
+def round_to_float(x: Array, dtype: np.dtype[Any], saturate: int) -> Array:
+    """Round to a float of 8 or 4 bits, half to even; beyond its largest to that, if `saturate`.
+
+    Source: the operator Cast of ONNX, to which QuantizeLinear refers. The types of 4 bits always
+    saturate. The zero point of a float is 0.
+    """
+    if saturate or "float4" in np.dtype(dtype).name:
+        largest = float(_finfo(dtype).max)
+        x = np.clip(x, -largest, largest)
+    with np.errstate(invalid="ignore", over="ignore"):
+        return np.asarray(x.astype(dtype))
+
+
 def dequantize(x: Array, scale: Array, zero: Array | None) -> Array:
     """(x - zero) * scale in float64, the parameters broadcast to x."""
     value = x.astype(np.float64)
@@ -78,8 +94,10 @@ def _quantize_linear(call: Call) -> list[Value]:
         dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(wanted))
     axis, block = int(call.attribute("axis", 1)), int(call.attribute("block_size", 0))
     scale = _along(scale, x, axis, block)
-    if is_float_dtype(dtype):  # a narrow float: its values, saturated as the default asks
-        raise NotImplementedHere("quantization to a float type")
+    if is_float_dtype(dtype):
+        if dtype == np.float64:  # the widened zero point does not say which type it had
+            raise NotImplementedHere("quantization to a float type that is not known")
+        return [round_to_float(x.astype(np.float64) / scale, dtype, call.attribute("saturate", 1))]
     zero = np.zeros((), dtype) if zero is None else _along(zero, x, axis, block)
     return [quantize(x.astype(np.float64), scale, zero, dtype)]
 
