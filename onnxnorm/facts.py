@@ -63,6 +63,7 @@ _RUNTIME_SAME: Final = _RUNTIME_GELUS | {
     "SkipSimplifiedLayerNormalization",
 }
 _RUNTIME_FUSED: Final = {"FusedConv": "Conv", "FusedGemm": "Gemm", "FusedMatMul": "MatMul"}
+_RUNTIME_QUANTIZED: Final = frozenset({"DequantizeLinear", "MatMulNBits", "QuantizeLinear"})
 _RANKS: Final = "onnxnorm.ranks"  # the domain of a function that only a copy for inference has
 # What of the facts holds whatever types shape inference gives.
 _TYPELESS: Final = (
@@ -750,12 +751,11 @@ def _show_ranks(model: onnx.ModelProto) -> None:
 def _show_runtime_operators(graph: onnx.GraphProto, opset: int) -> None:
     """Tell shape inference of onnxruntime's own operators, as its optimizer leaves them in a file.
 
-    Norms and GELUs have the shape of their first input; what was fused with an activation has that
-    of the operator itself.
+    Norms and GELUs have the shape of their first input; what was fused with an activation, or has
+    a quantized weight, has that of the operator itself.
     """
-    names = (
-        _RUNTIME_SAME | _RUNTIME_FUSED.keys() | ({"LayerNormalization"} if opset < 17 else set())
-    )
+    older = {"LayerNormalization"} if opset < 17 else set()
+    names = _RUNTIME_SAME | _RUNTIME_FUSED.keys() | _RUNTIME_QUANTIZED | older
     if not any(node.op_type in names for node in graph.node):
         return
     nodes: list[onnx.NodeProto] = []
@@ -765,6 +765,8 @@ def _show_runtime_operators(graph: onnx.GraphProto, opset: int) -> None:
             nodes.append(node)
         elif node.op_type in _RUNTIME_FUSED:
             nodes.append(_unfused(node) if runtime else node)
+        elif node.op_type in _RUNTIME_QUANTIZED:
+            nodes += _quantized(node) if runtime else [node]
         elif node.op_type in _RUNTIME_GELUS and not runtime:
             nodes.append(node)
         else:
@@ -776,6 +778,22 @@ def _show_runtime_operators(graph: onnx.GraphProto, opset: int) -> None:
             ]
     del graph.node[:]
     graph.node.extend(nodes)
+
+
+def _quantized(node: onnx.NodeProto) -> list[onnx.NodeProto]:
+    """The standard operators whose result that of a quantized one has the shape of."""
+    if node.op_type != "MatMulNBits":
+        plain = onnx.NodeProto()
+        plain.CopyFrom(node)
+        plain.domain = ""
+        return [plain]
+    sizes = {a.name: a.i for a in node.attribute}
+    shape, weight = f"{node.output[0]}/sizes", f"{node.output[0]}/weight"
+    return [
+        onnx.helper.make_node("Constant", [], [shape], value_ints=[sizes["K"], sizes["N"]]),
+        onnx.helper.make_node("ConstantOfShape", [shape], [weight]),
+        onnx.helper.make_node("MatMul", [node.input[0], weight], node.output[:1]),
+    ]
 
 
 def _unfused(node: onnx.NodeProto) -> onnx.NodeProto:

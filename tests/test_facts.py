@@ -534,6 +534,25 @@ def test_shapes_behind_what_the_runtime_fuses() -> None:
     assert known.type(value(known, "g")) is None
 
 
+def test_shapes_behind_what_the_runtime_quantizes() -> None:
+    known = facts(
+        parse(
+            """main (float[N,T,32] x, uint8[24,1,16] w, float[24] s, uint16 z) => (float[] y)
+            <float u = {0.5}> {
+              a = com.microsoft.MatMulNBits <K = 32, N = 24, bits = 4, block_size = 32> (x, w, s)
+              q = com.microsoft.QuantizeLinear (a, u, z)
+              d = com.microsoft.DequantizeLinear (q, u, z)
+              y = Neg (d)
+            }""",
+            '<ir_version: 10, opset_import: ["" : 20, "com.microsoft" : 1]>',
+        )
+    )
+    shape = ("N", "T", 24)
+    for name in "ady":
+        assert known.type(value(known, name)) == Type(TensorProto.FLOAT, shape), name
+    assert known.type(value(known, "q")) == Type(TensorProto.UINT16, shape)
+
+
 def test_a_type_may_have_no_shape() -> None:
     model = parse("main (float[2] x) => (float[2] y) { y = Neg (x) }")
     for info in (*model.graph.input, *model.graph.output):
