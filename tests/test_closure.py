@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from itertools import product
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnxnorm.closure import best_closure
+from onnxnorm.closure import _Cut, best_closure
 
 ITEMS = list(range(7))
 GRAPHS = st.tuples(
@@ -41,3 +42,20 @@ def test_a_chain_as_long_as_a_graph() -> None:
     needs = {i: [i + 1] for i in range(count - 1)}
     assert len(best_closure(weights, needs)) == count
     assert not best_closure({**weights, count - 1: -3}, needs)
+
+
+def test_what_cannot_pay_for_itself_costs_no_flow(monkeypatch: pytest.MonkeyPatch) -> None:
+    # layers of one stream: all need each other, and the first needs what may not change
+    count = 3_000
+    weights = {("gain", i): 5 for i in range(count)} | {("part", 0): -5 * count}
+    needs = {("gain", i): [("part", i)] for i in range(count)}
+    needs |= {("part", i): [("part", abs(i - 1))] for i in range(count)}
+    edges = 0
+
+    def counted(cut: _Cut, *_: int) -> None:
+        nonlocal edges
+        edges += 1
+
+    monkeypatch.setattr(_Cut, "edge", counted)
+    assert best_closure(weights, needs) == set()
+    assert edges == 0
