@@ -280,11 +280,13 @@ def _in_place(pieces: Sequence[_Payload], base: File) -> _Layout | None:
     starts = [0, *(run.end for run in layout.kept)]
     layout.gaps = [(a, run.at) for a, run in zip(starts, layout.kept, strict=False) if a < run.at]
     free, end = list(layout.gaps), layout.kept[-1].end
-    for piece in pieces:
+    places: dict[int, int] = {}
+    # The largest first: a small one in the place that a large one left would send that to the end.
+    for index in sorted(range(len(pieces)), key=lambda i: -_length(pieces[i])):
+        piece, size = pieces[index], _length(pieces[index])
         if isinstance(piece, _FileRange) and piece.file is base:
-            layout.places.append(piece.offset)
+            places[index] = piece.offset
             continue
-        size = _length(piece)
         for number, (start, stop) in enumerate(free):
             at = _aligned(start, size)
             if at + size <= stop:
@@ -293,8 +295,10 @@ def _in_place(pieces: Sequence[_Payload], base: File) -> _Layout | None:
         else:
             at = _aligned(end, size)
             end = at + size
-        layout.places.append(at)
+        places[index] = at
         layout.added.append(_Run(piece, at))
+    layout.added.sort(key=lambda run: run.at)
+    layout.places += [places[index] for index in range(len(pieces))]
     unused = sum(stop - start for start, stop in free)
     return layout if unused * DEAD_SHARE <= end else None
 

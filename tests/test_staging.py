@@ -204,7 +204,9 @@ def offsets(path: Path) -> dict[str, int]:
         ("abde", {"n": pages(9, 2)}, {"a": 0, "b": 1, "d": 43, "e": 83, "n": 41}, 84),
         ("bd", {"n": pages(9), "m": pages(8, 2)}, {"b": 1, "d": 43, "n": 0, "m": 41}, 83),
         # two share the place of one, and the rest of a place is empty
-        ("abd", {"n": pages(9)[:, :300], "m": pages(8)}, {"a": 0, "n": 41, "m": 42}, 83),
+        ("abd", {"n": pages(9)[:, :300], "m": pages(8)}, {"a": 0, "m": 41, "n": 42}, 83),
+        # the large one goes where it fits, and the small one that came first does not take that
+        ("abde", {"n": pages(9), "m": pages(8, 2)}, {"d": 43, "m": 41, "n": 84}, 85),
         ("abd", {"n": pages(9)}, {"a": 0, "b": 1, "d": 43, "n": 41}, 83),
         ("bcde", {}, {"b": 1, "c": 41, "d": 43, "e": 83}, 84),
         # what fits nowhere goes behind, and what is left out there leaves nothing
