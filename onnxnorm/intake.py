@@ -51,13 +51,13 @@ def given_back(stored: Stored, like: Model) -> Model:
     """A model in memory, of the kind that `like` is; an onnx.ModelProto for a path.
 
     Raises:
-        ModelError: It is larger than 2 GB, which only a file can be.
+        ModelError: It is larger than 2 GB, which an onnx.ModelProto cannot be.
     """
     if _is_ir(like):
-        return _deserialized(stored.complete())
+        return _deserialized(stored.filled())
     inner = getattr(like, "model", None)
     if not isinstance(like, str | Path | onnx.ModelProto) and _is_ir(inner):
-        return type(like)(_deserialized(stored.complete()), like.exported_program)
+        return type(like)(_deserialized(stored.filled()), like.exported_program)
     return stored.complete()
 
 

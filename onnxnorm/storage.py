@@ -286,6 +286,21 @@ class Stored:
         )
         return onnx.ModelProto.FromString(whole)
 
+    def filled(self) -> onnx.ModelProto:
+        """The whole model as an object that may be larger than one protobuf message can be."""
+        with suppress(ModelError):
+            return self.complete()
+        model = onnx.ModelProto()
+        model.CopyFrom(self.proto)
+        for tensor in tensors(model):
+            reference = reference_of(tensor)
+            if reference is not None:
+                del tensor.external_data[:]
+                tensor.ClearField("data_location")
+                view = self.sources[reference.source].view(reference.offset, reference.length)
+                tensor.raw_data = bytes(view)
+        return model
+
 
 # ** reading **
 

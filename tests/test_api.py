@@ -15,6 +15,7 @@ import pytest
 from onnx import parser
 
 import onnxnorm
+from onnxnorm import storage
 from onnxnorm.change import absorbed, stage
 from onnxnorm.errors import (
     ModelError,
@@ -32,6 +33,7 @@ from onnxnorm.rewrite import Pass, Refusal, RewritePass, Rewriter
 from onnxnorm.session import open_session
 from onnxnorm.storage import Stored, tensors
 from onnxnorm.testing import assert_parity
+from onnxnorm.wire import reference_of
 
 PARAMETERS = """
  float[2,2,1,1] w = {2.0, -1.0, 0.5, 1.0}, float[2] gamma = {1.0, 3.0},
@@ -146,6 +148,24 @@ def test_an_onnx_ir_model(model: onnx.ModelProto) -> None:
     assert types(result.proto) == ["Conv", "Tanh"]
     assert [node.op_type for node in given.graph] == ["Conv", "BatchNormalization", "Tanh"]
     assert result.report.to_json()["model"]["input"] is None
+
+
+def test_an_onnx_ir_model_may_be_larger_than_a_message(
+    model: onnx.ModelProto, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    onnx_ir = pytest.importorskip("onnx_ir")
+    small = optimize(model).model.SerializeToString(deterministic=True)
+    monkeypatch.setattr(storage, "INLINE_LIMIT", 1)  # as if all weights were large
+    monkeypatch.setattr(storage, "PROTOBUF_LIMIT", 16)
+    with pytest.raises(ModelError, match="larger than 2 GB"):
+        _ = optimize(model).model
+    result = optimize(onnx_ir.from_proto(model))
+    assert any(map(reference_of, result.stored.proto.graph.initializer))
+    made = onnx_ir.to_proto(result.model)
+    wanted = onnx_ir.to_proto(onnx_ir.from_proto(onnx.ModelProto.FromString(small)))
+    assert made.SerializeToString(deterministic=True) == wanted.SerializeToString(
+        deterministic=True
+    )
 
 
 def test_an_onnx_ir_model_whose_weights_lie_in_a_file(
