@@ -68,7 +68,8 @@ def given_norms(facts: Facts) -> Iterator[GivenNorm]:
             if isinstance(made, str):
                 reason = reason or made
             factors.append(None if isinstance(made, str) else made)
-        if norm.operator and any(v.name for v in norm.node.outputs[1:]):
+        further = norm.node.outputs[1:]  # some exporters name them all, and nobody reads them
+        if norm.operator and any(v.name and (v.outputs or facts.pinned(v)) for v in further):
             reason = reason or "its mean or inverse deviation is read too"
         if norm.epsilon is None:
             reason = reason or "its epsilon is a parameter of the function"

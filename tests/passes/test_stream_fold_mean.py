@@ -123,6 +123,17 @@ def test_weight_and_bias_are_centered_and_beta_goes_into_the_next_bias() -> None
     assert sorted(remark.edited) == ["Add s", "Add y", "MatMul m"]
 
 
+def test_statistics_that_have_names_and_no_reader_are_no_obstacle() -> None:
+    # as spox writes every LayerNormalization
+    told = BEFORE.replace("n = LayerNormalization", "n, u, v_1 = LayerNormalization")
+    assert told != BEFORE
+    assert_rewrites(told, AFTER, RULE)
+    read = told.replace("p = MatMul (n, v)", "told = Neg (u)\n p = MatMul (n, v)")
+    done = folded(read)
+    assert not done.applied
+    assert named(reasons(done), "its mean or inverse deviation is read too")
+
+
 def test_opset_23_has_an_operator_of_its_own() -> None:
     newer = BEFORE.replace('"" : 17', '"" : 23').replace("ir_version: 8", "ir_version: 10")
     after = re.sub(
