@@ -529,7 +529,7 @@ def markdown(results: Mapping[str, Any], plot: str, note: str = "") -> str:
     titles = ["model", "tool", "nodes", "run", "MB", *(f"ratio, {t} thr." for t in THREADS)]
     titles += ["error", "seconds", "peak MB"]
     lines = [cells_of(*row) for row in rows_of(results)]
-    said = f"\n{textwrap.fill(note, 100)}\n" if note else ""
+    said = f"\n{textwrap.fill(note, 100, break_on_hyphens=False)}\n" if note else ""
     return f"""# Benchmark
 
 Made by `tools/benchmark.py` {_when(results)}, whose docstring says what is measured and how.
