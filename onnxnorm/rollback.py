@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from onnxnorm.errors import ParityError, VerificationError
 from onnxnorm.pipeline import Pipeline, Run
@@ -26,6 +26,8 @@ from onnxnorm.workbench import Workbench
 if TYPE_CHECKING:
     from onnxnorm.agreement import Level, ParityResult
 
+
+_Fault = TypeVar("_Fault")
 
 _PATIENCE: Final = 4  # time budgets for the search of what breaks agreement
 _COMPLAINTS: Final = 8  # sites that are left out one by one for what onnx.checker says
@@ -120,7 +122,7 @@ def prove(
 
 
 def made_valid(
-    pipeline: Pipeline, source: Stored, run: Run, complaint: str | None
+    pipeline: Pipeline, source: Stored, run: Run, complaint: str
 ) -> tuple[Run, tuple[Remark, ...]]:
     """A run in whose result onnx.checker finds nothing, as it found nothing in the input.
 
@@ -140,27 +142,21 @@ def made_valid(
         VerificationError: The checker complains without any site, or with too many of them.
     """
     quiet, denied = replace(pipeline, after_pass=None), dict[str, Remark]()
-    while complaint is not None:
-        sites = [remark.site for remark in run.applied]
-        if not sites or len(denied) == _COMPLAINTS:
+    said: str | None = complaint
+    while said is not None:
+        if not run.applied or len(denied) == _COMPLAINTS:
             raise VerificationError(
-                f"onnx.checker rejects the result: {complaint}",
+                f"onnx.checker rejects the result: {said}",
                 "Unless onnxruntime cannot run the model as it is, this is a defect; please"
                 " report it.",
             )
-        good, bad = 0, len(sites)
-        while bad - good > 1:
-            middle = (good + bad) // 2
-            allowed = sites[:middle]
-            part = quiet.run(source, deny=tuple(denied), allow=allowed, check_sites=False)
-            found = checker_complaint(part.stored)
-            good, bad = (middle, bad) if found is None else (good, middle)
-            complaint = found or complaint
-        guilty = run.applied[bad - 1]
-        reason = f"with it onnx.checker rejects the model: {complaint}"
+        [guilty], why = _first(
+            quiet, source, run.applied, said, denied, lambda part: checker_complaint(part.stored)
+        )
+        reason = f"with it onnx.checker rejects the model: {why}"
         denied[guilty.site] = _taken_back(guilty, reason)
         run = quiet.run(source, deny=tuple(denied), check_sites=False)
-        complaint = checker_complaint(run.stored)
+        said = checker_complaint(run.stored)
     return _with_denied(run, denied), tuple(denied.values())
 
 
@@ -212,6 +208,28 @@ def _bisect(
     and where it does not, that comes out once all are denied. Those before the one that is found
     agree together; the check that fails with it comes along.
     """
+
+    def failing(part: Run) -> ParityResult | None:
+        with Staged(part.stored, None) as candidate:
+            result = bench.checker().check(candidate.model, tuple(_parts(part)))
+        return None if result.passed else result
+
+    return _first(pipeline, source, suspects, failure, denied, failing, until)
+
+
+def _first(
+    pipeline: Pipeline,
+    source: Stored,
+    suspects: Sequence[Remark],
+    failure: _Fault,
+    denied: Collection[str],
+    failing: Callable[[Run], _Fault | None],
+    until: float = math.inf,
+) -> tuple[Sequence[Remark], _Fault]:
+    """The first suspect with which a run fails, and how; by halves, and by replay.
+
+    `failing` says how a run fails; all suspects together do so by `failure`.
+    """
     sites = [r.site for r in suspects]
     good, bad = 0, len(sites)
     while bad - good > 1:
@@ -219,12 +237,11 @@ def _bisect(
             return suspects[good:], failure
         middle = (good + bad) // 2
         part = pipeline.run(source, deny=tuple(denied), allow=sites[:middle], check_sites=False)
-        with Staged(part.stored, None) as candidate:
-            result = bench.checker().check(candidate.model, tuple(_parts(part)))
-        if result.passed:
+        found = failing(part)
+        if found is None:
             good = middle
         else:
-            bad, failure = middle, result
+            bad, failure = middle, found
     return suspects[bad - 1 : bad], failure
 
 
