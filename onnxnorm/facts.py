@@ -267,6 +267,13 @@ class Facts:
             return "named by quantization annotations or training information"
         return None
 
+    def unread(self, value: AnyValue) -> str:
+        """Why no node reads a value, as a clause; "" where one does."""
+        if self.uses(value):
+            return ""
+        pinned = self.pinned(value)
+        return "nothing reads it" if pinned is None else f"'{value.name}' is {pinned}"
+
     @cached_property
     def positions(self) -> dict[Node, int]:
         """The place of each node in its scope; what reads a value comes behind what makes it."""

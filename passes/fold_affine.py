@@ -190,9 +190,7 @@ class FoldAffine(Pass):
     def _forth(
         self, norm: Norm, affine: Affine, transfer: Transfer, whole: Affine | None = None
     ) -> Fold | Refusal:
-        if not transfer.facts.uses(norm.output):
-            pinned = transfer.facts.pinned(norm.output)
-            unread = "nothing reads it" if pinned is None else f"'{norm.output.name}' is {pinned}"
+        if unread := transfer.facts.unread(norm.output):
             return Refusal(unread, norm.node.label, node=norm.node)
         flow = flow_forth(norm.output, affine, transfer)
         if isinstance(flow, Stop):

@@ -70,9 +70,7 @@ class FoldNormAffine(Pass):
         scaled, added = _scaled(norm, facts), _added(norm, facts)
         if scaled is None:
             return Refusal("its scale and its bias are written out", at, node=norm.node)
-        if not facts.uses(norm.output):
-            pinned = facts.pinned(norm.output)
-            unread = "nothing reads it" if pinned is None else f"'{norm.output.name}' is {pinned}"
+        if unread := facts.unread(norm.output):
             return Refusal(unread, at, node=norm.node)
         gamma = np.ones(()) if norm.gamma is None else norm.gamma
         own = np.zeros(()) if norm.beta is None else norm.beta

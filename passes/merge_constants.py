@@ -5,7 +5,7 @@
 An exporter writes a weight once for each module that uses it, transposed or cast on the way, and a
 network can have equal ones by itself: layers that share their weights, padding, tables. The file
 and the session then hold copies, and a processor reads each of them into its cache anew:
-light_shufflenet, whose weights are one number each, runs at 0.93 of its latency once equal ones
+light_shufflenet, whose weights are one number each, runs at 0.95 of its latency once equal ones
 are one (docs/benchmark.md). onnxruntime, which computes nodes that are the same only once, does not
 see that two initializers are equal. The same numbers, bit for bit. What a graph output, a
 quantization annotation or training names stays, and so do constants of other graphs: a body may be
